@@ -1,0 +1,70 @@
+# Every target sets up what it needs in $(VENV), and may be run again at any time.
+
+VENV ?= .venv
+CONSTRAINTS ?= constraints-cpu.txt
+NAME ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHONS := python3.11 python3.12 python3.13 python3
+BENCHMARKS = $(if $(NAME),$(foreach name,$(NAME),benchmarks/bench_$(name).py),$(sort $(wildcard benchmarks/bench_*.py)))
+
+# Tests compare tensors of a few kilobytes: more threads than one only get in each other's way.
+TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test test-all check bench format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create the virtual environment and install everything in it
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@if [ ! -x $(BIN)/pip ] || ! $(BIN)/python -c '' 2>/dev/null; then \
+	  for python in $(PYTHONS); do \
+	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "make setup: needs Python 3.11 or newer with its venv module; tried: $(PYTHONS)" >&2; exit 1; \
+	  fi; \
+	  echo "==> creating $(VENV) with $$($$found --version)"; \
+	  $$found -m venv --clear $(VENV) || exit 1; \
+	fi
+	@echo "==> installing smartspec[dev] into $(VENV)$(if $(CONSTRAINTS), at the versions of $(CONSTRAINTS)); a few minutes the first time"
+	@$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev]'
+	@touch $@
+	@echo "==> ready: $(BIN)/smartspec"
+
+model: $(STAMP)  ## fetch and convert the default model, once
+	@echo "==> default model"
+	@$(BIN)/python -m smartspec.engine_adapter.reference.model
+
+demo: model  ## play one load against no, static and controlled speculation; results in build/demo
+	@$(BIN)/smartspec demo
+
+test: check model  ## lint, types, import directions, and all tests but the slow ones
+	@echo "==> tests"
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow"
+
+test-all: check model  ## the same with the slow tests
+	@echo "==> all tests"
+	@$(TEST_ENV) $(BIN)/python -m pytest -q
+
+check: $(STAMP)  ## lint, formatting, types and import directions
+	@echo "==> ruff";         $(BIN)/ruff check .
+	@echo "==> ruff format";  $(BIN)/ruff format --check .
+	@echo "==> mypy";         $(BIN)/mypy
+	@echo "==> lint-imports"; $(BIN)/lint-imports
+
+bench: model  ## run benchmarks: NAME=decision for one, all without; figures in build/figures
+	@for file in $(BENCHMARKS); do echo "==> $$file"; $(BIN)/python $$file || exit 1; done
+
+format: $(STAMP)  ## format the code and apply safe fixes
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:  ## remove what was built, but not the environment or the model
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find daemon estimators engine_adapter tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,455 @@
+"""Settings: one TOML file, environment variables over it, flags over these.
+
+Every key is declared once, below, with its type, bounds, default and what it means; the default
+file (`default_toml`), the names of the environment variables and the error messages follow from
+that. Loaded once, then frozen.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+ENV_PREFIX = "SMARTSPEC_"
+#: Longest path of a Unix socket on Linux (107 bytes); ZeroMQ and Redis sockets live in runtime_dir.
+MAX_SOCKET_PATH = 107
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: names the key, what was given and what was expected."""
+
+
+Seconds = Annotated[float, Meta(gt=0, le=1e9)]  # bounded: TOML knows inf
+Share = Annotated[float, Meta(ge=0, le=0.5)]
+Count = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class ControlSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How policies are kept alive and how much is spent on learning."""
+
+    heartbeat_s: Annotated[
+        Seconds, _doc("Seconds between heartbeats to the engines; at most half of ttl_s.")
+    ] = 0.2
+    ttl_s: Annotated[
+        Seconds, _doc("Seconds after the last word from the daemon at which a policy expires.")
+    ] = 1.0
+    fallback_s: Annotated[
+        Seconds,
+        _doc(
+            "Seconds after expiry during which an engine uses the learned batch-to-length table; "
+            "then its own configuration."
+        ),
+    ] = 60.0
+    probe_share: Annotated[
+        Share,
+        _doc(
+            "Share of goodput (0 to 0.5) that may be spent on trying lengths that would not be "
+            "chosen. 0: never probe."
+        ),
+    ] = 0.005
+    seed_sweep: Annotated[
+        bool, _doc("Try every length once when an engine is new, so that its costs are known.")
+    ] = True
+    max_engines: Annotated[Count, _doc("Engines served at once; more are refused.")] = 1024
+    engine_timeout_s: Annotated[
+        Seconds, _doc("Seconds of silence after which an engine is given up as lost.")
+    ] = 60.0
+
+
+class RedisSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the telemetry process keeps state and history (docs/redis.md)."""
+
+    url: Annotated[
+        str,
+        _doc(
+            "redis://, rediss:// or unix:// address of a Redis or Valkey server. Empty: an "
+            "embedded Valkey on the Unix socket <runtime_dir>/valkey.sock."
+        ),
+    ] = ""
+    key_prefix: Annotated[str, _doc("Put before every key; the data version follows it.")] = (
+        "smartspec:"
+    )
+    stream_maxlen: Annotated[Count, _doc("Entries kept per stream, approximately.")] = 10_000
+    ttl_s: Annotated[
+        Count, _doc("Seconds after the last write at which the keys of an engine disappear.")
+    ] = 86_400
+
+
+class TelemetrySettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The process beside the daemon that writes Redis and serves Prometheus."""
+
+    enabled: Annotated[bool, _doc("Start the telemetry process with the daemon.")] = True
+    prometheus_port: Annotated[
+        Port, _doc("TCP port on 127.0.0.1 for Prometheus to scrape. 0: no exporter.")
+    ] = 9469
+
+
+class LogSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What goes to standard error."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], _doc("Least severe level that is logged.")
+    ] = "info"
+    json: Annotated[bool, _doc("One JSON object per line instead of text.")] = False
+
+
+class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All settings; `load` fills in the paths that depend on the runtime directory."""
+
+    mode: Annotated[
+        Literal["observe", "control"],
+        _doc("observe: learn and predict the gain, steer nothing. control: steer."),
+    ] = "control"
+    runtime_dir: Annotated[
+        str,
+        _doc(
+            "Directory of sockets and the lock file, created with mode 0700. Empty: "
+            "$RUNTIME_DIRECTORY (systemd), else $XDG_RUNTIME_DIR/smartspec, else "
+            "/tmp/smartspec-<uid>."
+        ),
+    ] = ""
+    endpoint: Annotated[
+        str,
+        _doc(
+            "Where engines connect: ipc://PATH, or tcp://127.0.0.1:PORT with insecure = true. "
+            "Empty: ipc://<runtime_dir>/engines.sock."
+        ),
+    ] = ""
+    insecure: Annotated[
+        bool, _doc("Allow an unencrypted, unauthenticated tcp:// address on the loopback.")
+    ] = False
+    bus_endpoint: Annotated[
+        str,
+        _doc(
+            "Where the daemon publishes events to other processes. Empty: "
+            "ipc://<runtime_dir>/bus.sock."
+        ),
+    ] = ""
+    control: ControlSettings = field(default_factory=ControlSettings)
+    redis: RedisSettings = field(default_factory=RedisSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    @property
+    def embedded_socket(self) -> Path:
+        """Unix socket of the embedded Valkey."""
+        return Path(self.runtime_dir) / "valkey.sock"
+
+    @property
+    def redis_url(self) -> str:
+        """Address of the Redis in use, the embedded one included."""
+        return self.redis.url or f"unix://{self.embedded_socket}"
+
+
+# -- the keys, as declared above ----------------------------------------------------------------
+
+
+class Key(typing.NamedTuple):
+    """One setting: ``name`` is dotted ("control.ttl_s")."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.replace(".", "_").upper()
+
+
+def keys() -> dict[str, Key]:
+    """Every setting by its dotted name, in the order of the default file."""
+    return {key.name: key for key in _keys(Settings, "")}
+
+
+def _keys(struct: type[Struct], prefix: str) -> Iterator[Key]:
+    hints = typing.get_type_hints(struct, include_extras=True)
+    for info in msgspec.structs.fields(struct):
+        kind = hints[info.name]
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            yield from _keys(kind, f"{prefix}{info.name}.")
+        else:
+            metas = getattr(kind, "__metadata__", ())
+            doc = next((m.description for m in metas if m.description), "")
+            yield Key(prefix + info.name, kind, info.default, doc)
+
+
+def default_toml() -> str:
+    """The default configuration file: every key, its meaning, its variable and its default."""
+    lines = [
+        "# SmartSpec settings. Every key may be left out; shown are the defaults.",
+        "# The environment variable SMARTSPEC_<SECTION>_<KEY> overrides a key; a flag, both.",
+    ]
+    section = ""
+    for key in keys().values():
+        head, _, name = key.name.rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"[{section}]"]
+        lines += ["", *_comment(key.doc), f"{name} = {_toml(key.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+def to_toml(settings: Settings) -> str:
+    """The settings in force, as a file that `load` reads back to the same."""
+    values = _flatten(msgspec.to_builtins(settings))
+    lines: list[str] = []
+    section = ""
+    for key in keys().values():
+        head, _, name = key.name.rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"[{section}]"]
+        value = _redacted(values[key.name]) if key.name == "redis.url" else values[key.name]
+        lines.append(f"{name} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _redacted(url: str) -> str:
+    """``url`` without its password, so that it can be shown.
+
+    >>> _redacted("redis://user:secret@db:6379/0")
+    'redis://user:***@db:6379/0'
+    """
+    return re.sub(r"(://[^:@/]*:)[^@/]*@", r"\1***@", url)
+
+
+def _comment(text: str, width: int = 92) -> list[str]:
+    lines, line = [], "#"
+    for word in text.split():
+        if len(line) + 1 + len(word) > width:
+            lines.append(line)
+            line = "#"
+        line += " " + word
+    return [*lines, line]
+
+
+def _toml(value: Any) -> str:
+    # JSON strings, numbers and booleans are TOML as well.
+    return msgspec.json.encode(value).decode()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+# -- loading ------------------------------------------------------------------------------------
+
+
+def load(
+    path: Path | str | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Settings from a file, the environment and flags, each overriding the one before.
+
+    Parameters
+    ----------
+    path : TOML file; None: none, which is allowed
+    env : environment variables; None: the process' own
+    overrides : by dotted key ("control.ttl_s"); strings are converted to the key's type, and
+        None means "not given"
+
+    Raises `ConfigError`.
+    """
+    env = os.environ if env is None else env
+    known = keys()
+    values: dict[str, Any] = {}
+    if path is not None:
+        for name, given in _flatten(_read(Path(path))).items():
+            key = _known(known, name, f"{path}: ")
+            values[name] = _value(key, given, f"{path}: {name}", strict=True)
+    for variable, key in _variables(known, env):
+        values[key.name] = _value(key, env[variable], f"{variable} ({key.name})", strict=False)
+    for name, given in (overrides or {}).items():
+        if given is not None:
+            key = _known(known, name, "")
+            strict = not isinstance(given, str)
+            values[name] = _value(key, given, name, strict=strict)
+    return _resolve(values, env)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); `smartspec config defaults` prints a file "
+            "to start from"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    sections = {name.partition(".")[0] for name in keys() if "." in name}
+    for name in sections & tree.keys():
+        if not isinstance(tree[name], dict):
+            raise ConfigError(f"{path}: {name}: got {tree[name]!r}, expected a section [{name}]")
+    return tree
+
+
+def _known(known: Mapping[str, Key], name: str, where: str) -> Key:
+    if name in known:
+        return known[name]
+    raise ConfigError(f"{where}{name}: no such setting{_suggestion(name, list(known))}")
+
+
+def _suggestion(name: str, candidates: list[str]) -> str:
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    if not close:
+        # The key may be right and only its section wrong or missing.
+        last = name.rpartition(".")[2]
+        close = [c for c in candidates if c.rpartition(".")[2] == last][:1]
+    if close:
+        return f"; did you mean {close[0]}?"
+    return "; `smartspec config defaults` lists them all"
+
+
+def _variables(known: Mapping[str, Key], env: Mapping[str, str]) -> Iterator[tuple[str, Key]]:
+    by_variable = {key.env: key for key in known.values()}
+    sections = tuple({f"{ENV_PREFIX}{n.partition('.')[0].upper()}_" for n in known if "." in n})
+    for variable in sorted(env):
+        if variable in by_variable:
+            yield variable, by_variable[variable]
+        elif variable.startswith(ENV_PREFIX):
+            # Other variables with our prefix exist (SMARTSPEC_CONFIG): refuse what looks mistyped.
+            close = difflib.get_close_matches(variable, list(by_variable), n=1, cutoff=0.9)
+            if close or variable.startswith(sections):
+                raise ConfigError(
+                    f"{variable}: no such setting{_suggestion(variable, list(by_variable))}"
+                )
+
+
+_WORDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "a string"}
+
+
+def _value(key: Key, given: Any, where: str, strict: bool) -> Any:
+    try:
+        return msgspec.convert(given, key.type, strict=strict)
+    except msgspec.ValidationError as error:
+        if key.name == "redis.url" and isinstance(given, str):
+            given = _redacted(given)
+        expected = str(error).removeprefix("Expected ")
+        for kind, words in _WORDS.items():
+            expected = expected.replace(f"`{kind}`", words)
+        expected = re.sub(r"^Invalid enum value .*$", _choices(key.type), expected)
+        expected = expected.partition(", got ")[0]
+        raise ConfigError(f"{where}: got {given!r}, expected {expected}") from None
+
+
+def _choices(kind: Any) -> str:
+    return " or ".join(repr(value) for value in typing.get_args(typing.get_args(kind)[0]))
+
+
+def _resolve(values: dict[str, Any], env: Mapping[str, str]) -> Settings:
+    runtime_dir = str(values.get("runtime_dir") or default_runtime_dir(env))
+    runtime_dir = str(Path(runtime_dir).expanduser().absolute())
+    values["runtime_dir"] = runtime_dir
+    values["endpoint"] = values.get("endpoint") or f"ipc://{runtime_dir}/engines.sock"
+    values["bus_endpoint"] = values.get("bus_endpoint") or f"ipc://{runtime_dir}/bus.sock"
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[key] = value
+    settings = msgspec.convert(tree, Settings)
+    for name, given in (("endpoint", settings.endpoint), ("bus_endpoint", settings.bus_endpoint)):
+        _check_endpoint(name, given, settings.insecure)
+    _check_together(settings)
+    return settings
+
+
+def default_runtime_dir(env: Mapping[str, str]) -> str:
+    """Where sockets live when nothing is configured."""
+    if given := env.get("RUNTIME_DIRECTORY"):
+        return given.partition(":")[0]  # systemd lists several, separated by colons
+    if given := env.get("XDG_RUNTIME_DIR"):
+        return f"{given}/smartspec"
+    return f"/tmp/smartspec-{os.getuid()}"
+
+
+def _check_endpoint(name: str, given: str, insecure: bool) -> None:
+    scheme, separator, address = given.partition("://")
+    if scheme == "ipc" and address:
+        if len(os.fsencode(address)) > MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"{name}: got a path of {len(os.fsencode(address))} bytes ({address}), expected at "
+                f"most {MAX_SOCKET_PATH}, the limit of Unix sockets: choose a shorter runtime_dir"
+            )
+        return
+    if scheme != "tcp" or not separator:
+        raise ConfigError(f"{name}: got {given!r}, expected ipc://PATH or tcp://127.0.0.1:PORT")
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{name}: got {given!r}, expected a port from 1 to 65535 after the host")
+    if not _is_loopback(host):
+        raise ConfigError(
+            f"{name}: got {given!r}, expected ipc://PATH or a loopback address: whoever reaches "
+            "any other could steer the engines, and encryption with CURVE keys is not there yet"
+        )
+    if not insecure:
+        raise ConfigError(
+            f"{name}: got {given!r}, expected insecure = true beside it: every local user can "
+            "connect to a tcp:// address; ipc:// keeps others out by file permissions"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_together(settings: Settings) -> None:
+    control = settings.control
+    if control.heartbeat_s > control.ttl_s / 2:
+        raise ConfigError(
+            f"control.heartbeat_s: got {control.heartbeat_s}, expected at most half of "
+            f"control.ttl_s ({control.ttl_s}): policies would expire between heartbeats"
+        )
+    if control.engine_timeout_s < control.ttl_s:
+        raise ConfigError(
+            f"control.engine_timeout_s: got {control.engine_timeout_s}, expected at least "
+            f"control.ttl_s ({control.ttl_s})"
+        )
+    url = settings.redis.url
+    if url and not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ConfigError(
+            f"redis.url: got {_redacted(url)!r}, expected redis://, rediss:// or unix://, or empty "
+            "for an embedded Valkey"
+        )
+    if not url and len(os.fsencode(settings.embedded_socket)) > MAX_SOCKET_PATH:
+        raise ConfigError(
+            f"runtime_dir: got {settings.runtime_dir!r}, too long for the Unix socket of the "
+            f"embedded Valkey ({MAX_SOCKET_PATH} bytes): choose a shorter one, or set redis.url"
+        )
+    if settings.endpoint == settings.bus_endpoint:
+        raise ConfigError(
+            f"bus_endpoint: got {settings.bus_endpoint!r}, expected another address than endpoint"
+        )
+
+
+def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose value differs, as (old, new)."""
+    before = _flatten(msgspec.to_builtins(old))
+    after = _flatten(msgspec.to_builtins(new))
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}

@@ -1,0 +1,374 @@
+"""The loop: receive all, decide for the newest, publish, then learn. Nothing else lives in it.
+
+It never queues work: however many reports have come, each engine gets one decision, for its newest
+report. Policies go out before anything is learned or published on the bus. Whatever a peer sends,
+the loop goes on: bad input is counted, told once in a while, and dropped whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+from smartspec.daemon.config import Settings
+from smartspec.daemon.engines import Engine, Observation, RosterGap
+from smartspec.daemon.event_bus import (
+    Bus,
+    DecisionEvent,
+    EngineEvent,
+    LoopEvent,
+    NoteEvent,
+    StepEvent,
+)
+from smartspec.daemon.policy import Decision, Planner
+from smartspec.engine_adapter import messages
+from smartspec.engine_adapter.messages import (
+    DaemonMessage,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    MessageError,
+    Refused,
+    Resync,
+    StepReport,
+)
+
+log = logging.getLogger("smartspec.daemon")
+
+MAX_FRAMES_PER_CYCLE = 4096
+NOTE_EVERY_S = 1.0  #: at most one note per engine and second; all are counted
+RETIRED_KEPT = 64
+RESYNC_EVERY_S = 0.1  #: an engine in full flow is asked only so often
+
+
+class Transport(Protocol):
+    """What the loop needs of transport.Server."""
+
+    def wait(self, timeout_s: float) -> bool: ...
+    def receive(self) -> tuple[bytes, bytes] | None: ...
+    def send(self, peer: bytes, frame: bytes) -> None: ...
+    def close(self) -> None: ...
+
+
+class Session:
+    """An engine as the loop holds it: state, planner, and where it is."""
+
+    def __init__(self, peer: bytes, engine: Engine, planner: Planner, now: float) -> None:
+        self.peer = peer
+        self.engine = engine
+        self.planner = planner
+        self.heard_at = now
+        self.noted_at = -1e9
+        self.decision: Decision | None = None
+        self.decide_s = 0.0
+        self.learn_s = 0.0
+
+
+class ControlLoop:
+    """Steers all engines that connect.
+
+    Parameters
+    ----------
+    settings : see config.py
+    transport : frames from and to engines
+    bus : where everything that happens is published
+    clock : monotonic seconds, for all timing
+    wall : seconds of the calendar, for events only
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        transport: Transport,
+        bus: Bus,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._transport = transport
+        self._bus = bus
+        self._clock = clock
+        self._wall = wall
+        self.epoch = secrets.randbits(48)
+        self._heartbeat = messages.encode(Heartbeat(daemon_epoch=self.epoch))
+        self._by_peer: dict[bytes, Session] = {}
+        self._by_name: dict[str, Session] = {}
+        self._retired: dict[str, Engine] = {}  # what was learned, should they come back
+        self._resynced_at: dict[bytes, float] = {}
+        self._next_heartbeat_at = clock()
+        self._next_tidy_at = clock()
+        self.counters: Counter[str] = Counter()
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def cycle(self, timeout_s: float) -> str | None:
+        """One turn; returns the reason of the last decision made, if any.
+
+        Waits at most ``timeout_s`` for something to arrive.
+        """
+        reason = None
+        until_heartbeat_s = self._next_heartbeat_at - self._clock()
+        if self._transport.wait(max(0.0, min(timeout_s, until_heartbeat_s))):
+            arrived = self._receive()
+            for session in arrived:
+                reason = self._decide(session) or reason
+            for session, observations in arrived.items():
+                self._learn(session, observations)
+        self._keep_time()
+        return reason
+
+    def _receive(self) -> dict[Session, list[Observation]]:
+        arrived: dict[Session, list[Observation]] = {}
+        for _ in range(MAX_FRAMES_PER_CYCLE):
+            received = self._transport.receive()
+            if received is None:
+                break
+            peer, frame = received
+            session = self._by_peer.get(peer)
+            try:
+                self._take(peer, messages.decode_engine_message(frame), session, arrived)
+            except RosterGap as gap:
+                self._ask_again(peer, str(gap))
+            except MessageError as error:
+                self._refuse_frame(peer, session, error)
+        return arrived
+
+    def _take(
+        self,
+        peer: bytes,
+        message: messages.EngineMessage,
+        session: Session | None,
+        arrived: dict[Session, list[Observation]],
+    ) -> None:
+        match message:
+            case StepReport():
+                if session is None or session.engine.hello.epoch != message.epoch:
+                    self._ask_again(peer, "no Hello of this epoch was received")
+                    return
+                session.heard_at = self._clock()
+                missed = session.engine.num_missed
+                observation = session.engine.observe(message)
+                arrived.setdefault(session, []).append(observation)
+                self.counters["reports"] += 1
+                self.counters["steps_missed"] += session.engine.num_missed - missed
+            case Hello():
+                self._welcome(peer, message)
+            case Goodbye():
+                if session is not None and session.engine.hello.epoch == message.epoch:
+                    self._forget(session, "left")
+
+    def _decide(self, session: Session) -> str | None:
+        began = self._clock()
+        try:
+            decision = session.planner.decide()
+        except Exception:
+            self._count_failure("deciding", session)
+            return None
+        if decision is None:
+            return None
+        if self._settings.mode == "control":
+            self._send(session.peer, decision.policy)
+        session.decision = decision
+        session.decide_s = self._clock() - began
+        self.counters["decisions"] += 1
+        return decision.policy.reason
+
+    def _learn(self, session: Session, observations: list[Observation]) -> None:
+        began = self._clock()
+        predicted: list[float | None] = []
+        for observation in observations:
+            try:
+                predicted.append(session.engine.learn(observation))
+                session.planner.prober.account(observation)
+            except Exception:
+                predicted.append(None)
+                self._count_failure("learning", session)
+        session.learn_s = (self._clock() - began) / len(observations)
+        for observation, seconds in zip(observations, predicted, strict=True):
+            self._bus.publish(self._step_event(session, observation, seconds))
+        if session.decision is not None:
+            self._bus.publish(self._decision_event(session, session.decision))
+            session.decision = None
+
+    def _count_failure(self, doing: str, session: Session) -> None:
+        """A fault of ours costs one engine one decision, never the loop."""
+        self.counters[f"failures_{doing}"] += 1
+        if self.counters[f"failures_{doing}"] == 1:
+            log.exception("error while %s for engine %s", doing, session.engine.name)
+
+    # -- engines come and go --------------------------------------------------------------------
+
+    def _welcome(self, peer: bytes, hello: Hello) -> None:
+        known = self._by_name.get(hello.engine)
+        if known is not None and known.engine.hello == hello:
+            # The same engine over a new connection, or reminded by a Resync.
+            self._by_peer.pop(known.peer, None)
+            known.peer = peer
+            known.heard_at = self._clock()
+            self._by_peer[peer] = known
+            self._transport.send(peer, self._heartbeat)
+            return
+        if known is None and len(self._by_name) >= self._settings.control.max_engines:
+            self._refuse_engine(peer, hello, "control.max_engines is reached")
+            return
+        if known is not None and self._in_use(known, hello):
+            self._refuse_engine(peer, hello, f"another engine is called {hello.engine!r}")
+            return
+        if known is not None:
+            self._forget(known, "replaced")
+        engine = Engine(hello, self._retired.pop(hello.engine, None))
+        control = self._settings.control
+        planner = Planner(
+            engine,
+            daemon_epoch=self.epoch,
+            ttl_s=control.ttl_s,
+            fallback_s=control.fallback_s,
+            probe_share=control.probe_share if self._settings.mode == "control" else 0.0,
+            seed_sweep=control.seed_sweep and self._settings.mode == "control",
+        )
+        session = Session(peer, engine, planner, self._clock())
+        self._by_peer[peer] = self._by_name[engine.name] = session
+        self._transport.send(peer, self._heartbeat)
+        self.counters["engines_connected"] += 1
+        log.info("engine %s connected (epoch %d)", engine.name, hello.epoch)
+        self._publish_engine(session, "connected")
+
+    def _in_use(self, known: Session, hello: Hello) -> bool:
+        """Whether the name belongs to another engine that is alive."""
+        alive = self._clock() - known.heard_at < self._settings.control.ttl_s
+        return alive and known.engine.num_reports > 0 and known.engine.hello.epoch != hello.epoch
+
+    def _refuse_engine(self, peer: bytes, hello: Hello, why: str) -> None:
+        self.counters["engines_refused"] += 1
+        log.warning("engine %s refused: %s", hello.engine, why)
+        self._send(peer, Refused(daemon_epoch=self.epoch, reason=why))
+        self._bus.publish(NoteEvent(engine=hello.engine, level="warning", kind="refused", text=why))
+
+    def _forget(self, session: Session, state: str) -> None:
+        self._by_peer.pop(session.peer, None)
+        if self._by_name.get(session.engine.name) is session:
+            del self._by_name[session.engine.name]
+            self._retired[session.engine.name] = session.engine
+            if len(self._retired) > RETIRED_KEPT:
+                del self._retired[next(iter(self._retired))]
+        log.info("engine %s %s", session.engine.name, state)
+        self._publish_engine(session, state)
+
+    def _ask_again(self, peer: bytes, why: str) -> None:
+        now = self._clock()
+        if now - self._resynced_at.get(peer, -1e9) < RESYNC_EVERY_S:
+            return
+        if len(self._resynced_at) > 4096:
+            self._resynced_at.clear()
+        self._resynced_at[peer] = now
+        self.counters["resyncs"] += 1
+        self._send(peer, Resync(daemon_epoch=self.epoch, reason=why))
+
+    def _refuse_frame(self, peer: bytes, session: Session | None, error: MessageError) -> None:
+        self.counters["frames_refused"] += 1
+        name = session.engine.name if session else ""
+        if session is not None:
+            session.engine.num_refused += 1
+            if self._clock() - session.noted_at < NOTE_EVERY_S:
+                return
+            session.noted_at = self._clock()
+            self._bus.publish(
+                NoteEvent(engine=name, level="warning", kind="bad_frame", text=str(error))
+            )
+        elif self.counters["frames_refused"] == 1:
+            log.warning("frame from an unknown peer refused: %s", error)
+
+    # -- time -----------------------------------------------------------------------------------
+
+    def _keep_time(self) -> None:
+        now = self._clock()
+        if now >= self._next_heartbeat_at:
+            self._next_heartbeat_at = now + self._settings.control.heartbeat_s
+            for peer in self._by_peer:
+                self._transport.send(peer, self._heartbeat)
+        if now >= self._next_tidy_at:
+            self._next_tidy_at = now + 1.0
+            timeout_s = self._settings.control.engine_timeout_s
+            for session in list(self._by_name.values()):
+                if now - session.heard_at > timeout_s:
+                    self._forget(session, "lost")
+            self._bus.publish(
+                LoopEvent(
+                    t_s=self._wall(),
+                    num_engines=len(self._by_name),
+                    counters=dict(self.counters),
+                )
+            )
+
+    def close(self) -> None:
+        self._transport.close()
+
+    # -- saying what happened -------------------------------------------------------------------
+
+    def _send(self, peer: bytes, message: DaemonMessage) -> None:
+        self._transport.send(peer, messages.encode(message))
+
+    def _publish_engine(self, session: Session, state: str) -> None:
+        hello = session.engine.hello
+        self._bus.publish(
+            EngineEvent(
+                engine=session.engine.name,
+                epoch=hello.epoch,
+                state=state,
+                fingerprint=messages.to_plain(hello.fingerprint),
+                limits=messages.to_plain(hello.limits),
+            )
+        )
+
+    def _step_event(
+        self, session: Session, observation: Observation, predicted_s: float | None
+    ) -> StepEvent:
+        report = observation.report
+        return StepEvent(
+            engine=session.engine.name,
+            seq=report.seq,
+            t_s=self._wall(),
+            num_running=len(observation.batch.ids),
+            num_waiting=report.num_waiting,
+            kv_usage=report.kv_usage,
+            step_s=report.step_s,
+            target_s=report.target_s,
+            draft_s=report.draft_s,
+            num_drafted=int(observation.num_drafted.sum()),
+            num_accepted=int(observation.num_accepted.sum()),
+            num_emitted=observation.num_emitted,
+            num_prefill_tokens=report.num_prefill_tokens,
+            context_tokens=report.context_tokens,
+            source=report.source,
+            staleness_steps=observation.staleness_steps,
+            predicted_step_s=predicted_s,
+        )
+
+    def _decision_event(self, session: Session, decision: Decision) -> DecisionEvent:
+        policy = decision.policy
+        counts = [0] * (session.engine.max_length + 1)
+        for length in decision.lengths.tolist():
+            counts[length] += 1
+        return DecisionEvent(
+            engine=session.engine.name,
+            policy_seq=policy.seq,
+            report_seq=policy.report_seq,
+            t_s=self._wall(),
+            steering=self._settings.mode == "control",
+            reason=policy.reason,
+            value_of_time=policy.value_of_time,
+            depth=policy.depth,
+            mode=policy.curves[0].mode,
+            length_counts=tuple(counts),
+            predicted_goodput=decision.goodput,
+            predicted_goodput_none=decision.goodput_none,
+            predicted_goodput_static=decision.goodput_static,
+            acceptance=tuple(session.engine.acceptance.pooled_hazards()),
+            num_probes=policy.num_probes,
+            decide_s=session.decide_s,
+            learn_s=session.learn_s,
+        )

@@ -1,0 +1,262 @@
+"""One connected engine: who it is, who is in its batch, and what has been learned about it.
+
+Everything that an engine sends is checked here, before anything is learned from it: a report is
+either taken whole or refused whole, with the field's name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from smartspec.engine_adapter.lengths import I64, bucket_index
+from smartspec.engine_adapter.messages import (
+    MAX_BATCH,
+    MAX_STEP_S,
+    BucketAxis,
+    Hello,
+    MessageError,
+    Roster,
+    StepReport,
+    align,
+    require,
+    unpack,
+)
+from smartspec.estimators.acceptance import AcceptanceEstimator
+from smartspec.estimators.features import BUCKET_EDGES
+from smartspec.estimators.step_cost import StepCost, StepShape
+
+U8 = npt.NDArray[np.uint8]
+MAX_TOKENS = 1 << 28  #: no step has more of anything
+POLICIES_KEPT = 64  #: to tell how late a report's policy was
+SMOOTHING = 0.1  #: of load between reports
+
+
+class RosterGap(MessageError):
+    """The report refers to a roster that never arrived."""
+
+
+class Batch(NamedTuple):
+    """Who was in a step; the same object for all reports of one roster."""
+
+    version: int
+    ids: npt.NDArray[np.uint64]  #: [B]
+    weight: npt.NDArray[np.float32] | None
+    floor: U8 | None
+
+
+class Observation(NamedTuple):
+    """A report that has passed all checks, as arrays."""
+
+    report: StepReport
+    batch: Batch
+    num_drafted: U8  #: [B]
+    num_accepted: U8  #: [B]
+    num_available: U8  #: [B]
+    num_emitted: int
+    buckets: I64  #: [B]
+    staleness_steps: int | None  #: steps between the report that its policy knew and this one
+
+    @property
+    def drafted_any(self) -> bool:
+        return bool(self.num_drafted.any())
+
+
+class Engine:
+    """State of one engine epoch.
+
+    Parameters
+    ----------
+    hello : its introduction
+    previous : the same engine before its restart; what it learned is kept when the fingerprint
+        and the longest length are the same
+    """
+
+    def __init__(self, hello: Hello, previous: Engine | None = None) -> None:
+        limits = hello.limits
+        require(
+            list(limits.graph_sizes) == sorted(limits.graph_sizes), "limits.graph_sizes: must rise"
+        )
+        require(len(limits.modes) > 0, "limits.modes: at least one is needed")
+        require(len(limits.features) <= 64, "limits.features: more than 64")
+        self.hello = hello
+        self.name = hello.engine
+        self.max_length = limits.max_length
+        self.axes = tuple(
+            BucketAxis(feature=name, edges=BUCKET_EDGES[name])
+            for name in limits.features
+            if name in BUCKET_EDGES
+        )
+        self._edges = [np.array(axis.edges) for axis in self.axes]
+        self._feature_rows = [limits.features.index(axis.feature) for axis in self.axes]
+        self.is_warm = False
+        if previous is not None and (
+            (previous.hello.fingerprint, previous.max_length) == (hello.fingerprint, self.max_length)
+            and previous.axes == self.axes
+        ):
+            self.acceptance = previous.acceptance
+            self.step_cost = previous.step_cost
+            self.acceptance.forget_requests()
+            self.is_warm = previous.num_reports > 100
+        else:
+            num_buckets = math.prod(len(edges) + 1 for edges in self._edges)
+            self.acceptance = AcceptanceEstimator(num_buckets, max(1, self.max_length))
+            self.step_cost = StepCost(graph_sizes=limits.graph_sizes)
+
+        self.batch: Batch | None = None
+        self.last: Observation | None = None
+        self.last_bucket: I64 = np.zeros(0, np.int64)  #: [B], of the newest drafts there were
+        self.prefill_tokens = 0.0  #: smoothed, per step
+        self.last_seq = 0
+        self.num_reports = 0
+        self.num_missed = 0  #: steps that no report told of
+        self.num_repeated = 0  #: reports that came twice or out of order
+        self.num_refused = 0  #: reports that could not be believed
+        self.policy_seq = 0
+        self._report_of_policy: OrderedDict[int, int] = OrderedDict()
+
+    # -- reports --------------------------------------------------------------------------------
+
+    def observe(self, report: StepReport) -> Observation:
+        """Check a report and take over its batch and load; raises `MessageError`.
+
+        Learns nothing yet: that is `learn`, after the policy has gone out.
+        """
+        require(report.epoch == self.hello.epoch, "epoch: not the one of this engine's Hello")
+        if report.seq <= self.last_seq:
+            self.num_repeated += 1
+            raise MessageError(f"seq: {report.seq} after {self.last_seq}")
+        batch = self._batch_of(report)
+        observation = self._check(report, batch)
+        self.num_missed += report.seq - self.last_seq - 1
+        self.last_seq = report.seq
+        self.num_reports += 1
+        self._follow(observation)
+        return observation
+
+    def _batch_of(self, report: StepReport) -> Batch:
+        roster = report.roster
+        if roster is None or (self.batch is not None and self.batch.version == roster.version):
+            if self.batch is None or self.batch.version != report.roster_version:
+                raise RosterGap(f"roster_version: {report.roster_version} was never received")
+            return self.batch
+        require(roster.version == report.roster_version, "roster.version: not roster_version")
+        return _read_roster(roster, self.hello.limits.max_num_running)
+
+    def _check(self, report: StepReport, batch: Batch) -> Observation:
+        _check_seconds(report)
+        for name in ("num_prefill_tokens", "context_tokens", "num_draft_forwards"):
+            require(getattr(report, name) <= MAX_TOKENS, f"{name}: {getattr(report, name)}")
+        for name in ("num_draft_tokens", "num_catch_up_tokens", "num_waiting"):
+            require(getattr(report, name) <= MAX_TOKENS, f"{name}: {getattr(report, name)}")
+        size = (len(batch.ids),)
+        drafted = unpack(report.num_drafted, "u8", size, "num_drafted", 0)
+        accepted = unpack(report.num_accepted, "u8", size, "num_accepted", 0)
+        emitted = unpack(report.num_emitted, "u8", size, "num_emitted", 1)
+        available = unpack(report.num_available, "u8", size, "num_available", self.max_length)
+        require(bool((accepted <= drafted).all()), "num_accepted: more than drafted")
+        require(bool((drafted <= self.max_length).all()), "num_drafted: over limits.max_length")
+        require(bool((emitted <= accepted + 1).all()), "num_emitted: more than accepted + 1")
+        names = self.hello.limits.features
+        features = unpack(report.features, "f32", (len(names), *size), "features", 0.0)
+        columns = [features[row] for row in self._feature_rows]
+        buckets = bucket_index(self._edges, columns)
+        if not self.axes:
+            buckets = np.zeros(size, np.int64)
+        known = self._report_of_policy.get(report.policy_seq)
+        staleness = None if known is None else report.seq - known
+        return Observation(
+            report, batch, drafted, accepted, available, int(emitted.sum()), buckets, staleness
+        )
+
+    def _follow(self, observation: Observation) -> None:
+        batch = observation.batch
+        fresh = observation.buckets
+        if batch is not self.batch:
+            old = self.last_bucket
+            at = np.full(len(batch.ids), -1)
+            if self.batch is not None:
+                at = align(self.batch.ids, batch.ids)
+            self.last_bucket = np.where(at >= 0, old[at], fresh) if len(old) else fresh.copy()
+            self.batch = batch
+        if self.hello.limits.drafts_known_first:
+            # Without a match the features say nothing about the next match.
+            self.last_bucket = np.where(observation.num_available > 0, fresh, self.last_bucket)
+        else:
+            self.last_bucket = fresh
+        prefill = observation.report.num_prefill_tokens
+        self.prefill_tokens += SMOOTHING * (prefill - self.prefill_tokens)
+        self.last = observation
+
+    # -- learning -------------------------------------------------------------------------------
+
+    def learn(self, observation: Observation) -> float | None:
+        """Take a step into both models; returns the seconds that were predicted for it."""
+        report, batch = observation.report, observation.batch
+        drafted = observation.num_drafted
+        if len(batch.ids):
+            rows = self.acceptance.rows(batch.ids)
+            if self.hello.limits.drafts_known_first:
+                self.acceptance.learn_presence(rows, observation.num_available > 0)
+            tried = np.flatnonzero(drafted)
+            if len(tried):
+                self.acceptance.learn_many(
+                    rows[tried],
+                    observation.buckets[tried],
+                    drafted[tried],
+                    observation.num_accepted[tried],
+                )
+        shape = StepShape(
+            batch=len(batch.ids),
+            verify_tokens=len(batch.ids) + int(drafted.sum()) + report.num_prefill_tokens,
+            prefill_tokens=report.num_prefill_tokens,
+            context_tokens=report.context_tokens,
+            draft_forwards=report.num_draft_forwards,
+            draft_tokens=report.num_draft_tokens,
+            catch_up_tokens=report.num_catch_up_tokens,
+        )
+        if not len(batch.ids) and not report.num_prefill_tokens:
+            return None
+        residual = self.step_cost.observe(shape, report.target_s, report.draft_s, report.step_s)
+        return residual.predicted_s
+
+    # -- policies -------------------------------------------------------------------------------
+
+    def next_policy_seq(self, report_seq: int) -> int:
+        self.policy_seq += 1
+        self._report_of_policy[self.policy_seq] = report_seq
+        if len(self._report_of_policy) > POLICIES_KEPT:
+            self._report_of_policy.popitem(last=False)
+        return self.policy_seq
+
+
+def _read_roster(roster: Roster, max_num_running: int) -> Batch:
+    size, rest = divmod(len(roster.request_ids), 8)
+    require(rest == 0, f"request_ids: {len(roster.request_ids)} bytes, expected 8 per request")
+    allowed = min(MAX_BATCH, max_num_running)
+    require(size <= allowed, f"request_ids: {size} requests, at most {allowed} were announced")
+    ids = unpack(roster.request_ids, "u64", (size,), "request_ids")
+    require(len(np.unique(ids)) == size, "request_ids: not unique")
+    weight: Any = None
+    if roster.weight:
+        weight = unpack(roster.weight, "f32", (size,), "weight")
+        require(bool((weight > 0).all()), "weight: must be > 0")
+    floor = unpack(roster.floor, "u8", (size,), "floor") if roster.floor else None
+    return Batch(roster.version, ids, weight, floor)
+
+
+def _check_seconds(report: StepReport) -> None:
+    for name in ("step_s", "target_s", "draft_s"):
+        value = getattr(report, name)
+        if value is None:
+            continue
+        if not 0 <= value <= MAX_STEP_S:  # refuses NaN too
+            raise MessageError(f"{name}: {value}, expected 0 to {MAX_STEP_S:.0f} seconds")
+    require(report.step_s > 0, "step_s: 0, a step takes time")
+    parts = (report.target_s or 0.0) + (report.draft_s or 0.0)
+    require(parts <= report.step_s * 1.001 + 1e-6, "target_s + draft_s: more than step_s")
+    require(0 <= report.kv_usage <= 1.0, f"kv_usage: {report.kv_usage}, expected 0 to 1")

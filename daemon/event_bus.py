@@ -1,0 +1,238 @@
+"""What the daemon does, published lossily for other processes (Redis, Prometheus, inspect).
+
+A ZeroMQ PUB socket: the daemon never waits for a reader. Three frames per event: topic (the
+event's tag), sequence (u64, little-endian, counted per topic) and the event in MessagePack. When a
+reader is slow, ZeroMQ drops for that reader alone, unseen by the publisher; so it is the reader
+that counts what it has missed, by the gaps in the sequence.
+
+Evolution follows the wire's rules (engine_adapter/messages.py): append only, new fields have
+defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Literal, Protocol
+
+import msgspec
+import zmq
+from msgspec import Struct, field
+
+SEND_HIGH_WATER = 1000  #: events queued per reader before it misses some
+
+
+class Event(Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True):
+    """``t_s``: when, in seconds since the Unix epoch (for people; intervals are in the fields)."""
+
+    t_s: float = field(default_factory=time.time)
+
+
+class StepEvent(Event, frozen=True, kw_only=True, gc=False, tag="step"):
+    """An engine's step, as reported."""
+
+    engine: str
+    seq: int
+    num_running: int
+    step_s: float
+    num_waiting: int = 0
+    kv_usage: float = 0.0  #: share of the KV room, 0 to 1
+    target_s: float | None = None
+    draft_s: float | None = None
+    num_drafted: int = 0  #: draft tokens verified, over the batch
+    num_accepted: int = 0
+    num_emitted: int = 0
+    num_prefill_tokens: int = 0
+    context_tokens: int = 0
+    source: str = "own"  #: who chose the lengths: "policy", "probe", "fallback", "own"
+    staleness_steps: int = 0  #: steps between the report that the policy knew and this one
+    predicted_step_s: float | None = None  #: None: no model yet
+
+
+class DecisionEvent(Event, frozen=True, kw_only=True, gc=False, tag="decision"):
+    """A policy: what was decided, why, and what it should bring."""
+
+    engine: str
+    policy_seq: int
+    report_seq: int
+    steering: bool  #: False: observe mode, or refused; nothing was sent
+    reason: str
+    value_of_time: float = 0.0  #: tokens per second
+    depth: int = 0
+    mode: str = "ragged"
+    length_counts: tuple[int, ...] = ()  #: [K + 1], requests at length 0, 1, ...
+    predicted_goodput: float = 0.0  #: tokens per second
+    predicted_goodput_none: float = 0.0  #: at length 0 for all
+    predicted_goodput_static: float = 0.0  #: at the engine's own static length
+    acceptance: tuple[float, ...] = ()  #: [K], pooled P(accept at depth j | reached j)
+    num_probes: int = 0
+    decide_s: float = 0.0
+    learn_s: float = 0.0
+
+
+class EngineEvent(Event, frozen=True, kw_only=True, tag="engine"):
+    """An engine came or went."""
+
+    engine: str
+    epoch: int
+    state: Literal["connected", "left", "lost", "refused"]
+    fingerprint: dict[str, str] = {}
+    limits: dict[str, object] = {}
+
+
+class NoteEvent(Event, frozen=True, kw_only=True, gc=False, tag="note"):
+    """Something that an operator may want to know: bad frames, gaps, drift, a restart."""
+
+    kind: str  #: a short name, one of few
+    text: str
+    engine: str = ""  #: empty: not about one engine
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class LoopEvent(Event, frozen=True, kw_only=True, tag="loop"):
+    """The daemon itself, once a second."""
+
+    num_engines: int = 0
+    counters: dict[str, int] = {}  #: totals since the daemon started
+
+
+BusEvent = StepEvent | DecisionEvent | EngineEvent | NoteEvent | LoopEvent
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(BusEvent)
+_TOPICS = {
+    kind: str(kind.__struct_config__.tag).encode()
+    for kind in (StepEvent, DecisionEvent, EngineEvent, NoteEvent, LoopEvent)
+}
+
+
+def encode(event: BusEvent) -> bytes:
+    """The last frame of an event."""
+    return _encoder.encode(event)
+
+
+class Bus(Protocol):
+    """Where the loop says what it does. Never blocks, never raises."""
+
+    def publish(self, event: BusEvent) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NullBus:
+    """A bus that nobody listens to."""
+
+    def publish(self, event: BusEvent) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class EventBus:
+    """The publishing end. Not thread-safe: one thread publishes.
+
+    Attributes
+    ----------
+    num_dropped : events that could not be handed to ZeroMQ at all
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._seq = dict.fromkeys(_TOPICS, 0)
+        self.num_dropped = 0
+
+    @classmethod
+    def bind(cls, endpoint: str) -> EventBus:
+        """Publish at ``endpoint``; an ipc socket gets mode 0660. Raises zmq.ZMQError."""
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
+        socket.sndhwm = SEND_HIGH_WATER
+        socket.linger = 0
+        # By umask and not by chmod after: there is no moment in which others could connect.
+        umask = os.umask(0o117)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError:
+            socket.close()
+            raise
+        finally:
+            os.umask(umask)
+        return cls(socket)
+
+    def publish(self, event: BusEvent) -> None:
+        kind = type(event)
+        seq = self._seq[kind] = self._seq[kind] + 1
+        try:
+            self._socket.send_multipart(
+                (_TOPICS[kind], seq.to_bytes(8, "little"), _encoder.encode(event)),
+                zmq.NOBLOCK,
+                copy=True,
+            )
+        except (zmq.ZMQError, msgspec.MsgspecError, OverflowError, TypeError):
+            self.num_dropped += 1
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Subscriber:
+    """The reading end: newest events as they come, and a count of those missed.
+
+    Attributes
+    ----------
+    num_missed : events dropped because this reader was slow, by topic
+    num_bad : frames that were not events of this version
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._seq: dict[bytes, int] = {}
+        self.num_missed: dict[str, int] = {}
+        self.num_bad = 0
+
+    def poll(self, timeout_s: float) -> BusEvent | None:
+        """The next event, or None when none came within ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or not self._socket.poll(max(1, int(left_s * 1000))):
+                    return None
+                continue
+            if (event := self._decode(frames)) is not None:
+                return event
+
+    def _decode(self, frames: list[bytes]) -> BusEvent | None:
+        try:
+            topic, seq_bytes, payload = frames
+            event: BusEvent = _decoder.decode(payload)
+        except (ValueError, msgspec.DecodeError):
+            self.num_bad += 1
+            return None
+        seq = int.from_bytes(seq_bytes, "little")
+        last = self._seq.get(topic)
+        # A smaller number is a publisher that started again, not a gap.
+        if last is not None and seq > last + 1:
+            name = topic.decode("ascii", "replace")
+            self.num_missed[name] = self.num_missed.get(name, 0) + seq - last - 1
+        self._seq[topic] = seq
+        return event
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def subscribe(endpoint: str, topics: tuple[str, ...] = ("",)) -> Subscriber:
+    """Read the events of ``topics`` (tags; "": all) published at ``endpoint``, now or later."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+    socket.rcvhwm = SEND_HIGH_WATER
+    socket.linger = 0
+    # The daemon may start after its readers, or restart: look again soon, then less often.
+    socket.reconnect_ivl = 50
+    socket.reconnect_ivl_max = 2000
+    for topic in topics:
+        socket.subscribe(topic)
+    socket.connect(endpoint)
+    return Subscriber(socket)

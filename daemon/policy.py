@@ -1,0 +1,187 @@
+"""From what is known of an engine to its next policy, with the reason in words. Does no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from smartspec.daemon import goodput
+from smartspec.daemon.engines import Engine
+from smartspec.daemon.goodput import Optimum
+from smartspec.daemon.probing import Prober
+from smartspec.engine_adapter.lengths import (
+    F64,
+    I64,
+    CostCurve,
+    DraftCost,
+    Ladder,
+    request_survivals,
+    step_seconds,
+)
+from smartspec.engine_adapter.messages import Curve, Policy, pack
+from smartspec.estimators.step_cost import StepShape
+
+FALLBACK_EVERY = 50  #: decisions between two fallback tables: it changes slowly
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A policy and what was expected of the alternatives, in tokens per second."""
+
+    policy: Policy
+    lengths: I64  #: [B], what it means for the batch last reported
+    goodput: float
+    goodput_none: float  #: length 0 for all
+    goodput_static: float  #: the engine's own length for all
+
+
+class Planner:
+    """Decides for one engine.
+
+    Parameters
+    ----------
+    engine : state and estimates to decide by
+    ttl_s, fallback_s : how long policies hold without a word from the daemon, and their
+        fallback table after that
+    probe_share : share of goodput that probing may cost
+    seed_sweep : try every length at the first start
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        daemon_epoch: int,
+        ttl_s: float = 1.0,
+        fallback_s: float = 60.0,
+        probe_share: float = 0.005,
+        seed_sweep: bool = True,
+    ) -> None:
+        self.engine = engine
+        self.prober = Prober(engine.max_length, probe_share, seed_sweep and not engine.is_warm)
+        self._daemon_epoch = daemon_epoch
+        self._ttl_s = ttl_s
+        self._fallback_s = fallback_s
+        self._fallback: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        self._num_decisions = 0
+
+    def decide(self) -> Decision | None:
+        """The policy for what the engine last reported; None before it decodes anything."""
+        engine, observation = self.engine, self.engine.last
+        if observation is None or engine.max_length == 0 or not len(observation.batch.ids):
+            return None
+        batch = observation.batch
+        rows = engine.acceptance.rows(batch.ids)
+        table = engine.acceptance.log_survival()
+        correction = engine.acceptance.corrections(rows)
+        known_first = engine.hello.limits.drafts_known_first
+        ladder = Ladder(
+            request_survivals(table, engine.last_bucket, correction),
+            batch.weight,
+            batch.floor,
+            None if known_first else observation.num_available,
+            engine.acceptance.presence(rows) if known_first else None,
+        )
+        shape = StepShape(
+            batch=len(batch.ids),
+            verify_tokens=len(batch.ids),
+            prefill_tokens=round(engine.prefill_tokens),
+            context_tokens=observation.report.context_tokens,
+            draft_forwards=0,
+            draft_tokens=0,
+            catch_up_tokens=0,
+        )
+        curves = self._curves(shape)
+        draft = DraftCost(*engine.step_cost.draft_cost())
+        other = round(engine.prefill_tokens)
+        optimum = goodput.solve(ladder, curves, draft, other)
+        none, static = self._alternatives(ladder, curves[0], draft, other)
+        probe_length, num_probes = self.prober.plan(engine, optimum, ladder, curves[0], draft)
+        if self._num_decisions % FALLBACK_EVERY == 0:
+            self._fallback = self._fallback_table(ladder, curves[0], draft)
+        self._num_decisions += 1
+        reason = self._reason(optimum, none, num_probes, probe_length)
+        policy = Policy(
+            epoch=engine.hello.epoch,
+            daemon_epoch=self._daemon_epoch,
+            seq=engine.next_policy_seq(observation.report.seq),
+            report_seq=observation.report.seq,
+            ttl_s=self._ttl_s,
+            value_of_time=optimum.value_of_time,
+            depth=optimum.depth,
+            curves=tuple(
+                Curve(
+                    mode=curve.mode,
+                    num_tokens=pack(curve.num_tokens, "f32"),
+                    seconds=pack(curve.seconds, "f32"),
+                )
+                for curve in curves
+            ),
+            max_length=table.shape[1],
+            log_survival=pack(table, "f32"),
+            axes=engine.axes,
+            draft_fixed_s=draft.fixed_s,
+            draft_per_forward_s=draft.per_forward_s,
+            draft_per_token_s=draft.per_token_s,
+            roster_version=batch.version,
+            correction=pack(correction, "f32"),
+            probe_length=probe_length,
+            num_probes=num_probes,
+            fallback_batch=self._fallback[0],
+            fallback_length=self._fallback[1],
+            fallback_s=self._fallback_s,
+            predicted_goodput=optimum.value_of_time,
+            reason=reason,
+        )
+        return Decision(policy, optimum.choice.lengths, optimum.value_of_time, none, static)
+
+    def _curves(self, shape: StepShape) -> list[CostCurve]:
+        """Seconds by tokens in the pass, wide enough for a batch that has since doubled."""
+        limits = self.engine.hello.limits
+        most = min(2 * shape.batch + 8, limits.max_num_running) * (1 + limits.max_length)
+        num_tokens = self.engine.step_cost.breakpoints(1, most + 2 * shape.prefill_tokens)
+        seconds = self.engine.step_cost.target_curve(shape, num_tokens)
+        return [CostCurve(mode, num_tokens, seconds) for mode in limits.modes]
+
+    def _alternatives(
+        self, ladder: Ladder, curve: CostCurve, draft: DraftCost, other: int
+    ) -> tuple[float, float]:
+        def at(length: int) -> float:
+            lengths, gain = ladder.uniform(length)
+            presence = 1.0 if ladder.presence is None else ladder.presence
+            drafts = np.array(float((lengths * presence).sum()))
+            depth = int(lengths.max(initial=0))
+            num_tokens = ladder.size + other + drafts
+            return gain / float(step_seconds(curve, draft, num_tokens, drafts, depth))
+
+        return at(0), at(self.engine.hello.limits.static_length)
+
+    def _fallback_table(
+        self, ladder: Ladder, curve: CostCurve, draft: DraftCost
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        most = self.engine.hello.limits.max_num_running
+        batches: I64 = np.unique(np.geomspace(1, most, 12).round().astype(np.int64))
+        average: F64 = ladder.worth.mean(axis=0) * (ladder.size / ladder.weight_sum)
+        presence = 1.0 if ladder.presence is None else float(ladder.presence.mean())
+        best = goodput.best_by_batch(average, presence, batches, curve, draft)
+        return tuple(batches.tolist()), tuple(best.tolist())
+
+    def _reason(self, optimum: Optimum, none: float, num_probes: int, probe_length: int) -> str:
+        lengths = optimum.choice.lengths
+        size, report = len(lengths), self.engine.last
+        waiting = report.report.num_waiting if report else 0
+        load = f"{size} running" + (f", {waiting} waiting" if waiting else "")
+        top = int(lengths.max(initial=0))
+        if top == 0:
+            what = "no speculation: drafts would cost more than they bring"
+        elif lengths.min() == top:
+            what = f"length {top} for all"
+        else:
+            what = f"lengths {int(lengths.min())}-{top} (mean {lengths.mean():.1f})"
+        gain = optimum.value_of_time / none - 1 if none > 0 else 0.0
+        reason = f"{load}: {what}; {optimum.value_of_time:.0f} tok/s, {gain:+.0%} over none"
+        if num_probes:
+            kind = "seed sweep" if self.prober.sweeping else "probe"
+            reason += f"; {kind}: length {probe_length} for {num_probes}"
+        return reason

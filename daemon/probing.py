@@ -1,0 +1,113 @@
+"""Trying lengths that would not be chosen, so that their worth stays known.
+
+A controller that never tries a length learns nothing about it: what it believes of deep or switched
+off speculation would stay as it was. Probes are deliberate and paid from a budget, a share of the
+goodput that the engine has earned; they stop while requests wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from smartspec.daemon.engines import Engine, Observation
+from smartspec.daemon.goodput import Optimum
+from smartspec.engine_adapter.lengths import CostCurve, DraftCost, Ladder, step_seconds
+
+SWEEPS = 2  #: times that the first start tries every length
+MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
+BATCH_PROBES = 8  #: requests that share the drafter's forwards in one probe
+MEMORY_TOKENS = 50_000.0  #: earnings beyond this are not saved up
+
+
+class Prober:
+    """One engine's probes.
+
+    Parameters
+    ----------
+    max_length : longest length of the engine
+    share : of goodput that probing may cost, 0 to 1
+    sweep : whether to try all lengths first, outside the budget (a dozen steps, once)
+    """
+
+    def __init__(self, max_length: int, share: float, sweep: bool) -> None:
+        self.share = share
+        self.max_length = max_length
+        self._sweep = list(range(max_length, 0, -1)) * SWEEPS if sweep else []
+        self._tries = 0
+        self._turn = 0
+        self.num_probes = 0
+        self.cost_tokens = 0.0  #: expected tokens given up for probes so far
+        self._purse_tokens = 0.0
+
+    @property
+    def sweeping(self) -> bool:
+        return bool(self._sweep)
+
+    def account(self, observation: Observation) -> None:
+        """Earn from a step, and cross off what it tried of the sweep."""
+        earned = self.share * observation.num_emitted
+        self._purse_tokens = min(self._purse_tokens + earned, self.share * MEMORY_TOKENS)
+        if self._sweep and observation.report.source == "probe":
+            self._tries += 1
+            if observation.drafted_any or self._tries >= MAX_TRIES:
+                self._sweep.pop(0)
+                self._tries = 0
+
+    def plan(
+        self,
+        engine: Engine,
+        optimum: Optimum,
+        ladder: Ladder,
+        curve: CostCurve,
+        draft: DraftCost,
+    ) -> tuple[int, int]:
+        """Length and number of requests to probe in the next step; (0, 0) for none."""
+        observation = engine.last
+        if self.max_length == 0 or ladder.size == 0 or observation is None:
+            return 0, 0
+        if observation.report.num_waiting:
+            return 0, 0
+        if self._sweep:
+            return self._sweep[0], ladder.size
+        length = (2, self.max_length, 1)[self._turn % 3]
+        length = min(length, self.max_length)
+        count = min(ladder.size, BATCH_PROBES) if draft.per_forward_s > 0 else 1
+        cost = self._cost(optimum, ladder, curve, draft, length, count)
+        if cost is None or cost > self._purse_tokens:
+            return 0, 0
+        self._purse_tokens -= cost
+        self.cost_tokens += cost
+        self.num_probes += 1
+        self._turn += 1
+        return length, count
+
+    @staticmethod
+    def _cost(
+        optimum: Optimum,
+        ladder: Ladder,
+        curve: CostCurve,
+        draft: DraftCost,
+        length: int,
+        count: int,
+    ) -> float | None:
+        """Expected tokens lost by the probe: price of its time less what it gains; None: no probe."""
+        lengths = optimum.choice.lengths
+        able: Sequence[int] | np.ndarray = np.flatnonzero(np.minimum(ladder.ceiling, length) > lengths)
+        if not len(able):
+            return None
+        probed = able[np.argsort(lengths[able], kind="stable")[:count]]
+        after = lengths.copy()
+        after[probed] = np.minimum(ladder.ceiling[probed], length)
+        depths = np.arange(ladder.max_length)
+        added = (depths >= lengths[:, None]) & (depths < after[:, None])
+        gain = float(ladder.worth[added].sum())
+
+        def seconds(k: np.ndarray) -> float:
+            drafts = np.array(float(k.sum()))
+            depth = int(k.max(initial=0))
+            return float(step_seconds(curve, draft, ladder.size + drafts, drafts, depth))
+
+        extra_s = seconds(after) - seconds(lengths)
+        return max(0.0, optimum.value_of_time * extra_s - gain)

@@ -1,0 +1,269 @@
+"""Choose speculation lengths for a batch: pure numpy, run by engines at every step.
+
+The choice maximises, over one length k_i per request,
+
+    gain(k) - value_of_time * T(k),        gain(k) = sum_i w_i (1 + sum_{j<=k_i} S_i(j))
+
+where the *survival* ``S_i(j)`` is the probability that at least j drafts of request i are
+accepted, and T is the step's time. With ``value_of_time`` = max_k gain(k) / T(k) this is the
+choice of greatest goodput (Dinkelbach 1967; the objective is SmartSpec's, arXiv 2406.14066,
+section 4). The daemon's solver (daemon/goodput.py) finds that value, with the same `Ladder`.
+
+Why sort-and-scan is exact
+--------------------------
+``w_i S_i(j)`` never rises with j. For a given depth limit D and a given number m of drafted
+tokens in the batch, the greatest gain is that of the m largest items ``(i, j <= D)``; since items
+of one request fall with j, taking the m largest takes a prefix of every request, so it *is* a
+vector of lengths. T depends on the lengths only through D and m (N = tokens verified = B + m).
+Sorting once and scanning the prefix sums against T(m) therefore visits, for every m, the best
+lengths with that m: the best of these is the optimum, for any T(m), monotone or not.
+
+Conditions: (1) survivals do not rise with j, weights are positive; (2) T depends on the lengths
+only through their sum and D, the depth paid for, not on *which* request is drafted for. A floor
+takes its items in advance, a ceiling removes items: both keep the prefixes.
+
+Uniform execution (one length for all, padded) is max_length + 1 more candidates with a cost curve
+of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+RAGGED = "ragged"  #: every request has its own length
+UNIFORM = "uniform"  #: one length for all; shorter requests are padded to it
+
+
+class CostCurve(NamedTuple):
+    """Seconds of one target pass by tokens verified: linear between breakpoints.
+
+    A jump is two breakpoints at neighbouring token counts. Beyond the ends the curve goes on
+    flat on the left and along the last segment on the right.
+    """
+
+    mode: str
+    num_tokens: F64  #: [M >= 1], rising
+    seconds: F64  #: [M], >= 0
+
+    def at(self, num_tokens: npt.ArrayLike) -> F64:
+        """Seconds at ``num_tokens`` (any shape).
+
+        >>> curve = CostCurve("ragged", np.array([1.0, 3.0]), np.array([1.0, 2.0]))
+        >>> curve.at([0, 2, 5]).tolist()
+        [1.0, 1.5, 3.0]
+        """
+        n = np.asarray(num_tokens, np.float64)
+        seconds: F64 = np.interp(n, self.num_tokens, self.seconds)
+        if len(self.num_tokens) > 1:
+            last = self.num_tokens[-1]
+            slope = (self.seconds[-1] - self.seconds[-2]) / (last - self.num_tokens[-2])
+            seconds = seconds + max(slope, 0.0) * np.maximum(n - last, 0.0)
+        return seconds
+
+
+class DraftCost(NamedTuple):
+    """Seconds of speculating: ``fixed_s + per_forward_s * D + per_token_s * sum(k)``, 0 at k = 0."""
+
+    fixed_s: float = 0.0
+    per_forward_s: float = 0.0
+    per_token_s: float = 0.0
+
+
+class Choice(NamedTuple):
+    """Lengths for one step, and what they are expected to bring."""
+
+    lengths: I64  #: [B]
+    mode: str = RAGGED
+    gain: float = 0.0  #: expected weighted tokens of the step
+    seconds: float = 0.0  #: expected time of the step
+    source: str = "policy"  #: "policy", "probe", "fallback" or "own"
+
+    @classmethod
+    def fixed(cls, lengths: I64, source: str) -> Choice:
+        return cls(lengths, source=source)
+
+
+def request_survivals(log_survival: Any, buckets: Any, correction: Any) -> F64:
+    """Survivals of each request: its bucket's, raised to the power of its correction.
+
+    ``S_i(j) = S_bucket(j) ** c_i``: a proportional-hazards model in which c_i = 0 never rejects,
+    1 is as the bucket and 2 is rejected as often again. Falls with j whenever the bucket's does.
+
+    Parameters: ``log_survival`` [num_buckets, K] <= 0; ``buckets`` [B] ints; ``correction`` [B]
+    >= 0. Returns [B, K] in [0, 1].
+
+    >>> request_survivals(np.log([[0.5, 0.25]]), np.array([0, 0]), np.array([1.0, 2.0])).round(4).tolist()
+    [[0.5, 0.25], [0.25, 0.0625]]
+    """
+    return np.exp(log_survival[buckets] * correction[:, None])  # type: ignore[no-any-return]
+
+
+def bucket_index(edges: Sequence[F64], features: Sequence[npt.NDArray[Any]]) -> I64:
+    """Bucket of each request: one digit per axis, the first slowest.
+
+    A digit is the number of an axis' ``edges`` that the request's feature reaches.
+    ``edges``: per axis, rising; ``features``: per axis, [B]. Returns [B] (a single 0 without axes).
+
+    >>> bucket_index([np.array([0.5]), np.array([2.0, 4.0])], [np.array([0.1, 0.9]), np.array([4, 3])])
+    array([2, 4])
+    """
+    index: Any = 0
+    for axis, feature in zip(edges, features, strict=True):
+        index = index * (len(axis) + 1) + np.searchsorted(axis, feature, side="right")
+    return index if len(edges) else np.zeros(1, np.int64)
+
+
+class Ladder:
+    """All draftable items (request, depth) in falling order of worth: the sorted half of the scan.
+
+    Parameters
+    ----------
+    survival : [B, K], rows not rising, in [0, 1]
+    weight : [B] > 0, or None for all 1
+    floor, ceiling : [B] ints, or None; a floor above the ceiling is clipped to it
+    presence : [B] in (0, 1], or None for all 1. Probability that drafts exist at all (prompt
+        lookup finds a match); an item then gains and costs only that share. With None the scan is
+        exact; otherwise it optimises the expected tokens against the time at the expected count.
+    """
+
+    def __init__(
+        self,
+        survival: F64,
+        weight: npt.ArrayLike | None = None,
+        floor: npt.ArrayLike | None = None,
+        ceiling: npt.ArrayLike | None = None,
+        presence: npt.ArrayLike | None = None,
+    ) -> None:
+        size, max_length = survival.shape
+        self.size = size
+        self.max_length = max_length
+        self.worth = survival if weight is None else survival * np.asarray(weight)[:, None]
+        self.presence = None if presence is None else np.asarray(presence, np.float64)
+        top = np.full(size, max_length) if ceiling is None else np.minimum(ceiling, max_length)
+        self.ceiling: I64 = top.astype(np.int64)
+        self.floor: I64 = (
+            np.zeros(size, np.int64)
+            if floor is None
+            else np.minimum(floor, self.ceiling).astype(np.int64)
+        )
+        self.deepest_floor = int(self.floor.max(initial=0))
+        self.weight_sum = float(size if weight is None else np.sum(weight))
+        depths = np.arange(max_length)
+        free = depths < self.ceiling[:, None]
+        self._forced_gain = 0.0
+        if self.floor.any():
+            forced = depths < self.floor[:, None]
+            self._forced_gain = float(self._expected(self.worth)[forced].sum())
+            free &= ~forced
+        flat = np.flatnonzero(free)
+        worth = self.worth.ravel()[flat]
+        order = np.argsort(-worth)
+        flat = flat[order]
+        self._row = flat // max_length if max_length else flat
+        self._depth = flat - self._row * max_length
+        self._worth = worth[order]
+
+    def _expected(self, worth: F64) -> F64:
+        return worth if self.presence is None else worth * self.presence[:, None]
+
+    def down_to(self, depth: int) -> tuple[npt.NDArray[np.intp], F64, F64]:
+        """Rows, gain and drafted tokens after 0, 1, 2, ... of the best items within ``depth``.
+
+        Returns ``rows`` [m], ``gain`` [m + 1] and ``num_drafts`` [m + 1] (floors included).
+        """
+        row, worth = self._row, self._worth
+        if depth < self.max_length:
+            within = self._depth < depth
+            row, worth = row[within], worth[within]
+        gain = np.empty(len(row) + 1)
+        gain[0] = self.weight_sum + self._forced_gain
+        drafts = np.empty(len(row) + 1)
+        if self.presence is None:
+            np.cumsum(worth, out=gain[1:])
+            drafts[:] = np.arange(len(row) + 1)
+            drafts += self.floor.sum()
+        else:
+            share = self.presence[row]
+            np.cumsum(worth * share, out=gain[1:])
+            drafts[0] = self.floor @ self.presence
+            np.cumsum(share, out=drafts[1:])
+            drafts[1:] += drafts[0]
+        gain[1:] += gain[0]
+        return row, gain, drafts
+
+    def lengths(self, rows: npt.NDArray[np.intp], count: int) -> I64:
+        """The lengths that the first ``count`` of ``rows`` make."""
+        return self.floor + np.bincount(rows[:count], minlength=self.size)
+
+    def uniform(self, length: int) -> tuple[I64, float]:
+        """One length for all, within floors and ceilings: (lengths, gain)."""
+        lengths = np.clip(length, self.floor, self.ceiling)
+        taken = np.arange(self.max_length) < lengths[:, None]
+        return lengths, self.weight_sum + float(self._expected(self.worth)[taken].sum())
+
+
+def step_seconds(
+    curve: CostCurve, draft: DraftCost, num_tokens: npt.ArrayLike, drafts: F64, depth: int
+) -> F64:
+    """Seconds of steps that verify ``num_tokens`` of which ``drafts`` were drafted, to ``depth``."""
+    speculating = draft.fixed_s + draft.per_forward_s * depth + draft.per_token_s * drafts
+    return curve.at(num_tokens) + np.where(drafts > 0, speculating, 0.0)
+
+
+def choose_lengths(
+    ladder: Ladder,
+    value_of_time: float,
+    depth: int,
+    curves: Sequence[CostCurve],
+    draft: DraftCost,
+    num_other_tokens: int = 0,
+) -> Choice:
+    """The lengths of greatest ``gain - value_of_time * T``; on ties the fewest drafts.
+
+    Parameters
+    ----------
+    ladder : the batch's items
+    value_of_time : tokens per second that a second is worth (lambda), >= 0
+    depth : longest length to consider; what the drafter is run to
+    curves : cost of the target's pass, one per execution mode that is a candidate
+    num_other_tokens : tokens of the same pass that are not verified (prefill)
+
+    >>> ladder = Ladder(np.array([[0.9, 0.8], [0.2, 0.1]]))
+    >>> curve = CostCurve("ragged", np.array([1.0, 9.0]), np.array([1.0, 5.0]))
+    >>> choose_lengths(ladder, 1.0, 2, [curve], DraftCost()).lengths.tolist()
+    [2, 0]
+    """
+    best: Choice | None = None
+    best_value = -np.inf
+    base = ladder.size + num_other_tokens
+    for curve in curves:
+        if curve.mode == UNIFORM:
+            for length in range(min(depth, ladder.max_length) + 1):
+                lengths, gain = ladder.uniform(length)
+                width = int(lengths.max(initial=0))
+                num_tokens = ladder.size * (1 + width) + num_other_tokens
+                drafts = np.array(float(lengths.sum()))
+                seconds = float(step_seconds(curve, draft, num_tokens, drafts, width))
+                if (value := gain - value_of_time * seconds) > best_value + 1e-12:
+                    best, best_value = Choice(lengths, UNIFORM, gain, seconds), value
+        else:
+            rows, gains, drafts = ladder.down_to(depth)
+            paid_depth = max(depth, ladder.deepest_floor)
+            times = step_seconds(curve, draft, base + drafts, drafts, paid_depth)
+            values = gains - value_of_time * times
+            m = int(np.argmax(values))
+            if values[m] > best_value + 1e-12:
+                best_value = float(values[m])
+                best = Choice(
+                    ladder.lengths(rows, m), RAGGED, float(gains[m]), float(times[m])
+                )
+    if best is None:
+        raise ValueError("no cost curve to choose by: give at least one")
+    return best

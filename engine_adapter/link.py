@@ -1,0 +1,371 @@
+"""EngineLink: the engine's end of the control loop. Never blocks, never raises into a step.
+
+Who chooses the lengths, in this order:
+
+1. *policy*: the newest policy, while the daemon has been heard within its time to live;
+2. *fallback*: the batch-to-length table of the last policy, for ``fallback_s`` after that (a
+   static length on a full engine can tip it over, so the engine does not go back to it at once);
+3. *own*: the engine's configuration, untouched: also when there never was a policy.
+
+Invariants: `choose` and `report` do no I/O that can wait. A report that cannot be sent at once is
+dropped and counted. While the daemon is silent no report is even encoded; a Hello goes out now and
+then instead (liveness with back-off, after ZeroMQ's Paranoid Pirate pattern). Anything that goes
+wrong in here is counted, logged once, and leaves the engine with its own configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import zmq
+
+from smartspec.engine_adapter import messages
+from smartspec.engine_adapter.base import U64, DecodeBatch, FixedLength, LengthSource, StepFacts
+from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.messages import (
+    Goodbye,
+    Heartbeat,
+    Hello,
+    MessageError,
+    Policy,
+    Refused,
+    Resync,
+    Roster,
+    StepReport,
+    pack,
+)
+from smartspec.engine_adapter.program import Program
+
+log = logging.getLogger("smartspec.link")
+
+SILENCE_S = 1.0  #: without any word for so long, the daemon counts as gone
+HELLO_S = (0.1, 1.0)  #: between Hellos to a silent daemon: at first, and at most
+KEEP_ALIVE_S = 5.0  #: an idle engine says that it is still there
+REFUSED_S = 5.0  #: a refused engine asks again after this
+SEND_QUEUE = 64  #: frames that may wait for a slow daemon
+MAX_FRAMES_PER_STEP = 256  #: a flooding daemon may not hold up a step
+ROSTERS_KEPT = 16  #: a policy lags a few reports at most
+
+
+@dataclass(slots=True)
+class LinkStats:
+    """Counters since the link was made; `state` is who chose last."""
+
+    state: str = "own"
+    num_reports_sent: int = 0
+    num_reports_dropped: int = 0
+    num_policies: int = 0
+    num_bad_frames: int = 0
+    num_stale_policies: int = 0
+    num_errors: int = 0
+    num_connections: int = 0
+    last_reason: str = ""
+
+
+class EngineLink:
+    """A `LengthSource` that a daemon steers.
+
+    Parameters
+    ----------
+    endpoint : where the daemon listens, e.g. ``ipc:///run/smartspec/engines.sock``
+    hello : who this engine is and what it can do
+    own : what decides when nobody steers; default: ``hello.limits.static_length`` for all
+    clock : monotonic seconds
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        hello: Hello,
+        own: LengthSource | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.hello = hello
+        self.stats = LinkStats()
+        self._own = own or FixedLength(hello.limits.static_length)
+        self._clock = clock
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, SEND_QUEUE),
+            (zmq.RCVHWM, 256),
+            (zmq.IMMEDIATE, 1),  # queue nothing for a daemon that is not there
+            (zmq.RECONNECT_IVL, 50),
+            (zmq.RECONNECT_IVL_MAX, 1000),
+            (zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES),
+        ):
+            self._socket.setsockopt(option, value)
+        self._socket.connect(endpoint)
+
+        self._program: Program | None = None
+        self._probe_pending = False
+        self._daemon_epoch: int | None = None
+        self._refused_until = -np.inf
+        self._heard_at = -np.inf
+        self._sent_at = -np.inf
+        self._next_hello_at = -np.inf
+        self._hello_wait_s = HELLO_S[0]
+        self._seq = 0
+        self._chosen_by: tuple[int, str] = (0, "own")
+        self._rosters: OrderedDict[int, U64] = OrderedDict()
+        self._roster_version = 0
+        self._roster_batch: DecodeBatch | None = None
+        self._roster_sent = False
+        self._closed = False
+
+    # -- the engine's side ----------------------------------------------------------------------
+
+    def choose(self, batch: DecodeBatch) -> Choice:
+        """Lengths for the step about to run."""
+        try:
+            self._receive()
+            choice = self._steer(batch)
+        except Exception:
+            self._note_error("choosing lengths")
+            self._program = None
+            choice = None
+        if choice is None:
+            choice = self._own.choose(batch)
+        steered = choice.source in ("policy", "probe") and self._program is not None
+        seq = self._program.policy.seq if steered and self._program else 0
+        self._chosen_by = (seq, choice.source)
+        self.stats.state = choice.source
+        return choice
+
+    def report(self, facts: StepFacts) -> None:
+        """Tell the daemon what a step did, if it can be told at once."""
+        self._seq += 1
+        try:
+            self._receive()
+            if not self._in_touch() or not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+                self.stats.num_reports_dropped += 1
+                return
+            self._send_report(facts)
+        except Exception:
+            self._note_error("reporting a step")
+
+    def idle(self) -> None:
+        """Keep in touch while there is nothing to decode: call now and then (10 a second do)."""
+        try:
+            self._receive()
+            if self._in_touch() and self._clock() - self._sent_at > KEEP_ALIVE_S:
+                self._say_hello()
+        except Exception:
+            self._note_error("idling")
+
+    def close(self) -> None:
+        """Say goodbye and let go of the socket; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._daemon_heard():
+                self._socket.setsockopt(zmq.LINGER, 100)
+                self._socket.send(messages.encode(Goodbye(epoch=self.hello.epoch)), zmq.NOBLOCK)
+        except zmq.ZMQError:
+            pass
+        self._socket.close()
+        self._context.term()
+
+    # -- choosing -------------------------------------------------------------------------------
+
+    def _steer(self, batch: DecodeBatch) -> Choice | None:
+        program = self._program
+        if program is None:
+            return None
+        silent_s = self._clock() - self._heard_at
+        if silent_s <= program.policy.ttl_s:
+            choice = program.choose(batch)
+            if self._probe_pending:
+                self._probe_pending = False
+                choice = program.with_probes(choice, batch)
+            return choice
+        if silent_s <= program.policy.ttl_s + program.policy.fallback_s:
+            return program.fallback(batch)
+        self._program = None
+        return None
+
+    # -- receiving ------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Take in everything that has arrived; of several policies the newest counts."""
+        newest: Policy | None = None
+        for _ in range(MAX_FRAMES_PER_STEP):
+            if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                break
+            frame = self._socket.recv(zmq.NOBLOCK)
+            if self._socket.getsockopt(zmq.RCVMORE):
+                self._discard_rest()
+                self._count_bad_frame("more than one frame in a message")
+                continue
+            try:
+                message = messages.decode_daemon_message(frame)
+            except MessageError as error:
+                self._count_bad_frame(str(error))
+                continue
+            self._hear(message.daemon_epoch)
+            match message:
+                case Policy():
+                    if self._is_newer(message, newest):
+                        newest = message
+                    else:
+                        self.stats.num_stale_policies += 1
+                case Resync():
+                    self._roster_sent = False
+                    self._next_hello_at = -np.inf
+                    self._say_hello()
+                case Refused():
+                    self._refuse(message.reason)
+                case Heartbeat():
+                    pass
+        if newest is not None:
+            self._install(newest)
+
+    def _refuse(self, reason: str) -> None:
+        if reason != self.stats.last_reason:
+            log.warning("the daemon refuses this engine, which runs on as configured: %s", reason)
+        self.stats.last_reason = reason
+        self._refused_until = self._clock() + REFUSED_S
+        self._program = None
+
+    def _discard_rest(self) -> None:
+        while self._socket.getsockopt(zmq.RCVMORE):
+            self._socket.recv(zmq.NOBLOCK)
+
+    def _hear(self, daemon_epoch: int) -> None:
+        if daemon_epoch != self._daemon_epoch:
+            # Another daemon, which knows nothing of us. The last policy stays until its first.
+            if self._daemon_epoch is not None:
+                self._next_hello_at = -np.inf
+                self._roster_sent = False
+                self._say_hello()
+            self._daemon_epoch = daemon_epoch
+            self._refused_until = -np.inf
+            self.stats.num_connections += 1
+        self._heard_at = self._clock()
+        self._hello_wait_s = HELLO_S[0]
+
+    def _is_newer(self, policy: Policy, than: Policy | None) -> bool:
+        if policy.epoch != self.hello.epoch:
+            return False
+        if than is None and self._program is not None:
+            than = self._program.policy
+        return than is None or policy.daemon_epoch != than.daemon_epoch or policy.seq > than.seq
+
+    def _install(self, policy: Policy) -> None:
+        roster = self._rosters.get(policy.roster_version)
+        try:
+            self._program = Program(policy, self.hello.limits.features, roster)
+        except MessageError as error:
+            self._count_bad_frame(f"policy: {error}")
+            return
+        self._probe_pending = policy.num_probes > 0
+        self.stats.num_policies += 1
+        self.stats.last_reason = policy.reason
+
+    # -- sending --------------------------------------------------------------------------------
+
+    def _daemon_heard(self) -> bool:
+        return self._clock() - self._heard_at <= SILENCE_S
+
+    def _in_touch(self) -> bool:
+        """Whether there is a daemon to report to; if not, knock now and then."""
+        if self._clock() < self._refused_until:
+            return False
+        if self._daemon_epoch is not None and self._daemon_heard():
+            return True
+        self._say_hello()
+        return False
+
+    def _say_hello(self) -> None:
+        now = self._clock()
+        if now < self._next_hello_at:
+            return
+        self._next_hello_at = now + self._hello_wait_s
+        self._hello_wait_s = min(2 * self._hello_wait_s, HELLO_S[1])
+        self._roster_sent = False
+        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+            self._socket.send(messages.encode(self.hello), zmq.NOBLOCK)
+            self._sent_at = now
+
+    def _send_report(self, facts: StepFacts) -> None:
+        batch = facts.batch
+        self._update_roster(batch)
+        policy_seq, source = self._chosen_by
+        report = StepReport(
+            epoch=self.hello.epoch,
+            seq=self._seq,
+            roster_version=self._roster_version,
+            roster=None if self._roster_sent else self._roster(batch),
+            step_s=facts.step_s,
+            target_s=facts.target_s,
+            draft_s=facts.draft_s,
+            num_drafted=pack(facts.num_drafted, "u8"),
+            num_accepted=pack(facts.num_accepted, "u8"),
+            num_emitted=pack(facts.num_emitted, "u8"),
+            num_available=pack(batch.ceiling, "u8"),
+            features=pack(batch.features, "f32"),
+            num_prefill_tokens=batch.num_prefill_tokens,
+            context_tokens=facts.context_tokens,
+            num_draft_forwards=facts.num_draft_forwards,
+            num_draft_tokens=facts.num_draft_tokens,
+            num_catch_up_tokens=facts.num_catch_up_tokens,
+            num_waiting=facts.num_waiting,
+            kv_usage=facts.kv_usage,
+            mode=facts.mode,
+            policy_seq=policy_seq,
+            source=source,
+            num_dropped=self.stats.num_reports_dropped,
+        )
+        self._socket.send(messages.encode(report), zmq.NOBLOCK)
+        self._roster_sent = True
+        self._sent_at = self._clock()
+        self.stats.num_reports_sent += 1
+
+    def _update_roster(self, batch: DecodeBatch) -> None:
+        last = self._roster_batch
+        if last is not None and (
+            np.array_equal(last.request_ids, batch.request_ids)
+            and _same(last.weight, batch.weight)
+            and _same(last.floor, batch.floor)
+        ):
+            return
+        self._roster_batch = batch
+        self._roster_version += 1
+        self._roster_sent = False
+        self._rosters[self._roster_version] = batch.request_ids
+        while len(self._rosters) > ROSTERS_KEPT:
+            self._rosters.popitem(last=False)
+
+    def _roster(self, batch: DecodeBatch) -> Roster:
+        return Roster(
+            version=self._roster_version,
+            request_ids=pack(batch.request_ids, "u64"),
+            weight=b"" if batch.weight is None else pack(batch.weight, "f32"),
+            floor=b"" if batch.floor is None else pack(batch.floor, "u8"),
+        )
+
+    # -- trouble --------------------------------------------------------------------------------
+
+    def _count_bad_frame(self, what: str) -> None:
+        self.stats.num_bad_frames += 1
+        if self.stats.num_bad_frames == 1:
+            log.warning("bad frame from the daemon, dropped (later ones are only counted): %s", what)
+
+    def _note_error(self, doing: str) -> None:
+        self.stats.num_errors += 1
+        if self.stats.num_errors == 1:
+            log.exception("error while %s (later ones are only counted)", doing)
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:  # type: ignore[type-arg]
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b)

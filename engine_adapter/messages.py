@@ -1,0 +1,307 @@
+"""The wire between engines and the daemon: the only definition of it.
+
+Frames are MessagePack maps with a ``type`` tag; one message, one frame. Per-request data travel as
+*columns*: little-endian arrays in binary fields, aligned with the report's roster, so that request
+ids travel only when they change.
+
+Evolution: append only. A new field goes to the end, with a default that means "as before"; a
+field is never renamed, retyped or reused. Unknown fields are skipped, so either side may be newer
+within one `PROTOCOL_VERSION`; a change that an old peer would misread raises it, and a peer of
+another version is refused by name. Golden bytes of every version are kept in the tests.
+
+Directions: `EngineMessage` goes up to the daemon, `DaemonMessage` comes down.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 1 << 20  #: larger frames are refused unread
+MAX_BATCH = 4096  #: requests in one report
+MAX_LENGTH = 64  #: speculation length
+MAX_STEP_S = 600.0  #: a step that claims to have taken longer is a fault of the clock
+
+UInt = Annotated[int, Meta(ge=0)]
+Text = Annotated[str, Meta(max_length=256)]
+
+
+class MessageError(ValueError):
+    """A frame that cannot be used. The message says which field, and what was expected."""
+
+
+class Message(Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True):
+    version: int = PROTOCOL_VERSION
+
+
+# -- engine to daemon ---------------------------------------------------------------------------
+
+
+class Fingerprint(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What must be equal for learned state to carry over from one engine to another."""
+
+    target: Text
+    proposer: Text  #: "lookup", "draft_model", "eagle", ...
+    draft: Text = ""
+    engine: Text = ""
+    engine_version: Text = ""
+    accelerator: Text = ""
+    parallelism: Text = ""
+    dtype: Text = ""
+
+
+class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the engine can do."""
+
+    max_length: Annotated[int, Meta(ge=0, le=MAX_LENGTH)]
+    max_num_running: Annotated[int, Meta(ge=1, le=MAX_BATCH)]
+    static_length: UInt = 0  #: the length of its own configuration
+    features: tuple[Text, ...] = ()  #: rows of the feature columns, in order
+    modes: tuple[Text, ...] = ("ragged",)  #: execution modes of verification
+    graph_sizes: tuple[UInt, ...] = ()  #: token counts that passes are padded to, rising
+    drafts_known_first: bool = False  #: drafts exist before lengths are chosen (prompt lookup)
+
+
+class Hello(Message, tag="hello"):
+    """An engine has started, or was asked to introduce itself again."""
+
+    engine: Text  #: its name, unique on this daemon
+    epoch: UInt  #: differs at every start of the engine
+    fingerprint: Fingerprint
+    limits: Limits
+
+
+class Roster(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who is in the batch, in the order of all columns. Empty columns mean the default."""
+
+    version: UInt  #: rises with every change
+    request_ids: bytes  #: u64 [B], unique within the epoch
+    weight: bytes = b""  #: f32 [B] > 0; default 1
+    floor: bytes = b""  #: u8 [B]; default 0
+
+
+class StepReport(Message, tag="step"):
+    """What one step did and took. Times in seconds, measured by the engine's monotonic clock."""
+
+    epoch: UInt
+    seq: UInt  #: rises by one with every step, sent or not
+    roster_version: UInt
+    step_s: float
+    roster: Roster | None = None  #: given when it has changed since the last report sent
+    target_s: float | None = None  #: None: not observed apart
+    draft_s: float | None = None
+    num_drafted: bytes = b""  #: u8 [B], verified in this step
+    num_accepted: bytes = b""  #: u8 [B]
+    num_emitted: bytes = b""  #: u8 [B]
+    num_available: bytes = b""  #: u8 [B], longest length that was possible
+    features: bytes = b""  #: f32 [F, B], as known when the lengths were chosen
+    num_prefill_tokens: UInt = 0
+    context_tokens: UInt = 0
+    num_draft_forwards: UInt = 0
+    num_draft_tokens: UInt = 0
+    num_catch_up_tokens: UInt = 0
+    num_waiting: UInt = 0
+    kv_usage: float = 0.0
+    mode: Text = "ragged"
+    policy_seq: UInt = 0  #: the policy that chose these lengths; 0: none did
+    source: Text = "own"  #: who chose: "policy", "probe", "fallback", "own"
+    num_dropped: UInt = 0  #: reports not sent since the epoch began
+
+
+class Goodbye(Message, tag="goodbye"):
+    """The engine stops; its state may be dropped."""
+
+    epoch: UInt
+
+
+# -- daemon to engine ---------------------------------------------------------------------------
+
+
+class Curve(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Seconds of a target pass by tokens in it (lengths.CostCurve)."""
+
+    mode: Text
+    num_tokens: bytes  #: f32 [M], rising
+    seconds: bytes  #: f32 [M]
+
+
+class BucketAxis(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One digit of a bucket's index: how many ``edges`` the feature reaches (>=)."""
+
+    feature: Text
+    edges: tuple[float, ...]  #: rising
+
+
+class Policy(Message, tag="policy"):
+    """A small program: how to choose lengths until a newer one comes, or it expires.
+
+    At step time the engine takes bucket and correction of each request of its *present* batch,
+    and the lengths of greatest ``gain - value_of_time * T`` (lengths.choose_lengths).
+    """
+
+    epoch: UInt  #: the engine epoch that it is for
+    daemon_epoch: UInt  #: differs at every start of the daemon
+    seq: UInt  #: rises; from 1
+    report_seq: UInt  #: the newest report that it knew
+    ttl_s: float  #: expires this long after the last word from the daemon
+    value_of_time: float  #: lambda, tokens per second
+    depth: UInt  #: length to draft to
+    curves: tuple[Curve, ...]
+    max_length: UInt  #: columns of the acceptance table
+    log_survival: bytes  #: f32 [num_buckets, max_length]
+    axes: tuple[BucketAxis, ...] = ()  #: first axis slowest; none: a single bucket
+    draft_fixed_s: float = 0.0
+    draft_per_forward_s: float = 0.0
+    draft_per_token_s: float = 0.0
+    roster_version: UInt = 0
+    correction: bytes = b""  #: f32 [B] of that roster; others: 1
+    probe_length: UInt = 0  #: to be drafted once, at the first step under this policy,
+    num_probes: UInt = 0  #: by this many requests (those with the shortest lengths first)
+    fallback_batch: tuple[UInt, ...] = ()  #: after expiry: from this batch size on, rising, ...
+    fallback_length: tuple[UInt, ...] = ()  #: ... this length
+    fallback_s: float = 60.0  #: for this long; then the engine's own configuration
+    predicted_goodput: float = 0.0  #: tokens per second
+    reason: Annotated[str, Meta(max_length=1024)] = ""
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """The daemon lives; policies stay in force."""
+
+    daemon_epoch: UInt
+
+
+class Resync(Message, tag="resync"):
+    """The daemon lacks this engine's Hello or roster: send both again."""
+
+    daemon_epoch: UInt
+    reason: Text = ""
+
+
+class Refused(Message, tag="refused"):
+    """The daemon will not serve this engine, and says why. The engine runs on as configured."""
+
+    daemon_epoch: UInt
+    reason: Text = ""
+
+
+EngineMessage = Hello | StepReport | Goodbye
+DaemonMessage = Policy | Heartbeat | Resync | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_engine_decoder = msgspec.msgpack.Decoder(EngineMessage)
+_daemon_decoder = msgspec.msgpack.Decoder(DaemonMessage)
+
+
+class _VersionOnly(Struct):
+    version: int = PROTOCOL_VERSION
+
+
+_version_decoder = msgspec.msgpack.Decoder(_VersionOnly)
+
+
+def encode(message: Message) -> bytes:
+    """One frame."""
+    return _encoder.encode(message)
+
+
+def decode_engine_message(frame: bytes | memoryview) -> EngineMessage:
+    """A frame from an engine; raises `MessageError`."""
+    return _decode(_engine_decoder, frame)  # type: ignore[no-any-return]
+
+
+def decode_daemon_message(frame: bytes | memoryview) -> DaemonMessage:
+    """A frame from the daemon; raises `MessageError`."""
+    return _decode(_daemon_decoder, frame)  # type: ignore[no-any-return]
+
+
+def _decode(decoder: Any, frame: bytes | memoryview) -> Any:
+    if len(frame) > MAX_FRAME_BYTES:
+        raise MessageError(f"frame of {len(frame)} bytes; at most {MAX_FRAME_BYTES} are read")
+    try:
+        message = decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # A peer of another version may well not decode: say so rather than name a field.
+        try:
+            version = _version_decoder.decode(frame).version
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            version = PROTOCOL_VERSION
+        _check_version(version)
+        raise MessageError(f"not a message of version {PROTOCOL_VERSION}: {error}") from error
+    _check_version(message.version)
+    return message
+
+
+def _check_version(version: int) -> None:
+    if version != PROTOCOL_VERSION:
+        raise MessageError(
+            f"protocol version {version} is not spoken here (version {PROTOCOL_VERSION} is): "
+            "install matching releases of smartspec beside the engine and the daemon"
+        )
+
+
+# -- columns ------------------------------------------------------------------------------------
+
+_DTYPES = {"u8": np.dtype("<u1"), "u64": np.dtype("<u8"), "f32": np.dtype("<f4")}
+
+
+def pack(values: npt.ArrayLike, dtype: str) -> bytes:
+    """A column's bytes; ``dtype`` is "u8", "u64" or "f32".
+
+    >>> pack([1, 2], "u8")
+    b'\\x01\\x02'
+    """
+    return np.ascontiguousarray(values, _DTYPES[dtype]).tobytes()
+
+
+def unpack(
+    column: bytes, dtype: str, shape: tuple[int, ...], name: str, default: float | None = None
+) -> npt.NDArray[Any]:
+    """A column as a read-only array of ``shape``; empty means ``default`` where there is one.
+
+    Raises `MessageError` when the size is wrong or a float is not finite.
+    """
+    kind = _DTYPES[dtype]
+    size = 1
+    for n in shape:
+        size *= n
+    if not column and default is not None:
+        return np.full(shape, default, kind)
+    if len(column) != size * kind.itemsize:
+        raise MessageError(
+            f"{name}: {len(column)} bytes, expected {size * kind.itemsize} ({dtype} {list(shape)})"
+        )
+    array = np.frombuffer(column, kind).reshape(shape)
+    if dtype == "f32" and not np.isfinite(array).all():
+        raise MessageError(f"{name}: holds a value that is not finite")
+    return array
+
+
+def align(known: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
+    """Where each of ``wanted`` ids stands in ``known`` ids; -1 where it does not.
+
+    >>> align(np.array([7, 3, 9]), np.array([9, 4, 7])).tolist()
+    [2, -1, 0]
+    """
+    if not len(known):
+        return np.full(len(wanted), -1)
+    order = np.argsort(known)
+    at = np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)
+    found = order[at]
+    return np.where(known[found] == wanted, found, -1)
+
+
+def require(condition: bool, what: str) -> None:
+    """Raise `MessageError` with ``what`` unless ``condition``."""
+    if not condition:
+        raise MessageError(what)
+
+
+def to_plain(struct: Struct) -> dict[str, Any]:
+    """A message part as plain data, for logs and inspection."""
+    plain: dict[str, Any] = msgspec.to_builtins(struct)
+    return plain

@@ -1,0 +1,122 @@
+"""Attention over a packed, ragged batch, put under an unmodified Hugging Face model.
+
+All tokens of a pass are one sequence of length N to the model; which request a token belongs to
+only matters in attention. There the tokens are split into *groups*. A group is a range of cache
+rows, with up to Q query tokens per row: the decoding requests, padded to the longest of them, or
+one chunk of a prompt. Keys and values are read through a view of the cache. Query heads that share
+a key head are folded into the query axis, so that nothing is repeated in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+
+NAME = "smartspec_ragged"
+KEYWORD = "ragged_groups"  #: how a pass's groups travel through the model's keyword arguments
+
+_IGNORED = {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"}
+
+
+class ModelNotSupported(ValueError):
+    """The model's attention cannot be run on a ragged batch."""
+
+
+@dataclass(slots=True)
+class Group:
+    """Query tokens of a range of cache rows, read up to the longest context among them.
+
+    Parameters
+    ----------
+    first_row, num_rows : range of cache rows
+    num_context : positions read of every row
+    positions : [num_rows, Q], of the queries in their requests; 0 for padding
+    gather : [num_rows * Q], packed index of each query, 0 for padding; None: all N, in order
+    scatter : [tokens of the group], index into the num_rows * Q queries; None: no padding
+    """
+
+    first_row: int
+    num_rows: int
+    num_context: int
+    positions: Tensor
+    gather: Tensor | None
+    scatter: Tensor | None
+    _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def mask(self, num_folded: int, dtype: torch.dtype) -> Tensor:
+        """0 where a query may look, -inf elsewhere: [num_rows, 1, num_folded * Q, num_context].
+
+        Built once per pass and shared by the layers. Padding looks at position 0, so that its
+        softmax is finite.
+        """
+        key = (num_folded, dtype)
+        if key not in self._masks:
+            places = torch.arange(self.num_context, device=self.positions.device)
+            hidden = places > self.positions[:, :, None]
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            bias.masked_fill_(hidden, -torch.inf)
+            self._masks[key] = bias.repeat(1, num_folded, 1)[:, None]
+        return self._masks[key]
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for `transformers.AttentionInterface`.
+
+    Parameters
+    ----------
+    query : [1, num_heads, N, head_dim], packed
+    key, value : [num_cache_rows, num_key_heads, max_model_len, head_dim], from `KvCache.update`
+
+    Returns [1, N, num_heads, head_dim].
+    """
+    groups: list[Group] | None = kwargs.pop(KEYWORD, None)
+    if groups is None:
+        raise ModelNotSupported(f"{type(module).__name__} does not hand on keyword arguments")
+    window = kwargs.pop("sliding_window", None)
+    if window is not None and window < max(group.num_context for group in groups):
+        raise ModelNotSupported(
+            f"contexts beyond the model's sliding window ({window} tokens) are not supported"
+        )
+    if extra := [k for k, v in kwargs.items() if k not in _IGNORED and v is not None]:
+        raise ModelNotSupported(f"attention with {', '.join(sorted(extra))} is not supported")
+
+    packed = query[0]
+    num_heads = packed.shape[0]
+    num_key_heads = key.shape[1]
+    folded = num_heads // num_key_heads
+    outputs = []
+    for group in groups:
+        rows = slice(group.first_row, group.first_row + group.num_rows)
+        q = packed if group.gather is None else packed.index_select(1, group.gather)
+        width = q.shape[1] // group.num_rows
+        q = q.reshape(num_key_heads, folded, group.num_rows, width, -1)
+        q = q.permute(2, 0, 1, 3, 4).reshape(group.num_rows, num_key_heads, folded * width, -1)
+        out = functional.scaled_dot_product_attention(
+            q,
+            key[rows, :, : group.num_context],
+            value[rows, :, : group.num_context],
+            attn_mask=group.mask(folded, q.dtype),
+            scale=scaling,
+        )
+        out = out.reshape(group.num_rows, num_heads, width, -1).transpose(1, 2).flatten(0, 1)
+        outputs.append(out if group.scatter is None else out.index_select(0, group.scatter))
+    result = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return result.unsqueeze(0), None
+
+
+# No mask function is registered under this name: models then build no mask of their own.
+AttentionInterface.register(NAME, ragged_attention)

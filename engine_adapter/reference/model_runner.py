@@ -1,0 +1,196 @@
+"""One ragged forward pass: tokens of many requests, packed into a single sequence.
+
+Used for the target model and for a draft model alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smartspec.engine_adapter.reference import attention
+from smartspec.engine_adapter.reference.attention import Group, ModelNotSupported
+from smartspec.engine_adapter.reference.kv_cache import KvCache
+
+#: Segments up to this long share a padded group; longer ones (prompt chunks) are a group each.
+MAX_PADDED_TOKENS = 16
+#: Unused rows that a group may span. Reading one costs about as much as starting another group.
+MAX_ROW_GAP = 1
+#: Rotary embeddings that change with the longest position *of the batch*: not row by row.
+BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class Segment(NamedTuple):
+    """Consecutive tokens of one request."""
+
+    row: int  #: of the KV cache
+    start: int  #: position of the first token
+    tokens: list[int]
+    num_logits: int  #: logits are wanted of this many last tokens
+
+
+class ModelRunner:
+    """Runs a causal language model over segments of requests, each with its own cache row.
+
+    Raises `ModelNotSupported` when the model's logits differ from those that it gives by itself
+    on a short probe: an attention feature that does not go through the interface, for example.
+
+    Parameters
+    ----------
+    model : a Hugging Face causal language model; its attention implementation is replaced
+    num_rows, max_model_len : size of the KV cache
+    """
+
+    def __init__(self, model: PreTrainedModel, num_rows: int, max_model_len: int) -> None:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and max_model_len > limit:
+            raise ValueError(f"max_model_len is {max_model_len}, but the model ends at {limit}")
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in BATCH_DEPENDENT_ROPE:
+            raise ModelNotSupported(f"rope_type {rope['rope_type']!r} depends on the whole batch")
+        self.model = model.eval()
+        self.device = model.device
+        self.cache = KvCache(num_rows, max_model_len)
+        self._install()
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment], fresh: Tensor | None = None) -> Tensor:
+        """Logits [sum of num_logits, vocabulary] of one pass, in the order of the segments.
+
+        Parameters
+        ----------
+        segments : at most one per row, at least one token each
+        fresh : [len(segments)], tokens that are on the device already and take the place of the
+            segments' own, which must be one each (their values are ignored)
+        """
+        order, groups = self._layout(segments)
+        sizes = np.array([len(segments[i].tokens) for i in order])
+        starts = np.array([segments[i].start for i in order])
+        ends = np.cumsum(sizes)
+        within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
+        index = np.empty((3, ends[-1]), np.int64)
+        index[0] = np.repeat([segments[i].row for i in order], sizes)
+        index[1] = np.repeat(starts, sizes) + within
+        if fresh is None:
+            index[2] = list(itertools.chain.from_iterable(segments[i].tokens for i in order))
+        else:
+            index[2] = order
+        rows, positions, tokens = self._to_device(index)
+        if fresh is not None:
+            tokens = fresh[tokens]
+        last = np.empty(len(segments), np.int64)
+        last[order] = ends
+        wanted = [
+            np.arange(end - segment.num_logits, end)
+            for segment, end in zip(segments, last.tolist(), strict=True)
+            if segment.num_logits
+        ]
+        keep = self._to_device(np.concatenate(wanted) if wanted else np.empty(0, np.int64))
+        self.cache.write_at(rows, positions)
+        output = self.model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            **{attention.KEYWORD: groups},
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _layout(self, segments: Sequence[Segment]) -> tuple[list[int], list[Group]]:
+        """The order of the segments in the packed sequence, and the groups that read it."""
+        order: list[int] = []
+        groups: list[Group] = []
+        offset = 0
+        runs = list(self._runs(segments))
+        for run in runs:
+            members = [segments[i] for i in run]
+            first_row = members[0].row
+            num_rows = members[-1].row - first_row + 1
+            sizes = [len(segment.tokens) for segment in members]
+            width = max(sizes)
+            padded = num_rows * width != sum(sizes)
+            positions = np.zeros((num_rows, width), np.int64)
+            gather = np.zeros((num_rows, width), np.int64)
+            taken = np.zeros((num_rows, width), bool)
+            for segment, size in zip(members, sizes, strict=True):
+                row = segment.row - first_row
+                positions[row, :size] = range(segment.start, segment.start + size)
+                gather[row, :size] = range(offset, offset + size)
+                taken[row, :size] = True
+                offset += size
+            groups.append(
+                Group(
+                    first_row=first_row,
+                    num_rows=num_rows,
+                    num_context=int(positions.max()) + 1,
+                    positions=self._to_device(positions),
+                    gather=self._to_device(gather.ravel()) if padded or len(runs) > 1 else None,
+                    scatter=self._to_device(np.flatnonzero(taken)) if padded else None,
+                )
+            )
+            order += run
+        return order, groups
+
+    @staticmethod
+    def _runs(segments: Sequence[Segment]) -> Iterator[list[int]]:
+        """Segments by group: runs of neighbouring rows, then the long segments one by one."""
+        by_row = sorted(range(len(segments)), key=lambda i: segments[i].row)
+        run: list[int] = []
+        for i in by_row:
+            if len(segments[i].tokens) > MAX_PADDED_TOKENS:
+                continue
+            if run and segments[i].row - segments[run[-1]].row > MAX_ROW_GAP + 1:
+                yield run
+                run = []
+            run.append(i)
+        if run:
+            yield run
+        for i in by_row:
+            if len(segments[i].tokens) > MAX_PADDED_TOKENS:
+                yield [i]
+
+    def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def _install(self) -> None:
+        """Replace the model's attention, and compare its logits with those it gave before."""
+        name = type(self.model).__name__
+        if not self.model._can_set_attn_implementation():
+            raise ModelNotSupported(f"{name} does not use transformers' attention interface")
+        size = min(24, self.cache.max_model_len)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        tokens = [(7 * i + 3) % vocabulary for i in range(size)]
+        ids = torch.tensor([tokens], device=self.device)
+        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        self.model.set_attn_implementation(attention.NAME)
+        half = size // 2
+        row = self.cache.num_rows - 1
+        try:
+            parts = [
+                self.forward([Segment(row, begin, tokens[begin:end], end - begin)])
+                for begin, end in ((0, half), (half, size))
+                if end > begin
+            ]
+        except TypeError as error:
+            raise ModelNotSupported(f"{name} does not take what a ragged pass needs: {error}") from error
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if self.cache.num_layers != layers:
+            raise ModelNotSupported(
+                f"{name} keeps {self.cache.num_layers} of {layers} layers in the KV cache"
+            )
+        found = torch.cat(parts).float()
+        tolerance = 0.05 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        error = float((found - expected).abs().max() / expected.abs().max())
+        if not error <= tolerance:
+            raise ModelNotSupported(
+                f"{name} gives other logits on a ragged batch (relative error {error:.2g})"
+            )

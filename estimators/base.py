@@ -1,0 +1,94 @@
+"""The contract of every estimator: learn one observation, predict one, say how sure, be saved.
+
+`learn_one` and `predict_one` are river's. Added are the spread of the predicted outcome and a
+state of plain Python values and bytes, which any serialiser carries. The rules that the
+conformance suite (tests/conformance/test_estimators.py) holds every estimator to:
+
+* predicting changes nothing, and works before anything was learned;
+* input that is NaN, infinite or negative raises `ValueError` before any state has changed;
+* features may appear and vanish: an absent one counts as 0 or as unknown, never as an error;
+* memory and time per observation are bounded, and repeating one observation for ever (an idle
+  engine) does no harm to what was learned elsewhere;
+* `from_state(e.state())` behaves as ``e`` does, bit for bit; so does a pickled copy;
+* constructors store their arguments unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+
+#: Plain Python values (None, bool, int, float, str, bytes, lists and dicts of these).
+State = dict[str, Any]
+
+
+class OnlineEstimator(Protocol):
+    """What learns from a stream, one observation at a time. Not thread-safe; does no I/O."""
+
+    def learn_one(self, x: dict[Any, Any], y: Any) -> None:
+        """Take in the outcome ``y`` of features ``x``; raise ValueError on impossible input."""
+
+    def predict_one(self, x: dict[Any, Any]) -> Any:
+        """The expected outcome of features ``x``."""
+
+    def predict_std(self, x: dict[Any, Any]) -> float:
+        """Standard deviation of the outcome around `predict_one`, what is unlearned included."""
+
+    def state(self) -> State:
+        """All that was learned and all constructor arguments, as plain values."""
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The estimator that gave ``state``; raise ValueError when it is not such a state."""
+
+
+def predict_interval(
+    estimator: OnlineEstimator, x: dict[Any, Any], num_std: float = 1.645
+) -> tuple[float, float]:
+    """Where the outcome of ``x`` is expected: the prediction -+ ``num_std`` deviations, >= 0.
+
+    1.645 makes a 90% interval of normally distributed outcomes.
+    """
+    centre = float(estimator.predict_one(x))
+    spread = num_std * estimator.predict_std(x)
+    return max(centre - spread, 0.0), centre + spread
+
+
+def non_negative(name: str, value: Any) -> float:
+    """``value`` as a float; ValueError with ``name`` unless it is a finite number >= 0.
+
+    >>> non_negative("step_s", 0.02)
+    0.02
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {number!r}")
+    return number
+
+
+def pack(array: F64) -> State:
+    """A float array as plain values: shape and little-endian bytes."""
+    return {"shape": list(array.shape), "data": array.astype("<f8").tobytes()}
+
+
+def unpack(state: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> F64:
+    """The array packed under ``name``; ValueError unless it is finite and of ``shape``."""
+    try:
+        packed = state[name]
+        if tuple(packed["shape"]) != shape:
+            raise ValueError(f"{name} has shape {packed['shape']}, expected {list(shape)}")
+        array = np.frombuffer(packed["data"], "<f8").reshape(shape).astype(np.float64)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"state without a usable {name!r}: {error!r}") from None
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} is not finite")
+    return array
