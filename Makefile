@@ -38,8 +38,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "==> ready: $(BIN)/smartspec"
 
 model: $(STAMP)  ## fetch and convert the default model, once
-	@echo "==> default model"
-	@$(BIN)/python -m smartspec.engine_adapter.reference.model
+	@echo "==> default model (the first time: 93 MB to fetch, half a minute to convert)"
+	@$(BIN)/python -c 'from smartspec.engine_adapter.reference.model import default_model_path as path; print(path())'
 
 demo: model  ## play one load against no, static and controlled speculation; results in build/demo
 	@$(BIN)/smartspec demo
@@ -56,7 +56,7 @@ check: $(STAMP)  ## lint, formatting, types and import directions
 	@echo "==> ruff";         $(BIN)/ruff check .
 	@echo "==> ruff format";  $(BIN)/ruff format --check .
 	@echo "==> mypy";         $(BIN)/mypy
-	@echo "==> lint-imports"; $(BIN)/lint-imports
+	@echo "==> lint-imports"; $(BIN)/lint-imports --no-logo
 
 bench: model  ## run benchmarks: NAME=decision for one, all without; figures in build/figures
 	@for file in $(BENCHMARKS); do echo "==> $$file"; $(BIN)/python $$file || exit 1; done

@@ -215,15 +215,15 @@ def to_toml(settings: Settings) -> str:
         if head != section:
             section = head
             lines += ["", f"[{section}]"]
-        value = _redacted(values[key.name]) if key.name == "redis.url" else values[key.name]
+        value = redacted(values[key.name]) if key.name == "redis.url" else values[key.name]
         lines.append(f"{name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
 
 
-def _redacted(url: str) -> str:
+def redacted(url: str) -> str:
     """``url`` without its password, so that it can be shown.
 
-    >>> _redacted("redis://user:secret@db:6379/0")
+    >>> redacted("redis://user:secret@db:6379/0")
     'redis://user:***@db:6379/0'
     """
     return re.sub(r"(://[^:@/]*:)[^@/]*@", r"\1***@", url)
@@ -347,7 +347,7 @@ def _value(key: Key, given: Any, where: str, strict: bool) -> Any:
         return msgspec.convert(given, key.type, strict=strict)
     except msgspec.ValidationError as error:
         if key.name == "redis.url" and isinstance(given, str):
-            given = _redacted(given)
+            given = redacted(given)
         expected = str(error).removeprefix("Expected ")
         for kind, words in _WORDS.items():
             expected = expected.replace(f"`{kind}`", words)
@@ -434,7 +434,7 @@ def _check_together(settings: Settings) -> None:
     url = settings.redis.url
     if url and not url.startswith(("redis://", "rediss://", "unix://")):
         raise ConfigError(
-            f"redis.url: got {_redacted(url)!r}, expected redis://, rediss:// or unix://, or empty "
+            f"redis.url: got {redacted(url)!r}, expected redis://, rediss:// or unix://, or empty "
             "for an embedded Valkey"
         )
     if not url and len(os.fsencode(settings.embedded_socket)) > MAX_SOCKET_PATH:

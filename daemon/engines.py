@@ -28,6 +28,7 @@ from smartspec.engine_adapter.messages import (
 )
 from smartspec.estimators.acceptance import AcceptanceEstimator
 from smartspec.estimators.features import BUCKET_EDGES
+from smartspec.estimators.request_rows import Rows
 from smartspec.estimators.step_cost import StepCost, StepShape
 
 U8 = npt.NDArray[np.uint8]
@@ -105,9 +106,13 @@ class Engine:
         else:
             num_buckets = math.prod(len(edges) + 1 for edges in self._edges)
             self.acceptance = AcceptanceEstimator(num_buckets, max(1, self.max_length))
-            self.step_cost = StepCost(graph_sizes=limits.graph_sizes)
+            self.step_cost = StepCost(
+                graph_sizes=limits.graph_sizes, draft_forwards=not limits.drafts_known_first
+            )
 
         self.batch: Batch | None = None
+        self._rows_batch: Batch | None = None
+        self._rows: Rows = np.zeros(0, np.intp)
         self.last: Observation | None = None
         self.last_bucket: I64 = np.zeros(0, np.int64)  #: [B], of the newest drafts there were
         self.prefill_tokens = 0.0  #: smoothed, per step
@@ -192,6 +197,13 @@ class Engine:
         self.prefill_tokens += SMOOTHING * (prefill - self.prefill_tokens)
         self.last = observation
 
+    def rows(self, batch: Batch) -> Rows:
+        """The estimator's rows of a batch's requests; looked up once per roster."""
+        if batch is not self._rows_batch:
+            self._rows_batch = batch
+            self._rows = self.acceptance.rows(batch.ids)
+        return self._rows
+
     # -- learning -------------------------------------------------------------------------------
 
     def learn(self, observation: Observation) -> float | None:
@@ -199,7 +211,7 @@ class Engine:
         report, batch = observation.report, observation.batch
         drafted = observation.num_drafted
         if len(batch.ids):
-            rows = self.acceptance.rows(batch.ids)
+            rows = self.rows(batch)
             if self.hello.limits.drafts_known_first:
                 self.acceptance.learn_presence(rows, observation.num_available > 0)
             tried = np.flatnonzero(drafted)
@@ -212,7 +224,7 @@ class Engine:
                 )
         shape = StepShape(
             batch=len(batch.ids),
-            verify_tokens=len(batch.ids) + int(drafted.sum()) + report.num_prefill_tokens,
+            verify_tokens=len(batch.ids) + int(drafted.sum()),
             prefill_tokens=report.num_prefill_tokens,
             context_tokens=report.context_tokens,
             draft_forwards=report.num_draft_forwards,

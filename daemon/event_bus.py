@@ -45,7 +45,7 @@ class StepEvent(Event, frozen=True, kw_only=True, gc=False, tag="step"):
     num_prefill_tokens: int = 0
     context_tokens: int = 0
     source: str = "own"  #: who chose the lengths: "policy", "probe", "fallback", "own"
-    staleness_steps: int = 0  #: steps between the report that the policy knew and this one
+    staleness_steps: int | None = None  #: from the report that its policy knew to this one
     predicted_step_s: float | None = None  #: None: no model yet
 
 
@@ -75,7 +75,7 @@ class EngineEvent(Event, frozen=True, kw_only=True, tag="engine"):
 
     engine: str
     epoch: int
-    state: Literal["connected", "left", "lost", "refused"]
+    state: str  #: "connected", "left", "lost", "replaced" (by one of its name) or "refused"
     fingerprint: dict[str, str] = {}
     limits: dict[str, object] = {}
 

@@ -56,21 +56,20 @@ def solve(
     """
     # Without a price per forward a smaller depth only takes candidates away.
     deepest = ladder.max_length
-    depths = range(deepest + 1) if draft.per_forward_s > 0 else (deepest,)
-    base = ladder.size + num_other_tokens
+    depths = np.arange(deepest + 1) if draft.per_forward_s > 0 else np.array([deepest])
     best_goodput, best_depth = -np.inf, 0
-    for depth in depths:
-        paid_depth = max(depth, ladder.deepest_floor)
-        for curve in curves:
-            if curve.mode == UNIFORM:
-                continue
-            _, gains, drafts = ladder.down_to(depth)
-            times = step_seconds(curve, draft, base + drafts, drafts, paid_depth)
-            if not times.min() > 0:
-                raise ValueError("a step must take time: cost curve <= 0")
-            goodput = float((gains / times).max())
-            if goodput > best_goodput + 1e-12:
-                best_goodput, best_depth = goodput, depth
+    gains, drafts = ladder.prefixes(depths)
+    for curve in curves:
+        if curve.mode == UNIFORM:
+            continue
+        times = ladder.seconds(curve, draft, depths, drafts, num_other_tokens)
+        if not times.min() > 0:
+            raise ValueError("a step must take time: cost curve <= 0")
+        goodputs = gains / times
+        at = int(np.argmax(goodputs))
+        if goodputs.flat[at] > best_goodput + 1e-12:
+            best_goodput = float(goodputs.flat[at])
+            best_depth = int(depths[at // goodputs.shape[1]])
     for curve in curves:
         if curve.mode != UNIFORM:
             continue

@@ -72,7 +72,7 @@ class Planner:
         if observation is None or engine.max_length == 0 or not len(observation.batch.ids):
             return None
         batch = observation.batch
-        rows = engine.acceptance.rows(batch.ids)
+        rows = engine.rows(batch)
         table = engine.acceptance.log_survival()
         correction = engine.acceptance.corrections(rows)
         known_first = engine.hello.limits.drafts_known_first
@@ -88,13 +88,10 @@ class Planner:
             verify_tokens=len(batch.ids),
             prefill_tokens=round(engine.prefill_tokens),
             context_tokens=observation.report.context_tokens,
-            draft_forwards=0,
-            draft_tokens=0,
-            catch_up_tokens=0,
         )
         curves = self._curves(shape)
         draft = DraftCost(*engine.step_cost.draft_cost())
-        other = round(engine.prefill_tokens)
+        other = round(shape.prefill_tokens)
         optimum = goodput.solve(ladder, curves, draft, other)
         none, static = self._alternatives(ladder, curves[0], draft, other)
         probe_length, num_probes = self.prober.plan(engine, optimum, ladder, curves[0], draft)
@@ -140,22 +137,26 @@ class Planner:
         """Seconds by tokens in the pass, wide enough for a batch that has since doubled."""
         limits = self.engine.hello.limits
         most = min(2 * shape.batch + 8, limits.max_num_running) * (1 + limits.max_length)
-        num_tokens = self.engine.step_cost.breakpoints(1, most + 2 * shape.prefill_tokens)
+        prefill = round(shape.prefill_tokens)
+        num_tokens = self.engine.step_cost.breakpoints(1, most + 2 * prefill)
+        if prefill > 1:
+            num_tokens = np.union1d(num_tokens, [prefill])  # the curve's own kink
         seconds = self.engine.step_cost.target_curve(shape, num_tokens)
         return [CostCurve(mode, num_tokens, seconds) for mode in limits.modes]
 
     def _alternatives(
         self, ladder: Ladder, curve: CostCurve, draft: DraftCost, other: int
     ) -> tuple[float, float]:
-        def at(length: int) -> float:
-            lengths, gain = ladder.uniform(length)
-            presence = 1.0 if ladder.presence is None else ladder.presence
-            drafts = np.array(float((lengths * presence).sum()))
-            depth = int(lengths.max(initial=0))
-            num_tokens = ladder.size + other + drafts
-            return gain / float(step_seconds(curve, draft, num_tokens, drafts, depth))
-
-        return at(0), at(self.engine.hello.limits.static_length)
+        none_s = float(curve.at(ladder.size + other))
+        static = self.engine.hello.limits.static_length
+        lengths, gain = ladder.uniform(static)
+        presence = 1.0 if ladder.presence is None else ladder.presence
+        drafts = np.array(float((lengths * presence).sum()))
+        depth = int(lengths.max(initial=0))
+        static_s = float(
+            step_seconds(curve, draft, ladder.size + other + drafts, drafts, depth)
+        )
+        return ladder.weight_sum / none_s, gain / static_s
 
     def _fallback_table(
         self, ladder: Ladder, curve: CostCurve, draft: DraftCost

@@ -1,8 +1,9 @@
 """Trying lengths that would not be chosen, so that their worth stays known.
 
 A controller that never tries a length learns nothing about it: what it believes of deep or switched
-off speculation would stay as it was. Probes are deliberate and paid from a budget, a share of the
-goodput that the engine has earned; they stop while requests wait.
+off speculation would stay as it was. Probes are deliberate and paid from a budget: a share of the
+engine's time, which at the value of time is the same share of its goodput. They stop while requests
+wait.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from smartspec.engine_adapter.lengths import CostCurve, DraftCost, Ladder, step_
 SWEEPS = 2  #: times that the first start tries every length
 MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
 BATCH_PROBES = 8  #: requests that share the drafter's forwards in one probe
-MEMORY_TOKENS = 50_000.0  #: earnings beyond this are not saved up
+SPACING = 8  #: decisions between two probes at least
+SAVINGS_S = 60.0  #: what was earned in more than this time is not saved up
 
 
 class Prober:
@@ -38,8 +40,9 @@ class Prober:
         self._tries = 0
         self._turn = 0
         self.num_probes = 0
-        self.cost_tokens = 0.0  #: expected tokens given up for probes so far
-        self._purse_tokens = 0.0
+        self._since_last = 0
+        self.cost_s = 0.0  #: expected time given up for probes so far
+        self._purse_s = 0.0
 
     @property
     def sweeping(self) -> bool:
@@ -47,8 +50,8 @@ class Prober:
 
     def account(self, observation: Observation) -> None:
         """Earn from a step, and cross off what it tried of the sweep."""
-        earned = self.share * observation.num_emitted
-        self._purse_tokens = min(self._purse_tokens + earned, self.share * MEMORY_TOKENS)
+        earned_s = self._purse_s + self.share * observation.report.step_s
+        self._purse_s = min(earned_s, self.share * SAVINGS_S)
         if self._sweep and observation.report.source == "probe":
             self._tries += 1
             if observation.drafted_any or self._tries >= MAX_TRIES:
@@ -71,20 +74,24 @@ class Prober:
             return 0, 0
         if self._sweep:
             return self._sweep[0], ladder.size
+        self._since_last += 1
+        if self._since_last < SPACING or self._purse_s <= 0:
+            return 0, 0
         length = (2, self.max_length, 1)[self._turn % 3]
         length = min(length, self.max_length)
         count = min(ladder.size, BATCH_PROBES) if draft.per_forward_s > 0 else 1
-        cost = self._cost(optimum, ladder, curve, draft, length, count)
-        if cost is None or cost > self._purse_tokens:
+        cost_s = self._cost_s(optimum, ladder, curve, draft, length, count)
+        if cost_s is None or cost_s > self._purse_s:
             return 0, 0
-        self._purse_tokens -= cost
-        self.cost_tokens += cost
+        self._purse_s -= cost_s
+        self.cost_s += cost_s
         self.num_probes += 1
+        self._since_last = 0
         self._turn += 1
         return length, count
 
     @staticmethod
-    def _cost(
+    def _cost_s(
         optimum: Optimum,
         ladder: Ladder,
         curve: CostCurve,
@@ -92,7 +99,7 @@ class Prober:
         length: int,
         count: int,
     ) -> float | None:
-        """Expected tokens lost by the probe: price of its time less what it gains; None: no probe."""
+        """Expected time lost by the probe, its gain counted at the value of time; None: no probe."""
         lengths = optimum.choice.lengths
         able: Sequence[int] | np.ndarray = np.flatnonzero(np.minimum(ladder.ceiling, length) > lengths)
         if not len(able):
@@ -110,4 +117,4 @@ class Prober:
             return float(step_seconds(curve, draft, ladder.size + drafts, drafts, depth))
 
         extra_s = seconds(after) - seconds(lengths)
-        return max(0.0, optimum.value_of_time * extra_s - gain)
+        return max(0.0, extra_s - gain / optimum.value_of_time)

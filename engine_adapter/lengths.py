@@ -173,34 +173,48 @@ class Ladder:
     def _expected(self, worth: F64) -> F64:
         return worth if self.presence is None else worth * self.presence[:, None]
 
-    def down_to(self, depth: int) -> tuple[npt.NDArray[np.intp], F64, F64]:
-        """Rows, gain and drafted tokens after 0, 1, 2, ... of the best items within ``depth``.
+    def prefixes(self, depths: npt.ArrayLike) -> tuple[F64, F64]:
+        """Gain and drafted tokens of the best 0, 1, 2, ... items, of those within each depth.
 
-        Returns ``rows`` [m], ``gain`` [m + 1] and ``num_drafts`` [m + 1] (floors included).
+        ``depths`` [D] -> gain [D, M + 1] and drafts [D, M + 1], floors included; M is the number
+        of items. An item beyond a row's depth leaves that row as it was.
         """
-        row, worth = self._row, self._worth
-        if depth < self.max_length:
-            within = self._depth < depth
-            row, worth = row[within], worth[within]
-        gain = np.empty(len(row) + 1)
-        gain[0] = self.weight_sum + self._forced_gain
-        drafts = np.empty(len(row) + 1)
-        if self.presence is None:
-            np.cumsum(worth, out=gain[1:])
-            drafts[:] = np.arange(len(row) + 1)
-            drafts += self.floor.sum()
-        else:
-            share = self.presence[row]
-            np.cumsum(worth * share, out=gain[1:])
-            drafts[0] = self.floor @ self.presence
-            np.cumsum(share, out=drafts[1:])
-            drafts[1:] += drafts[0]
-        gain[1:] += gain[0]
-        return row, gain, drafts
+        limits = np.atleast_1d(depths)
+        shape = (len(limits), len(self._row) + 1)
+        gain, drafts = np.zeros(shape), np.zeros(shape)
+        share = 1.0 if self.presence is None else self.presence[self._row]
+        if limits.min(initial=self.max_length) < self.max_length:
+            share = share * (self._depth < limits[:, None])
+        np.cumsum(np.broadcast_to(self._worth * share, (shape[0], shape[1] - 1)), 1, out=gain[:, 1:])
+        np.cumsum(np.broadcast_to(share, (shape[0], shape[1] - 1)), 1, out=drafts[:, 1:])
+        gain += self.weight_sum + self._forced_gain
+        drafts += self.floor.sum() if self.presence is None else self.floor @ self.presence
+        return gain, drafts
 
-    def lengths(self, rows: npt.NDArray[np.intp], count: int) -> I64:
-        """The lengths that the first ``count`` of ``rows`` make."""
-        return self.floor + np.bincount(rows[:count], minlength=self.size)
+    def seconds(
+        self, curve: CostCurve, draft: DraftCost, depths: npt.ArrayLike, drafts: F64, other: int
+    ) -> F64:
+        """Seconds of ragged steps that draft ``drafts`` [D, M + 1] tokens to ``depths`` [D].
+
+        ``other``: tokens of the pass that are not verified. Depths below the deepest floor are
+        paid for as that.
+        """
+        base = self.size + other
+        if self.presence is None:
+            # Whole counts: T(N) is looked up instead of interpolated anew for every depth.
+            counts = drafts.astype(np.intp)
+            seconds = curve.at(base + np.arange(counts.max(initial=0) + 1))[counts]
+        else:
+            seconds = curve.at(base + drafts)
+        paid = np.maximum(np.atleast_1d(depths), self.deepest_floor)[:, None]
+        speculating = (draft.fixed_s + draft.per_forward_s * paid) + draft.per_token_s * drafts
+        speculating[drafts == 0] = 0.0
+        return seconds + speculating
+
+    def lengths(self, count: int, depth: int) -> I64:
+        """The lengths that the best ``count`` items make, of those within ``depth``."""
+        rows = self._row[:count][self._depth[:count] < depth]
+        return self.floor + np.bincount(rows, minlength=self.size)
 
     def uniform(self, length: int) -> tuple[I64, float]:
         """One length for all, within floors and ceilings: (lengths, gain)."""
@@ -242,7 +256,6 @@ def choose_lengths(
     """
     best: Choice | None = None
     best_value = -np.inf
-    base = ladder.size + num_other_tokens
     for curve in curves:
         if curve.mode == UNIFORM:
             for length in range(min(depth, ladder.max_length) + 1):
@@ -254,16 +267,14 @@ def choose_lengths(
                 if (value := gain - value_of_time * seconds) > best_value + 1e-12:
                     best, best_value = Choice(lengths, UNIFORM, gain, seconds), value
         else:
-            rows, gains, drafts = ladder.down_to(depth)
-            paid_depth = max(depth, ladder.deepest_floor)
-            times = step_seconds(curve, draft, base + drafts, drafts, paid_depth)
+            gains, drafts = ladder.prefixes(depth)
+            times = ladder.seconds(curve, draft, depth, drafts, num_other_tokens)
             values = gains - value_of_time * times
             m = int(np.argmax(values))
-            if values[m] > best_value + 1e-12:
-                best_value = float(values[m])
-                best = Choice(
-                    ladder.lengths(rows, m), RAGGED, float(gains[m]), float(times[m])
-                )
+            if values[0, m] > best_value + 1e-12:
+                best_value = float(values[0, m])
+                lengths = ladder.lengths(m, depth)
+                best = Choice(lengths, RAGGED, float(gains[0, m]), float(times[0, m]))
     if best is None:
         raise ValueError("no cost curve to choose by: give at least one")
     return best

@@ -15,7 +15,6 @@ conformance suite (tests/conformance/test_estimators.py) holds every estimator t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
@@ -48,6 +47,10 @@ class OnlineEstimator(Protocol):
         """The estimator that gave ``state``; raise ValueError when it is not such a state."""
 
 
+#: Counts and seconds beyond this are taken for an error of the sender.
+LARGEST = 1e12
+
+
 def predict_interval(
     estimator: OnlineEstimator, x: dict[Any, Any], num_std: float = 1.645
 ) -> tuple[float, float]:
@@ -61,7 +64,7 @@ def predict_interval(
 
 
 def non_negative(name: str, value: Any) -> float:
-    """``value`` as a float; ValueError with ``name`` unless it is a finite number >= 0.
+    """``value`` as a float; ValueError with ``name`` unless it is in [0, `LARGEST`].
 
     >>> non_negative("step_s", 0.02)
     0.02
@@ -70,8 +73,8 @@ def non_negative(name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, got {value!r}") from None
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {number!r}")
+    if not 0.0 <= number <= LARGEST:
+        raise ValueError(f"{name} must be in [0, {LARGEST:g}], got {number!r}")
     return number
 
 

@@ -1,7 +1,7 @@
 """Non-negative recursive least squares that forgets only what it is being told anew.
 
-The two parts that the step-cost models are made of: `RecursiveLeastSquares` holds the
-coefficients, `ResidualFilter` decides how far one observation is to be believed.
+What the step-cost models are made of: `RecursiveLeastSquares` holds the coefficients,
+`ResidualFilter` decides how far one observation is to be believed, `learn` joins the two.
 
 Information form. With precision A and b = A theta, an observation y of row x and weight w does
 
@@ -26,6 +26,24 @@ import numpy as np
 
 from smartspec.estimators.base import F64, State, non_negative, pack, unpack
 
+#: Seconds; times below are noise of clock and operating system.
+RESOLUTION_S = 2e-5
+
+# After a change of level: precision kept, and deviation of the factor common to all coefficients.
+# In simulation (+30%, x 2, / 2 over mixed shapes) these are back at a prediction error of 3% within
+# 10 to 15 steps, and the least harmed by an outlier that follows.
+_KEPT_PRECISION = 0.3
+_COMMON_FACTOR = 0.3
+
+
+def _inverse(matrix: F64) -> F64:
+    """The inverse; NaN where there is none."""
+    try:
+        inverse: F64 = np.linalg.inv(matrix).astype(np.float64, copy=False)
+    except np.linalg.LinAlgError:
+        return np.full_like(matrix, np.nan)
+    return inverse
+
 
 class RecursiveLeastSquares:
     """Coefficients theta >= 0 of y ~ row @ theta, and their precision.
@@ -43,30 +61,45 @@ class RecursiveLeastSquares:
 
     def __init__(self, prior_mean: F64, prior_precision: F64, forgetting: float) -> None:
         self.forgetting = forgetting
+        self.num_recoveries = 0
+        self._prior = prior_precision.copy()
         self.precision = prior_precision.copy()
         self.moment: F64 = prior_precision @ prior_mean
         self.coef = prior_mean.copy()
-        self.covariance: F64 = np.linalg.inv(prior_precision)
+        self.covariance = _inverse(prior_precision)
         self._active = np.ones(len(prior_mean), bool)
 
     def add(self, row: F64, y: float, weight: float) -> None:
         """Take in one observation; `solve` makes it count."""
         direction = self.precision @ row
         known = float(row @ direction)
-        if known > 0.0:
-            forgotten = (1.0 - self.forgetting) / known
-            # One fused outer product per term; both are exactly symmetric in floating point.
-            self.precision -= direction[:, None] * (direction * forgotten)
-            self.moment -= direction * (forgotten * float(row @ self.moment))
-        self.precision += row[:, None] * (row * weight)
-        self.moment += row * (weight * y)
+        forgotten = (1.0 - self.forgetting) / known if known > 0.0 else 0.0
+        # Both rank-one terms in one product.
+        change = np.array((direction, row))
+        change_t = change.T * (-forgotten, weight)
+        self.precision += change_t @ change
+        self.moment += change_t @ (float(row @ self.moment), y)
 
     def solve(self) -> None:
         """Bring ``covariance`` and ``coef`` up to date with what was added."""
-        # (a + a') / 2: forgetting leaves rounding errors that an inverse would amplify.
+        # Rounding leaves differences across the diagonal that an inverse would amplify.
         self.precision = 0.5 * (self.precision + self.precision.T)
-        self.covariance = np.linalg.inv(self.precision)
+        covariance = _inverse(self.precision)
+        if not covariance.diagonal().min() > 0.0:
+            self._recover()
+            return
+        self.covariance = covariance
         self.coef = self._non_negative()
+
+    def _recover(self) -> None:
+        """Keep the coefficients, and know them as little as at first.
+
+        Out of reach of sane input: it takes features some 1e7 times what they were scaled for.
+        """
+        self.num_recoveries += 1
+        self.precision = self._prior.copy()
+        self.covariance = _inverse(self.precision)
+        self.moment = self.precision @ self.coef
 
     def _non_negative(self) -> F64:
         coef: F64 = self.covariance @ self.moment
@@ -104,8 +137,8 @@ class RecursiveLeastSquares:
         """
         free = self.covariance @ self.moment
         self.covariance = self.covariance / keep + scale_variance * np.outer(self.coef, self.coef)
-        self.precision = np.linalg.inv(self.covariance)
-        self.precision = 0.5 * (self.precision + self.precision.T)
+        precision = _inverse(self.covariance)
+        self.precision = 0.5 * (precision + precision.T)
         self.moment = self.precision @ free
 
     def rescale(self, factor: float) -> None:
@@ -113,22 +146,28 @@ class RecursiveLeastSquares:
         self.coef = self.coef * factor
         self.moment = self.moment / factor
         self.precision = self.precision / factor**2
+        self._prior = self._prior / factor**2
         self.covariance = self.covariance * factor**2
 
     def grow(self, precision: float) -> None:
         """Append a coefficient whose prior is 0 with ``precision``."""
-        n = len(self.coef)
-        widened = np.zeros((2, n + 1, n + 1))
-        widened[0, :n, :n], widened[0, n, n] = self.precision, precision
-        widened[1, :n, :n], widened[1, n, n] = self.covariance, 1.0 / precision
-        self.precision, self.covariance = widened[0].copy(), widened[1].copy()
+
+        def widened(matrix: F64, corner: float) -> F64:
+            wide = np.pad(matrix, ((0, 1), (0, 1)))
+            wide[-1, -1] = corner
+            return wide
+
+        self._prior = widened(self._prior, precision)
+        self.precision = widened(self.precision, precision)
+        self.covariance = widened(self.covariance, 1.0 / precision)
         self.moment = np.append(self.moment, 0.0)
         self.coef = np.append(self.coef, 0.0)
         self._active = np.append(self._active, True)
 
     def state(self) -> State:
+        """Everything but ``forgetting``, as plain values."""
         return {
-            "forgetting": self.forgetting,
+            "prior": pack(self._prior),
             "precision": pack(self.precision),
             "moment": pack(self.moment),
             "coef": pack(self.coef),
@@ -138,8 +177,9 @@ class RecursiveLeastSquares:
 
     def restore(self, state: Mapping[str, Any], size: int) -> None:
         """Take over a `state` of ``size`` coefficients; raise ValueError when it is not one."""
+        prior = unpack(state, "prior", (size, size))
         precision = unpack(state, "precision", (size, size))
-        if np.linalg.eigvalsh(precision)[0] <= 0.0:
+        if not min(_inverse(m).diagonal().min() for m in (prior, precision)) > 0.0:
             raise ValueError("precision is not positive definite")
         moment = unpack(state, "moment", (size,))
         coef = unpack(state, "coef", (size,))
@@ -147,7 +187,7 @@ class RecursiveLeastSquares:
         active = np.array(state["active"], bool)
         if len(active) != size or coef.min(initial=0.0) < 0.0:
             raise ValueError("coefficients do not match their model")
-        self.precision, self.moment, self.coef = precision, moment, coef
+        self._prior, self.precision, self.moment, self.coef = prior, precision, moment, coef
         self.covariance, self._active = covariance, active
 
 
@@ -163,10 +203,11 @@ class ResidualFilter:
     """Learned relative noise, clipping of outliers, and recognition of a changed level.
 
     Residuals are divided by the deviation that they should have, noise and what the model does not
-    know yet taken together. Beyond ``clip_at`` deviations an observation is drawn in (Huber). Page's
-    cumulative sum of the drawn-in residuals, less a ``slack`` of 0.75 deviations per observation,
-    exceeds ``alarm_at`` (20) after 7 outliers in a row to the same side, after 16 residuals of two
-    deviations, and by chance once in 1e13 observations: then the level has changed.
+    know yet taken together. Beyond ``clip_at`` deviations an observation is drawn in (Huber). The
+    cumulative sum (Page, Biometrika 41, 1954, 100) of drawn-in residuals, less `SLACK` deviations
+    per observation, exceeds `ALARM_AT` after 7 outliers in a row to the same side, after 17
+    residuals of two deviations, and by chance, were the noise normal, once in some 1e13
+    observations: then the level has changed.
 
     Parameters
     ----------
@@ -228,6 +269,7 @@ class ResidualFilter:
         return Verdict(observed, clipped, shifted)
 
     def state(self) -> State:
+        """Everything but the constructor's arguments, as plain values."""
         return {
             "variance": self.variance,
             "count": self.count,
@@ -248,3 +290,63 @@ class ResidualFilter:
             self._below = non_negative("below", state["below"])
         except KeyError as error:
             raise ValueError(f"filter state without {error}") from None
+
+
+def learn(
+    solver: RecursiveLeastSquares,
+    residuals: ResidualFilter,
+    row: F64,
+    seconds: float,
+    offset_s: float = 0.0,
+) -> Verdict:
+    """Judge that ``row`` took ``seconds``, ``offset_s`` of them not the model's, and add it.
+
+    Noise is relative: an observation weighs 1 / seconds^2. The caller calls `solve`.
+    """
+    predicted = max(offset_s + float(row @ solver.coef), RESOLUTION_S)
+    verdict = residuals.judge(predicted, seconds, solver.leverage(row) / predicted**2)
+    if verdict.shifted:
+        solver.loosen(_KEPT_PRECISION, (_COMMON_FACTOR / residuals.noise) ** 2)
+    # By the larger of expected and observed: an outlier seen before the model knows better (a first
+    # step that compiles) weighs next to nothing. The price is a bias of one noise variance.
+    weight = max(predicted, verdict.value) ** -2
+    solver.add(row, max(verdict.value - offset_s, 0.0), weight)
+    return verdict
+
+
+class RobustMean:
+    """Discounted mean of a skewed quantity, outliers drawn in to 3 mean deviations.
+
+    A change of level drives every value to the limit, and so the limit up: it is followed.
+    """
+
+    def __init__(self, window: int = 100) -> None:
+        self.window = window
+        self.value = 0.0
+        self.deviation = 0.0
+        self.count = 0
+
+    def add(self, value: float) -> None:
+        """Take in one value."""
+        self.count += 1
+        step = 1.0 / min(self.count, self.window)
+        error = value - self.value
+        if self.count > 10:
+            step = max(step, 0.05)
+            limit = 3.0 * self.deviation + 0.01 * self.value
+            error = min(max(error, -limit), limit)
+        self.value += step * error
+        self.deviation += step * (abs(error) - self.deviation)
+
+    def state(self) -> State:
+        """What was learned, as plain values."""
+        return {"value": self.value, "deviation": self.deviation, "count": self.count}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state`; raise ValueError when it is not one."""
+        try:
+            self.value = non_negative("value", state["value"])
+            self.deviation = non_negative("deviation", state["deviation"])
+            self.count = int(non_negative("count", state["count"]))
+        except KeyError as error:
+            raise ValueError(f"mean without {error}") from None

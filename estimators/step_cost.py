@@ -11,15 +11,17 @@ to catch up on. It is the linear model of SmartSpec (arXiv 2406.14066, T = c_ctx
 N_batched + c_0) with what practice adds to it. A slope per segment, rather than hinges on one
 slope, makes ">= 0 for every coefficient" the same as "the curve never falls with N", while concave
 (mixture of experts) and convex (compute-bound) shapes both remain possible. Neighbouring slopes
-are drawn together weakly, so that the curve goes on straight where nothing was seen.
+are drawn together weakly, so that the curve goes on straight where nothing was seen. How it is
+fitted: least_squares.py.
 
-Noise is relative: an observation weighs 1 / seconds^2. Engines that time target and draft apart
+Engines that time target and draft apart
 feed the two parts of the model; those that know only the sum feed all of it at once.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -27,142 +29,14 @@ import numpy as np
 import numpy.typing as npt
 from river.base import Regressor
 
-from smartspec.estimators.base import F64, State, non_negative
-from smartspec.estimators.least_squares import RecursiveLeastSquares, ResidualFilter
-
-RESOLUTION_S = 2e-5  #: times below this are noise of clock and operating system
-_AFTER_SHIFT = (0.1, 0.25)  #: precision kept, variance of the common factor; see `loosen`
-
-
-def _weight(predicted: float, observed: float) -> float:
-    # The larger of the two: an outlier seen before the model knows better (a first step that
-    # compiles) then weighs next to nothing, at the price of a bias of one noise variance.
-    return max(predicted, observed, RESOLUTION_S) ** -2
-
-
-class StepCostRegressor(Regressor):
-    """Seconds as a non-negative combination of named features; a river regressor.
-
-    Recursive least squares with directional forgetting, multiplicative noise that is learned,
-    clipping of outliers and recognition of changed levels: see least_squares.py. Features are
-    given slots as they appear; an absent feature counts as 0.
-
-    Parameters
-    ----------
-    forgetting : share of the old information kept along the direction of a new observation
-    clip_at : standard deviations at which an observation is drawn in
-    max_features : a feature beyond these raises ValueError
-
-    >>> model = StepCostRegressor()
-    >>> for n in range(1, 200):
-    ...     model.learn_one({"tokens": n % 7}, 0.020 + 0.001 * (n % 7))
-    >>> round(model.predict_one({"tokens": 10}), 4)
-    0.03
-    """
-
-    def __init__(
-        self, forgetting: float = 0.98, clip_at: float = 4.0, max_features: int = 64
-    ) -> None:
-        self.forgetting = forgetting
-        self.clip_at = clip_at
-        self.max_features = max_features
-        self._slots: dict[Any, int] = {}
-        self._scales: list[float] = [1.0]
-        self._solver: RecursiveLeastSquares | None = None
-        self._filter = ResidualFilter(clip_at)
-        self._prior_precision = 1.0
-
-    def _row(self, x: dict[Any, Any]) -> F64:
-        row = np.zeros(len(self._scales))
-        row[0] = 1.0
-        for name, value in x.items():
-            number = non_negative(str(name), value)
-            slot = self._slots.get(name)
-            if slot is not None:
-                row[slot] = number / self._scales[slot]
-        return row
-
-    def learn_one(self, x: dict[Any, Any], y: Any) -> None:
-        """Take in that features ``x`` (>= 0) took ``y`` seconds (>= 0)."""
-        seconds = non_negative("y", y)
-        self._row(x)  # refuses impossible values before anything has changed
-        new = sorted((str(n), n) for n, v in x.items() if n not in self._slots and float(v) > 0.0)
-        if len(self._slots) + len(new) > self.max_features:
-            raise ValueError(f"more than {self.max_features} features")
-        if self._solver is None:
-            # A contribution of 3 times the first observation is one deviation of the prior.
-            self._prior_precision = (0.03 / max(seconds, RESOLUTION_S)) ** 2
-            prior = np.array([[self._prior_precision]])
-            self._solver = RecursiveLeastSquares(np.zeros(1), prior, self.forgetting)
-        for _, name in new:
-            self._slots[name] = len(self._scales)
-            self._scales.append(float(x[name]))
-            self._solver.grow(self._prior_precision)
-        row = self._row(x)
-        solver = self._solver
-        predicted = max(float(row @ solver.coef), RESOLUTION_S)
-        if self._filter.count == 0:
-            predicted = max(seconds, RESOLUTION_S)  # nothing was predicted yet
-        leverage = solver.leverage(row) / predicted**2
-        verdict = self._filter.judge(predicted, seconds, leverage)
-        if verdict.shifted:
-            solver.loosen(*_AFTER_SHIFT)
-        solver.add(row, verdict.value, _weight(predicted, verdict.value))
-        solver.solve()
-
-    def predict_one(self, x: dict[Any, Any]) -> float:
-        """Expected seconds of features ``x``; 0 before anything was learned."""
-        row = self._row(x)
-        return float(row @ self._solver.coef) if self._solver is not None else 0.0
-
-    def predict_std(self, x: dict[Any, Any]) -> float:
-        """Standard deviation of the seconds of one step of features ``x``."""
-        row = self._row(x)
-        if self._solver is None:
-            return 0.0
-        predicted = float(row @ self._solver.coef)
-        return self._filter.noise * math.sqrt(predicted**2 + self._solver.leverage(row))
-
-    @property
-    def num_clipped(self) -> int:
-        """Observations that were drawn in."""
-        return self._filter.num_clipped
-
-    def state(self) -> State:
-        return {
-            "kind": type(self).__name__,
-            "params": {
-                "forgetting": self.forgetting,
-                "clip_at": self.clip_at,
-                "max_features": self.max_features,
-            },
-            "slots": [[name, slot] for name, slot in self._slots.items()],
-            "scales": list(self._scales),
-            "prior_precision": self._prior_precision,
-            "filter": self._filter.state(),
-            "solver": None if self._solver is None else self._solver.state(),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        try:
-            if state["kind"] != cls.__name__:
-                raise ValueError(f"state of a {state['kind']}, expected {cls.__name__}")
-            model = cls(**state["params"])
-            model._slots = {name: int(slot) for name, slot in state["slots"]}
-            model._scales = [non_negative("scale", scale) for scale in state["scales"]]
-            size = len(model._scales)
-            if sorted(model._slots.values()) != list(range(1, size)) or 0.0 in model._scales:
-                raise ValueError("features do not match their slots")
-            model._prior_precision = non_negative("prior_precision", state["prior_precision"])
-            model._filter.restore(state["filter"])
-            if state["solver"] is not None:
-                solver = RecursiveLeastSquares(np.zeros(size), np.eye(size), model.forgetting)
-                solver.restore(state["solver"], size)
-                model._solver = solver
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a state of {cls.__name__}: {error!r}") from None
-        return model
+from smartspec.estimators.base import F64, LARGEST, State, non_negative
+from smartspec.estimators.least_squares import (
+    RESOLUTION_S,
+    RecursiveLeastSquares,
+    ResidualFilter,
+    RobustMean,
+    learn,
+)
 
 
 class StepShape(NamedTuple):
@@ -240,28 +114,6 @@ def _prior(num_segments: int, fixed_s: float) -> tuple[F64, F64]:
     return mean, 0.5 * (precision + precision.T)
 
 
-class _RobustMean:
-    """Discounted mean of a skewed quantity, its outliers drawn in to 3 mean deviations."""
-
-    def __init__(self, window: int = 100) -> None:
-        self.window = window
-        self.value = 0.0
-        self.deviation = 0.0
-        self.count = 0
-
-    def add(self, value: float) -> None:
-        self.count += 1
-        step = 1.0 / min(self.count, self.window)
-        error = value - self.value
-        if self.count > 10:
-            limit = 3.0 * self.deviation + 0.01 * self.value
-            error = min(max(error, -limit), limit)
-            # A change of level drives every value to the limit, and so the limit up.
-            step = max(step, 0.05)
-        self.value += step * error
-        self.deviation += step * (abs(error) - self.deviation)
-
-
 class StepCost(Regressor):
     """Step cost with the terms of this module's head: what the daemon asks for curves.
 
@@ -271,7 +123,7 @@ class StepCost(Regressor):
     graph_sizes : token counts of captured graphs; the engine pads a pass up to the next of them,
         and runs a larger pass without a graph. Empty: no padding
     draft_forwards : False for proposers whose depth costs no sequential passes (prompt lookup)
-    forgetting, clip_at : as in `StepCostRegressor`
+    forgetting, clip_at : as in `StepCostRegressor` (regressor.py)
     prior_fixed_s : the prior's cost of an empty step; with 1% of it per token (20 ms and 0.2 ms a
         token). The first few observations replace its level, and it weighs little in its shape
     enough : steps that make a cell of `coverage` seen
@@ -309,8 +161,11 @@ class StepCost(Regressor):
         if not draft_forwards:
             mean[_FORWARDS] = 0.0
         self._solver = RecursiveLeastSquares(mean, precision, forgetting)
+        self._of_draft = np.zeros(len(mean))
+        self._of_draft[_DRAFTING:_SEGMENTS] = 1.0
+        self._of_target = 1.0 - self._of_draft
         self._filters = {name: ResidualFilter(clip_at) for name in ("target", "draft", "step")}
-        self._overhead = _RobustMean()
+        self._overhead = RobustMean()
         self._counts = np.zeros((len(self._low), 2), np.int64)
         self._error = 0.0
         self._num_observed = 0
@@ -333,22 +188,31 @@ class StepCost(Regressor):
         return units
 
     def _row(self, shape: StepShape) -> F64:
-        num_tokens = shape.verify_tokens + shape.prefill_tokens
-        row = np.empty(_SEGMENTS + len(self._low))
-        row[:_SEGMENTS] = (
+        # Plain Python: for one shape it takes half the time of the vectorised features.
+        batch, verify, prefill, context, forwards, tokens, catch_up = shape
+        num_tokens = verify + prefill
+        graphs = self.graph_sizes
+        eager = bool(graphs) and num_tokens > graphs[-1]
+        if graphs and not eager:
+            num_tokens = graphs[bisect_left(graphs, num_tokens)]
+        row = [
             1.0,
-            shape.batch / _TARGET_TERMS["batch"].scale,
-            shape.verify_tokens / _TARGET_TERMS["verify"].scale,
-            shape.context_tokens / _TARGET_TERMS["context"].scale,
-            shape.prefill_tokens / _TARGET_TERMS["prefill"].scale,
-            float(len(self._graphs) > 0 and num_tokens > self._graphs[-1]),
+            batch / _TARGET_TERMS["batch"].scale,
+            verify / _TARGET_TERMS["verify"].scale,
+            context / _TARGET_TERMS["context"].scale,
+            prefill / _TARGET_TERMS["prefill"].scale,
+            float(eager),
             float(shape.drafting),
-            shape.draft_forwards / _DRAFT_TERMS["forwards"].scale if self.draft_forwards else 0.0,
-            shape.draft_tokens / _DRAFT_TERMS["tokens"].scale,
-            shape.catch_up_tokens / _DRAFT_TERMS["catch_up"].scale,
-        )
-        row[_SEGMENTS:] = self._segments(self._padded(np.array(num_tokens)))
-        return row
+            forwards / _DRAFT_TERMS["forwards"].scale if self.draft_forwards else 0.0,
+            tokens / _DRAFT_TERMS["tokens"].scale,
+            catch_up / _DRAFT_TERMS["catch_up"].scale,
+        ]
+        below = 0
+        for knot in self.knots:
+            row.append(min(max(num_tokens - below, 0.0), knot - below) / _SEGMENT.scale)
+            below = knot
+        row.append(max(num_tokens - below, 0.0) / _SEGMENT.scale)
+        return np.array(row)
 
     # -- learning ---------------------------------------------------------------------------
 
@@ -364,59 +228,44 @@ class StepCost(Regressor):
         non_negative("step_s", step_s)
         if step_s == 0.0:
             raise ValueError("step_s must be > 0")
-        apart = target_s is not None and draft_s is not None
         if target_s is not None:
             non_negative("target_s", target_s)
         if draft_s is not None:
             non_negative("draft_s", draft_s)
 
         row = self._row(shape)
-        if self._num_observed == 0:
-            self._solver.rescale(max(step_s, RESOLUTION_S) / float(row @ self._solver.coef))
         solver = self._solver
-        predicted = max(self._overhead.value + float(row @ solver.coef), RESOLUTION_S)
-        step = self._filters["step"].judge(
-            predicted, step_s, solver.leverage(row) / predicted**2
-        )
-        if apart:
-            assert target_s is not None and draft_s is not None
-            target, draft = row.copy(), row
-            target[_DRAFTING:_SEGMENTS] = 0.0
-            draft[:_DRAFTING] = draft[_SEGMENTS:] = 0.0
-            clipped = self._learn("target", target, target_s)
-            drafted = bool(draft.any())
-            if drafted:
-                clipped |= self._learn("draft", draft, draft_s)
-            parts = target_s + draft_s if drafted else target_s
-            self._overhead.add(max(step_s - parts, 0.0))
+        if self._num_observed == 0:
+            solver.rescale(max(step_s, RESOLUTION_S) / float(row @ solver.coef))
+        overhead_s = self._overhead.value
+        predicted = max(overhead_s + float(row @ solver.coef), RESOLUTION_S)
+        residuals = self._filters["step"]
+        if target_s is None or draft_s is None:
+            clipped = learn(solver, residuals, row, step_s, overhead_s).clipped
         else:
-            clipped = step.clipped
-            if step.shifted:
-                solver.loosen(*_AFTER_SHIFT)
-            value = max(step.value - self._overhead.value, 0.0)
-            solver.add(row, value, _weight(predicted, step.value))
+            residuals.judge(predicted, step_s, solver.leverage(row) / predicted**2)
+            part_s = target_s
+            clipped = learn(
+                solver, self._filters["target"], row * self._of_target, target_s
+            ).clipped
+            if shape.drafting or shape.catch_up_tokens > 0.0:
+                part_s += draft_s
+                draft = learn(solver, self._filters["draft"], row * self._of_draft, draft_s)
+                clipped = clipped or draft.clipped
+            self._overhead.add(max(step_s - part_s, 0.0))
         solver.solve()
 
-        band = int(np.searchsorted(self._low, shape.verify_tokens + shape.prefill_tokens)) - 1
+        band = bisect_left(self.knots, shape.verify_tokens + shape.prefill_tokens)
         self._counts[band, int(shape.drafting)] += 1
         self._num_observed += 1
         error = min(abs(step_s - predicted) / step_s, 1.0)
         self._error += (error - self._error) / min(self._num_observed, 200)
         return Residual(predicted, step_s, clipped)
 
-    def _learn(self, part: str, row: F64, seconds: float) -> bool:
-        predicted = max(float(row @ self._solver.coef), RESOLUTION_S)
-        leverage = self._solver.leverage(row) / predicted**2
-        verdict = self._filters[part].judge(predicted, seconds, leverage)
-        if verdict.shifted:
-            self._solver.loosen(*_AFTER_SHIFT)
-        self._solver.add(row, verdict.value, _weight(predicted, verdict.value))
-        return verdict.clipped
-
     @staticmethod
     def _check(shape: StepShape) -> None:
-        # NaN fails every comparison; one chain is far cheaper than a check per field.
-        if not (0.0 <= min(shape) and max(shape) < math.inf and not any(v != v for v in shape)):
+        # By hand: a call per field would take longer than the features. NaN fails every comparison.
+        if not all(0.0 <= count <= LARGEST for count in shape):
             raise ValueError(f"counts of a step must be finite and >= 0, got {shape}")
         if shape.verify_tokens + shape.prefill_tokens < 1.0:
             raise ValueError(f"a step has at least one token, got {shape}")
@@ -529,6 +378,7 @@ class StepCost(Regressor):
 
     @property
     def num_observed(self) -> int:
+        """Steps learned from."""
         return self._num_observed
 
     @property
@@ -544,6 +394,7 @@ class StepCost(Regressor):
     # -- state ------------------------------------------------------------------------------
 
     def state(self) -> State:
+        """All that was learned and all arguments, as plain values."""
         return {
             "kind": type(self).__name__,
             "params": {
@@ -557,7 +408,7 @@ class StepCost(Regressor):
             },
             "solver": self._solver.state(),
             "filters": {name: part.state() for name, part in self._filters.items()},
-            "overhead": [self._overhead.value, self._overhead.deviation, self._overhead.count],
+            "overhead": self._overhead.state(),
             "counts": self._counts.tolist(),
             "error": self._error,
             "num_observed": self._num_observed,
@@ -565,6 +416,7 @@ class StepCost(Regressor):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The model that gave ``state``; raise ValueError when it is not such a state."""
         try:
             if state["kind"] != cls.__name__:
                 raise ValueError(f"state of a {state['kind']}, expected {cls.__name__}")
@@ -575,10 +427,7 @@ class StepCost(Regressor):
             model._solver.restore(state["solver"], len(model._solver.coef))
             for name, part in model._filters.items():
                 part.restore(state["filters"][name])
-            mean, deviation, count = state["overhead"]
-            model._overhead.value = non_negative("overhead", mean)
-            model._overhead.deviation = non_negative("deviation", deviation)
-            model._overhead.count = int(non_negative("count", count))
+            model._overhead.restore(state["overhead"])
             counts = np.array(state["counts"], np.int64)
             if counts.shape != model._counts.shape or counts.min() < 0:
                 raise ValueError("counts do not match the knots")

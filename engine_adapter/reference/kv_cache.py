@@ -54,6 +54,7 @@ class KvCache(Cache):
         values.view(-1, values.shape[3]).index_copy_(0, index, value_states[0].flatten(0, 1))
         return keys, values
 
+    @torch.inference_mode()
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first ``num_tokens`` positions of one row to another."""
         for layer in (*self._keys.values(), *self._values.values()):

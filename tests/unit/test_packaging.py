@@ -33,8 +33,11 @@ def git_files(repository: Path) -> list[Path]:
         pytest.skip("not a git checkout: no list of the files that belong to the repository")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=repository, check=True, capture_output=True, text=True,
-    ).stdout.split("\0")  # fmt: skip
+        cwd=repository,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\0")
     paths = [repository / name for name in listed if name]
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
@@ -81,12 +84,9 @@ def base_install(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = environment / "bin" / "python"
     (site,) = environment.glob("lib/python*/site-packages")
     for name in ("msgspec", "numpy", "pyzmq"):
-        for file in importlib.metadata.distribution(name).files or ():
-            top = file.parts[0]
-            target = site / top
-            if top not in ("..", "__pycache__") and not target.exists():
-                target.symlink_to(Path(str(file.locate())).parents[len(file.parts) - 2] if
-                                  len(file.parts) > 1 else Path(str(file.locate())))  # fmt: skip
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            (site / top).symlink_to(Path(str(distribution.locate_file(top))))
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     return python

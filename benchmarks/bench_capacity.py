@@ -1,0 +1,148 @@
+"""Eight engines x 256 requests x 40 steps/s on one daemon pinned to one core.
+
+A real daemon process with its telemetry, and scripted engines (mocks: no model) in this process
+that report on an absolute schedule, late or not. Staleness is what the engines see: steps between
+the report that the policy in force knew, and the step it steers (1 is the least possible). Then
+the same while Prometheus' page is scraped ten times a second; decision times are the daemon's own,
+from its event bus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from figures import record
+from scripted_engine import Costs, ScriptedEngine, hello
+
+from smartspec.daemon.event_bus import DecisionEvent, StepEvent, subscribe
+from smartspec.engine_adapter.link import EngineLink
+
+PORT = 19469
+
+
+def scrape(stop: threading.Event, port: int) -> None:
+    while not stop.wait(0.1):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+            page.read()
+
+
+def run(
+    engines: list[ScriptedEngine], daemon: psutil.Process, bus: str, rate: float, seconds: float
+) -> dict[str, np.ndarray | float]:
+    """Drive all engines at ``rate`` steps per second; what the daemon then did."""
+    subscriber = subscribe(bus)
+    rng = np.random.default_rng(1)
+    used = daemon.cpu_times()
+    began = time.monotonic()
+    staleness: list[int] = []
+    decide_s: list[float] = []
+    late_s: list[float] = []
+    stop = threading.Event()
+
+    def listen() -> None:
+        while not stop.is_set():
+            match subscriber.poll(0.1):
+                case StepEvent(source="policy" | "probe") as event:
+                    staleness.append(event.staleness_steps)
+                case DecisionEvent() as event:
+                    decide_s.append(event.decide_s)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    period = 1.0 / rate / len(engines)
+    for turn in range(round(seconds * rate * len(engines))):
+        due = began + turn * period
+        if (wait := due - time.monotonic()) > 0:
+            time.sleep(wait)
+        late_s.append(time.monotonic() - due)
+        engine = engines[turn % len(engines)]
+        if turn % 4 == 0:
+            engine.replace(1, rng.beta(3, 2, 1))
+        engine.step()
+    elapsed = time.monotonic() - began
+    stop.set()
+    listener.join()
+    subscriber.close()
+    after = daemon.cpu_times()
+    return {
+        "staleness": np.array(staleness),
+        "decide_s": np.array(decide_s),
+        "cpu_share": (after.user + after.system - used.user - used.system) / elapsed,
+        "late_p99_s": float(np.percentile(late_s, 99)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=40.0, help="steps per second and engine")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    args = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "SMARTSPEC_RUNTIME_DIR": folder,
+            "SMARTSPEC_TELEMETRY_PROMETHEUS_PORT": str(PORT),
+        }
+        command = [sys.executable, "-m", "smartspec.daemon.cli", "run"]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        try:
+            time.sleep(4.0)
+            daemon = psutil.Process(process.pid)
+            daemon.cpu_affinity([cores[-1]])
+            for child in daemon.children(recursive=True):
+                child.cpu_affinity(cores[:1])
+            os.sched_setaffinity(0, cores[:1])
+            engines = []
+            for i in range(args.engines):
+                source = EngineLink(
+                    f"ipc://{folder}/engines.sock", hello(f"engine{i}", i, lookup=False)
+                )
+                acceptance = np.random.default_rng(i).beta(3, 2, args.requests)
+                costs = Costs(draft_forward_s=0.001)
+                engines.append(ScriptedEngine(source, acceptance, costs, lookup=False, seed=i))
+            bus = f"ipc://{folder}/bus.sock"
+            run(engines, daemon, bus, args.rate, 3.0)  # warm up
+            quiet = run(engines, daemon, bus, args.rate, args.seconds)
+            stop = threading.Event()
+            scraper = threading.Thread(target=scrape, args=(stop, PORT))
+            scraper.start()
+            scraped = run(engines, daemon, bus, args.rate, args.seconds)
+            stop.set()
+            scraper.join()
+            for engine in engines:
+                engine.source.close()
+        finally:
+            process.terminate()
+            process.wait(10)
+    record(
+        "capacity",
+        {
+            "staleness_p50_steps": float(np.median(quiet["staleness"])),
+            "staleness_p99_steps": float(np.percentile(quiet["staleness"], 99)),
+            "loop_cpu_share": float(quiet["cpu_share"]),
+            "decision_p50_ms": float(np.median(quiet["decide_s"])) * 1e3,
+            "decision_p99_ms": float(np.percentile(quiet["decide_s"], 99)) * 1e3,
+            "staleness_p99_steps_scraped": float(np.percentile(scraped["staleness"], 99)),
+            "decision_p99_ms_scraped": float(np.percentile(scraped["decide_s"], 99)) * 1e3,
+            "driver_late_p99_ms": float(quiet["late_p99_s"]) * 1e3,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What the engine pays per step for being steered: choose lengths, take in the policy, report.
+
+Scripted batches (no model) at 64 and 256 requests, unchanged from step to step, against a real
+daemon process. A step's pause lets the policy arrive, as decoding would. Then the daemon is
+stopped (SIGSTOP) and killed: the extra over an engine with a fixed length is what remains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from figures import record
+from scripted_engine import hello
+
+from smartspec.engine_adapter.base import DecodeBatch, FixedLength, LengthSource, StepFacts
+from smartspec.engine_adapter.link import EngineLink
+
+
+def scripted_step(size: int) -> tuple[DecodeBatch, StepFacts]:
+    batch = DecodeBatch(
+        request_ids=np.arange(size, dtype=np.uint64),
+        ceiling=np.full(size, 5, np.uint8),
+        features=np.full((2, size), 1.0, np.float32),
+    )
+    facts = StepFacts(
+        batch=batch,
+        num_drafted=np.full(size, 3, np.uint8),
+        num_accepted=np.full(size, 2, np.uint8),
+        num_emitted=np.full(size, 3, np.uint8),
+        step_s=0.02 + 1e-4 * size,
+        target_s=0.019 + 1e-4 * size,
+        draft_s=0.0001,
+        context_tokens=300 * size,
+        num_draft_tokens=3 * size,
+    )
+    return batch, facts
+
+
+def time_steps(source: LengthSource, size: int, num_steps: int, pause_s: float) -> list[float]:
+    """Seconds of `choose` plus `report` in each step."""
+    batch, facts = scripted_step(size)
+    taken = []
+    for _ in range(num_steps):
+        time.sleep(pause_s)
+        began = time.perf_counter()
+        source.choose(batch)
+        middle = time.perf_counter()
+        time.sleep(0)  # the step itself would run here
+        again = time.perf_counter()
+        source.report(facts)
+        taken.append(time.perf_counter() - again + middle - began)
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--pause-ms", type=float, default=4.0)
+    args = parser.parse_args()
+    pause_s = args.pause_ms / 1e3
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"SMARTSPEC_RUNTIME_DIR": folder}
+        command = [sys.executable, "-m", "smartspec.daemon.cli", "run"]
+        environment["SMARTSPEC_TELEMETRY_ENABLED"] = "false"
+        daemon = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        try:
+            for size in (64, 256):
+                link = EngineLink(f"ipc://{folder}/engines.sock", hello(f"bench{size}", size))
+                deadline = time.monotonic() + 20
+                while link.stats.state != "policy":
+                    time_steps(link, size, 1, pause_s)
+                    if time.monotonic() > deadline:
+                        raise SystemExit("no policy came from the daemon within 20 s")
+                taken = np.array(time_steps(link, size, args.steps, pause_s)) * 1e6
+                figures[f"link_{size}_p50_us"] = float(np.median(taken))
+                figures[f"link_{size}_p99_us"] = float(np.percentile(taken, 99))
+                figures[f"link_{size}_policies_per_step"] = link.stats.num_policies / (
+                    link.stats.num_reports_sent or 1
+                )
+                if size == 64:
+                    link.close()
+            own = float(np.median(time_steps(FixedLength(3), 256, args.steps, pause_s))) * 1e6
+            for what, kill in (("stopped", signal.SIGSTOP), ("dead", signal.SIGKILL)):
+                daemon.send_signal(kill)
+                time.sleep(1.2)
+                link.choose(scripted_step(256)[0])  # past the time to live
+                link._program = None  # and past the fallback, which lasts a minute
+                taken = np.array(time_steps(link, 256, args.steps, pause_s)) * 1e6
+                figures[f"{what}_daemon_extra_us"] = float(np.median(taken)) - own
+            figures["fixed_length_us"] = own
+            link.close()
+        finally:
+            daemon.kill()
+            daemon.wait()
+    record("link", figures)
+
+
+if __name__ == "__main__":
+    main()

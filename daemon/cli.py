@@ -1,0 +1,230 @@
+"""The command `smartspec`: the one place where everything meets, each part imported when asked for.
+
+Exit codes: 0 done; 2 a setting, option or file that cannot be used; others as the command says.
+A mistake of the user is one line that names it; a traceback is a fault of ours.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from smartspec.daemon import config
+from smartspec.daemon.config import ConfigError, Settings
+
+EXIT_USAGE = 2
+
+app = typer.Typer(
+    help="Steer the speculation lengths of LLM engines for the most tokens per second.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(
+    help="Show, check and explain settings.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", envvar="SMARTSPEC_CONFIG", help="TOML file with settings."),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting, e.g. control.ttl_s=2. Repeatable."),
+]
+RuntimeDir = Annotated[
+    str | None, typer.Option(help="Directory of the sockets (setting runtime_dir).")
+]
+
+
+class Mode(enum.StrEnum):
+    observe = "observe"
+    control = "control"
+
+
+class Proposer(enum.StrEnum):
+    lookup = "lookup"
+    draft = "draft"
+    none = "none"
+
+
+class Speculation(enum.StrEnum):
+    own = "own"
+    static = "static"
+    smartspec = "smartspec"
+
+
+def _fail(text: object) -> NoReturn:
+    typer.echo(f"smartspec: {text}", err=True)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def _assigned(assignments: list[str] | None) -> dict[str, Any]:
+    values = {}
+    for assignment in assignments or []:
+        name, separator, value = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {assignment}: expected KEY=VALUE")
+        values[name.strip()] = value.strip()
+    return values
+
+
+def _load(path: Path | None, assignments: list[str] | None, **flags: Any) -> Settings:
+    """Settings, or one line on what is wrong with them. ``flags``: ``control__ttl_s=...``."""
+    try:
+        named = {name.replace("__", "."): value for name, value in flags.items()}
+        given = {name: value for name, value in named.items() if value is not None}
+        return config.load(path, overrides={**_assigned(assignments), **given})
+    except ConfigError as error:
+        _fail(error)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"smartspec {version('smartspec')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config_file: ConfigFile = None,
+    mode: Annotated[Mode | None, typer.Option(help="Steer, or only learn and predict.")] = None,
+    runtime_dir: RuntimeDir = None,
+    endpoint: Annotated[str | None, typer.Option(help="Where engines connect.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="Redis; default: embedded.")] = None,
+    prometheus_port: Annotated[int | None, typer.Option(help="On 127.0.0.1; 0: none.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
+    set_: Assignments = None,
+) -> None:
+    """Run the daemon: learn from engines and steer them, until SIGTERM or Ctrl-C."""
+    from smartspec.daemon import logs, service
+
+    def load() -> Settings:
+        flags = {
+            "mode": mode.value if mode else None,
+            "runtime_dir": runtime_dir,
+            "endpoint": endpoint,
+            "redis.url": redis_url,
+            "telemetry.prometheus_port": prometheus_port,
+            "log.level": log_level,
+        }
+        given = {name: value for name, value in flags.items() if value is not None}
+        return config.load(config_file, overrides={**_assigned(set_), **given})
+
+    try:
+        settings = load()
+        logs.configure(settings.log)
+        service.run(settings, reload=load)
+    except (ConfigError, service.ServiceError) as error:
+        _fail(error)
+
+
+@app.command()
+def telemetry(
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+    settings_from_stdin: Annotated[bool, typer.Option(hidden=True)] = False,
+    parent: Annotated[int, typer.Option(hidden=True)] = 0,
+) -> None:
+    """Write Redis and serve Prometheus beside a daemon (`run` starts this by itself)."""
+    import signal
+    import threading
+
+    import msgspec
+
+    from smartspec.daemon import logs, service
+    from smartspec.daemon.parent_death import follow_parent
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if parent:
+        follow_parent(parent)
+    if settings_from_stdin:
+        settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
+    else:
+        settings = _load(config_file, set_, runtime_dir=runtime_dir)
+    logs.configure(settings.log)
+    from smartspec.daemon.telemetry import process
+
+    try:
+        service.prepare_runtime_dir(Path(settings.runtime_dir))
+    except service.ServiceError as error:
+        _fail(error)
+    process.run(settings, stop)
+
+
+@app.command()
+def inspect(
+    engine: Annotated[str | None, typer.Argument(help="Default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Until Ctrl-C.")] = False,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    redis_url: Annotated[str | None, typer.Option(help="Default: the embedded one.")] = None,
+    set_: Assignments = None,
+) -> None:
+    """Show what engines are doing, why, and what it brings.
+
+    Exit codes: 2 Redis cannot be read, 3 no such engine.
+    """
+    settings = _load(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    from smartspec.daemon import inspect as inspection
+
+    raise typer.Exit(inspection.run(settings, engine, as_json, watch))
+
+
+@config_app.command("defaults")
+def config_defaults() -> None:
+    """Print a file with every setting, explained, at its default."""
+    typer.echo(config.default_toml(), nl=False)
+
+
+@config_app.command("check")
+def config_check(config_file: ConfigFile = None, set_: Assignments = None) -> None:
+    """Say whether the settings are good."""
+    _load(config_file, set_)
+    typer.echo(f"{config_file or 'settings'}: good")
+
+
+@config_app.command("show")
+def config_show(config_file: ConfigFile = None, set_: Assignments = None) -> None:
+    """Print the settings in force: file, environment and flags together."""
+    typer.echo(config.to_toml(_load(config_file, set_)), nl=False)
+
+
+def _optional(load: Callable[[], Any], extra: str) -> Any:
+    """A part that needs packages which the daemon does without."""
+    try:
+        return load()
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed: pip install 'smartspec[{extra}]'")
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""What the engines are doing, why, and what it brings: read from Redis, for people and for scripts.
+
+Exit codes: 0 shown, 2 Redis cannot be read, 3 no such engine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import redis
+from msgspec import Struct
+
+from smartspec.daemon.config import Settings, redacted
+from smartspec.daemon.telemetry.engine_state import EngineState, from_fields
+from smartspec.daemon.telemetry.redis_store import Keys, connect
+
+EXIT_NO_REDIS = 2
+EXIT_NO_ENGINE = 3
+NUM_EVENTS = 5  #: shown per engine
+EVENTS_SEARCHED = 200
+STALE_S = 5.0  #: a connected engine that has been silent for longer is shown as idle
+
+
+class InspectError(Exception):
+    """Nothing can be shown; ``code`` is the exit code."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class PastEvent(Struct, frozen=True, kw_only=True):
+    """One entry of the events stream."""
+
+    t_s: float
+    type: str
+    engine: str = ""
+    kind: str = ""
+    level: str = "info"
+    text: str = ""
+    state: str = ""
+
+
+class View(Struct, frozen=True, kw_only=True):
+    """One engine as shown: its state (docs/redis.md), its age and its last events."""
+
+    state: EngineState
+    age_s: float  #: since its last event
+    events: list[PastEvent]  #: newest first
+
+    def as_json(self) -> dict[str, Any]:
+        """Stable keys: all fields of `EngineState`, ``age_s`` and ``events``."""
+        plain: dict[str, Any] = msgspec.to_builtins(self.state)
+        return {**plain, "age_s": round(self.age_s, 3), "events": msgspec.to_builtins(self.events)}
+
+
+def read(settings: Settings, engine: str | None, now: float) -> list[View]:
+    """The engines known (or the one named), by name. Raises `InspectError`."""
+    client = connect(settings.redis_url, timeout_s=2.0)
+    keys = Keys(settings.redis.key_prefix)
+    try:
+        names = sorted(name.decode("utf-8", "replace") for name in _members(client, keys))
+        states = [state for name in names if (state := _state(client, keys, name)) is not None]
+        events = _events(client, keys)
+    except redis.RedisError as error:
+        raise InspectError(_no_redis(settings, error), EXIT_NO_REDIS) from error
+    finally:
+        client.close()
+    if engine is not None:
+        if not any(state.engine == engine for state in states):
+            known = ", ".join(state.engine for state in states) or "none"
+            raise InspectError(f"no engine {engine!r}; known: {known}", EXIT_NO_ENGINE)
+        states = [state for state in states if state.engine == engine]
+    if not states:
+        raise InspectError(
+            "no engine has reported yet: start one (`smartspec worker`, or an adapter) that "
+            f"connects to {settings.endpoint}",
+            EXIT_NO_ENGINE,
+        )
+    return [
+        View(
+            state=state,
+            age_s=max(0.0, now - state.updated_s),
+            events=[e for e in events if e.engine in ("", state.engine)][:NUM_EVENTS],
+        )
+        for state in states
+    ]
+
+
+def _members(client: redis.Redis, keys: Keys) -> set[bytes]:
+    members: Any = client.smembers(keys.engines)
+    return set(members)
+
+
+def _state(client: redis.Redis, keys: Keys, name: str) -> EngineState | None:
+    fields: Any = client.hgetall(keys.engine(name))
+    try:
+        return from_fields(EngineState, fields) if fields else None  # None: expired
+    except (msgspec.ValidationError, msgspec.DecodeError):
+        return None  # written by something else
+
+
+def _events(client: redis.Redis, keys: Keys) -> list[PastEvent]:
+    entries: Any = client.xrevrange(keys.events, count=EVENTS_SEARCHED)
+    events = []
+    for _, fields in entries:
+        try:
+            events.append(from_fields(PastEvent, fields))
+        except (msgspec.ValidationError, msgspec.DecodeError):
+            continue
+    return events
+
+
+def _no_redis(settings: Settings, error: redis.RedisError) -> str:
+    url = redacted(settings.redis_url)
+    advice = (
+        "check redis.url and the server"
+        if settings.redis.url
+        else "is `smartspec run` running, with the same runtime_dir and telemetry.enabled?"
+    )
+    return f"Redis cannot be read at {url} ({error}): {advice}"
+
+
+# -- for people ---------------------------------------------------------------------------------
+
+
+def render(views: list[View]) -> Any:
+    """A rich renderable: details of one engine, or a table of several."""
+    from rich.console import Group
+
+    if len(views) > 1:
+        return Group(_overview(views), "`smartspec inspect ENGINE` shows one in detail.")
+    return _details(views[0])
+
+
+def _overview(views: list[View]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Engines")
+    for heading in ("engine", "state", "running", "waiting", "lengths", "tok/s", "gain", "why"):
+        table.add_column(heading)
+    for view in views:
+        state = view.state
+        table.add_row(
+            state.engine,
+            _condition(view),
+            str(state.num_running),
+            str(state.num_waiting),
+            _lengths(state),
+            _number(state.goodput),
+            _signed(state.gain_over_none),
+            state.reason or "-",
+        )
+    return table
+
+
+def _details(view: View) -> Any:
+    from rich import box
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    state = view.state
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    rows = [
+        ("state", f"{_condition(view)}, last heard {view.age_s:.1f} s ago"),
+        ("model", " ".join(v for v in state.fingerprint.values() if v) or "-"),
+        (
+            "load",
+            (
+                f"{state.num_running} running, {state.num_waiting} waiting, "
+                f"KV {100 * state.kv_usage:.0f}% full, {state.context_tokens} tokens of context"
+            ),
+        ),
+        ("lengths", _lengths(state) + (f" ({state.mode})" if state.mode else "")),
+        ("why", state.reason or "no decision yet"),
+        (
+            "goodput",
+            (
+                f"{_number(state.goodput)} tokens/s measured, "
+                f"{_number(state.predicted_goodput)} predicted"
+            ),
+        ),
+        (
+            "estimated gain",
+            (
+                f"{_signed(state.gain_over_none)} over no speculation, "
+                f"{_signed(state.gain_over_static)} over the engine's static length"
+            ),
+        ),
+        ("acceptance", _acceptance(state)),
+        (
+            "trust",
+            (
+                f"step times mispredicted by {_percent(state.prediction_error)}; policies "
+                f"{_whole(state.staleness_steps)} steps old; chosen by {state.source or '-'}"
+            ),
+        ),
+        ("probes", f"{state.num_probes} requests drafted for only to learn"),
+    ]
+    for name, text in rows:
+        table.add_row(name, Text(text))
+    for number, event in enumerate(view.events):
+        table.add_row("last events" if number == 0 else "", Text(_event(event)))
+    return Panel(table, title=f"engine {state.engine}", title_align="left", expand=False)
+
+
+def _condition(view: View) -> str:
+    state = view.state
+    if state.state != "connected":
+        return state.state
+    steering = {None: "learning", True: "steering", False: "observing"}[state.steering]
+    return f"{steering}, idle" if view.age_s > STALE_S else steering
+
+
+def _lengths(state: EngineState) -> str:
+    """Requests by length.
+
+    >>> _lengths(EngineState(engine="a", length_counts=(2, 0, 0, 7)))
+    '2 requests at 0, 7 at 3'
+    """
+    parts = [f"{n} at {k}" for k, n in enumerate(state.length_counts) if n]
+    return ", ".join(parts).replace(" at", " requests at", 1) if parts else "-"
+
+
+def _acceptance(state: EngineState) -> str:
+    parts = [f"{j}: {100 * share:.0f}%" for j, share in enumerate(state.acceptance, 1)]
+    return "by depth " + ", ".join(parts) if parts else "-"
+
+
+def _event(event: PastEvent) -> str:
+    at = time.strftime("%H:%M:%S", time.localtime(event.t_s))
+    what = f"engine {event.state}" if event.type == "engine" else f"{event.kind}: {event.text}"
+    return f"{at} {what}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _whole(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.0f}%"
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def run(
+    settings: Settings,
+    engine: str | None = None,
+    as_json: bool = False,
+    watch: bool = False,
+    interval_s: float = 1.0,
+    wall: Callable[[], float] = time.time,
+) -> int:
+    """Print what is known; returns the exit code. ``watch``: again and again, until Ctrl-C."""
+    try:
+        if watch and not as_json:
+            _watch(settings, engine, interval_s, wall)
+        while True:
+            views = read(settings, engine, wall())
+            if as_json:
+                engines = [view.as_json() for view in views]
+                line = msgspec.json.encode({"engines": engines})
+                text = line if watch else msgspec.json.format(line, indent=2)
+                print(text.decode(), flush=True)
+            else:
+                _print(render(views))
+            if not watch:
+                return 0
+            time.sleep(interval_s)
+    except KeyboardInterrupt:
+        return 0
+    except InspectError as error:
+        print(f"smartspec inspect: {error}", file=sys.stderr)
+        return error.code
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+def _watch(
+    settings: Settings, engine: str | None, interval_s: float, wall: Callable[[], float]
+) -> None:
+    """A screen that is redrawn; an outage is shown on it and waited out."""
+    from rich.live import Live
+
+    first = render(read(settings, engine, wall()))  # what is wrong from the start is an error
+    with Live(first, refresh_per_second=4) as live:
+        while True:
+            time.sleep(interval_s)
+            try:
+                live.update(render(read(settings, engine, wall())))
+            except InspectError as error:
+                live.update(f"{error}; trying again")

@@ -1,0 +1,302 @@
+"""The daemon as a process: one instance per runtime directory, signals, its child, the loop."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import IO, Protocol
+
+import msgspec
+
+from smartspec.daemon import config, logs
+from smartspec.daemon.config import ConfigError, Settings
+from smartspec.daemon.event_bus import Bus, EventBus, NoteEvent
+
+log = logging.getLogger(__name__)
+
+CYCLE_TIMEOUT_S = 0.1  #: how late a signal may be noticed when no engine reports
+RESTART_DELAYS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  #: of the telemetry process
+STABLE_S = 30.0  #: having lived this long, the next restart is a quick one again
+STOP_TIMEOUT_S = 5.0
+
+
+class ServiceError(RuntimeError):
+    """The daemon cannot start. The message says what is in the way, and what to do."""
+
+
+class Loop(Protocol):
+    """What is run: control_loop.ControlLoop, or a stand-in."""
+
+    def cycle(self, timeout_s: float) -> str | None: ...
+
+    def close(self) -> None: ...
+
+
+def prepare_runtime_dir(path: Path) -> None:
+    """Create the directory of the sockets with mode 0700, or make sure that it is safe.
+
+    In a shared place such as /tmp another user may have created it first, to listen in or to steer
+    the engines: refused. Raises `ServiceError`.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise ServiceError(
+            f"runtime_dir: {path} cannot be created ({error.strerror}): choose another one"
+        ) from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+        raise ServiceError(
+            f"runtime_dir: {path} is not a directory of ours (owner {found.st_uid}): "
+            "remove it or choose another one"
+        )
+    if found.st_mode & stat.S_IWOTH:
+        raise ServiceError(
+            f"runtime_dir: {path} may be written by everyone: `chmod o-w {path}`, or choose "
+            "another one"
+        )
+
+
+class InstanceLock:
+    """Held by the one daemon of a runtime directory; released by the kernel when it dies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Raises `ServiceError` when another process holds it."""
+        file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ServiceError(
+                f"another daemon (process {holder}) serves {self.path.parent}: stop it, or give "
+                "this one its own runtime_dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class TelemetryChild:
+    """Keeps the telemetry process running beside the loop, at the price of a system call a turn.
+
+    Parameters
+    ----------
+    start : starts the process
+    bus : told of deaths and restarts
+    clock : monotonic seconds
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], subprocess.Popen[bytes]],
+        bus: Bus,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._start = start
+        self._bus = bus
+        self._clock = clock
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._restart_at = clock()
+        self._num_failures = 0
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def check(self) -> None:
+        """Note a death, restart when it is time. Call it every turn."""
+        now = self._clock()
+        if self._process is not None:
+            code = self._process.poll()
+            if code is None:
+                return
+            self._process = None
+            self._failed(now, f"telemetry process ended ({_describe(code)})")
+        elif now >= self._restart_at:
+            try:
+                self._process = self._start()
+                self._started_at = now
+            except OSError as error:
+                self._failed(now, f"telemetry process could not be started ({error})")
+
+    def _failed(self, now: float, what: str) -> None:
+        if now - self._started_at > STABLE_S:
+            self._num_failures = 0
+        delay_s = RESTART_DELAYS_S[min(self._num_failures, len(RESTART_DELAYS_S) - 1)]
+        self._num_failures += 1
+        self._restart_at = now + delay_s
+        text = f"{what}; it is started again in {delay_s:g} s, steering goes on"
+        log.warning("%s", text)
+        self._bus.publish(NoteEvent(kind="telemetry_down", level="warning", text=text))
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _describe(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def start_telemetry(settings: Settings) -> subprocess.Popen[bytes]:
+    """The telemetry process, with these very settings.
+
+    They travel by a pipe: a command line would show the Redis password to every user. A session of
+    its own: Ctrl-C in a terminal is for the daemon, which then stops it.
+    """
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "smartspec.daemon.cli", "telemetry"),
+            *("--settings-from-stdin", "--parent", str(os.getpid())),
+        ],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    try:
+        process.stdin.write(msgspec.json.encode(settings))  # less than a pipe holds: no waiting
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # it died at once: `check` will notice
+    return process
+
+
+class Signals:
+    """SIGTERM and SIGINT ask to stop, SIGHUP to reload; handlers only take note."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.reload = False
+
+    def install(self) -> None:
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGHUP, self._reload)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stop = True
+
+    def _reload(self, number: int, frame: FrameType | None) -> None:
+        self.reload = True
+
+
+def reload_settings(current: Settings, load: Callable[[], Settings]) -> Settings:
+    """Apply what can change while running (the log), and say what needs a restart."""
+    try:
+        new = load()
+    except ConfigError as error:
+        log.error("SIGHUP: the settings in force stay: %s", error)
+        return current
+    changed = config.differences(current, new)
+    waiting = {name: pair for name, pair in changed.items() if not name.startswith("log.")}
+    if len(waiting) < len(changed):
+        logs.configure(new.log)
+        log.info("SIGHUP: log settings applied")
+    for name in waiting:
+        log.warning("SIGHUP: %s has changed and takes effect after a restart", name)
+    if not changed:
+        log.info("SIGHUP: no setting has changed")
+    return msgspec.structs.replace(current, log=new.log)
+
+
+def make_loop(settings: Settings, bus: Bus) -> Loop:
+    """The control loop on its sockets. Raises `ServiceError`."""
+    import zmq
+
+    from smartspec.daemon.control_loop import ControlLoop
+    from smartspec.daemon.transport import Server
+
+    try:
+        transport = Server(settings.endpoint)
+    except (zmq.ZMQError, OSError) as error:
+        raise ServiceError(f"endpoint: cannot listen at {settings.endpoint} ({error})") from error
+    return ControlLoop(settings, transport, bus, time.monotonic)
+
+
+def run(
+    settings: Settings,
+    reload: Callable[[], Settings] | None = None,
+    loop_factory: Callable[[Settings, Bus], Loop] = make_loop,
+) -> None:
+    """Serve until SIGTERM or SIGINT. Raises `ServiceError` when it cannot start.
+
+    ``reload`` loads the settings anew at SIGHUP.
+    """
+    signals = Signals()
+    signals.install()
+    runtime_dir = Path(settings.runtime_dir)
+    prepare_runtime_dir(runtime_dir)
+    lock = InstanceLock(runtime_dir / "daemon.lock")
+    lock.acquire()
+    bus = _bind_bus(settings.bus_endpoint)
+    telemetry = TelemetryChild(partial(start_telemetry, settings), bus)
+    loop = None
+    try:
+        loop = loop_factory(settings, bus)
+        # What lives now lives for good: collections need not look at it again. What the loop makes
+        # is nearly all freed by reference counts, so the collections that remain are small.
+        gc.collect()
+        gc.freeze()
+        log.info(
+            "%s mode: engines at %s, events at %s, process %d",
+            settings.mode,
+            settings.endpoint,
+            settings.bus_endpoint,
+            os.getpid(),
+        )
+        while not signals.stop:
+            if settings.telemetry.enabled:
+                telemetry.check()
+            if signals.reload:
+                signals.reload = False
+                if reload is not None:
+                    settings = reload_settings(settings, reload)
+            reason = loop.cycle(CYCLE_TIMEOUT_S)
+            if reason:
+                log.debug("%s", reason)
+        log.info("stopping")
+    finally:
+        if loop is not None:
+            loop.close()
+        telemetry.close()
+        bus.close()
+        lock.release()
+
+
+def _bind_bus(endpoint: str) -> EventBus:
+    import zmq
+
+    try:
+        return EventBus.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise ServiceError(f"bus_endpoint: cannot listen at {endpoint} ({error})") from error

@@ -1,0 +1,212 @@
+"""What is known of one engine, folded from the events about it: what Redis and people are shown."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from smartspec.daemon.event_bus import DecisionEvent, EngineEvent, StepEvent
+
+SMOOTHING_S = 5.0  #: memory of the smoothed figures, in seconds of engine steps
+
+
+class EngineState(Struct, kw_only=True):
+    """The newest of everything; None: not known yet. Documented in docs/redis.md.
+
+    "Smoothed" figures are ratios of sums that are forgotten over `SMOOTHING_S` of step time.
+    """
+
+    engine: str
+    state: str = "connected"
+    epoch: int | None = None
+    fingerprint: dict[str, str] = {}
+    limits: dict[str, Any] = {}
+    updated_s: float = 0.0
+    # the last step
+    step_seq: int | None = None
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    context_tokens: int = 0
+    step_s: float | None = None
+    source: str | None = None
+    staleness_steps: int | None = None
+    # totals, since the telemetry process first saw the engine
+    num_steps: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_emitted: int = 0
+    # the last decision
+    policy_seq: int | None = None
+    steering: bool | None = None
+    reason: str | None = None
+    depth: int | None = None
+    mode: str | None = None
+    length_counts: tuple[int, ...] = ()
+    value_of_time: float | None = None
+    acceptance: tuple[float, ...] = ()
+    decide_s: float | None = None
+    num_probes: int = 0
+    predicted_goodput: float | None = None
+    predicted_goodput_none: float | None = None
+    predicted_goodput_static: float | None = None
+    # smoothed
+    goodput: float | None = None
+    gain_over_none: float | None = None
+    gain_over_static: float | None = None
+    prediction_error: float | None = None
+
+
+class SmoothedRatio:
+    """Ratio of two sums, each forgotten exponentially over ``memory_s``.
+
+    >>> ratio = SmoothedRatio(memory_s=1.0)
+    >>> ratio.add(2.0, 1.0, elapsed_s=0.1); ratio.add(4.0, 2.0, elapsed_s=0.1); ratio.value
+    2.0
+    """
+
+    def __init__(self, memory_s: float = SMOOTHING_S) -> None:
+        self.memory_s = memory_s
+        self._above = 0.0
+        self._below = 0.0
+
+    def add(self, above: float, below: float, elapsed_s: float) -> None:
+        keep = math.exp(-max(elapsed_s, 0.0) / self.memory_s)
+        self._above = keep * self._above + above
+        self._below = keep * self._below + below
+
+    @property
+    def value(self) -> float | None:
+        ratio = self._above / self._below if self._below > 0 else math.nan
+        return ratio if math.isfinite(ratio) else None
+
+
+class EngineTracker:
+    """Folds the events of one engine into its `state`."""
+
+    def __init__(self, engine: str) -> None:
+        self.state = EngineState(engine=engine)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._goodput = SmoothedRatio()
+        self._over_none = SmoothedRatio()
+        self._over_static = SmoothedRatio()
+        self._error = SmoothedRatio()
+
+    def note(self, event: StepEvent | DecisionEvent | EngineEvent) -> None:
+        self.state.updated_s = event.t_s
+        match event:
+            case StepEvent():
+                self._note_step(event)
+            case DecisionEvent():
+                self._note_decision(event)
+            case EngineEvent(state="refused"):
+                pass  # another's attempt under this name; the engine itself goes on
+            case EngineEvent():
+                self._note_engine(event)
+
+    def _note_engine(self, event: EngineEvent) -> None:
+        state = self.state
+        if event.state == "connected" and event.epoch != state.epoch:
+            self._restart()
+        state.state = event.state
+        state.epoch = event.epoch
+        state.fingerprint = event.fingerprint or state.fingerprint
+        state.limits = event.limits or state.limits
+
+    def _note_step(self, event: StepEvent) -> None:
+        state = self.state
+        state.state = "connected"
+        state.step_seq = event.seq
+        state.num_running = event.num_running
+        state.num_waiting = event.num_waiting
+        state.kv_usage = event.kv_usage
+        state.context_tokens = event.context_tokens
+        state.step_s = event.step_s
+        state.source = event.source
+        state.staleness_steps = event.staleness_steps
+        state.num_steps += 1
+        state.num_drafted += event.num_drafted
+        state.num_accepted += event.num_accepted
+        state.num_emitted += event.num_emitted
+        self._goodput.add(event.num_emitted, event.step_s, event.step_s)
+        state.goodput = self._goodput.value
+        if event.predicted_step_s is not None:
+            miss_s = abs(event.predicted_step_s - event.step_s)
+            self._error.add(miss_s, event.step_s, event.step_s)
+            state.prediction_error = self._error.value
+
+    def _note_decision(self, event: DecisionEvent) -> None:
+        state = self.state
+        for name in _DECISION_FIELDS:
+            setattr(state, name, getattr(event, name))
+        state.num_probes += event.num_probes
+        step_s = state.step_s or 0.05  # weight of a decision: the step it is for
+        for ratio, other in (
+            (self._over_none, event.predicted_goodput_none),
+            (self._over_static, event.predicted_goodput_static),
+        ):
+            if event.predicted_goodput > 0 and other > 0:
+                ratio.add(event.predicted_goodput * step_s, other * step_s, step_s)
+        state.gain_over_none = _gain(self._over_none)
+        state.gain_over_static = _gain(self._over_static)
+
+
+_DECISION_FIELDS = tuple(
+    name
+    for name in DecisionEvent.__struct_fields__
+    if name in EngineState.__struct_fields__ and name not in ("engine", "num_probes")
+)
+
+
+def _gain(ratio: SmoothedRatio) -> float | None:
+    value = ratio.value
+    return None if value is None else value - 1.0
+
+
+# -- as flat fields, for Redis hashes and stream entries ----------------------------------------
+
+Kind = TypeVar("Kind", bound=Struct)
+
+
+def to_fields(struct: Struct) -> dict[str, str | int | float | bytes]:
+    """A struct as flat fields: text and numbers as they are, the rest as JSON, None left out."""
+    fields: dict[str, str | int | float | bytes] = {}
+    for name in struct.__struct_fields__:
+        value = getattr(struct, name)
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            continue
+        plain = type(value) in (str, int, float)
+        fields[name] = value if plain else msgspec.json.encode(value)
+    return fields
+
+
+def from_fields(kind: type[Kind], fields: Mapping[bytes, bytes]) -> Kind:
+    """The struct that `to_fields` flattened; unknown fields are skipped.
+
+    Raises msgspec.ValidationError or msgspec.DecodeError.
+    """
+    hints = _hints(kind)
+    values: dict[str, Any] = {}
+    for key, raw in fields.items():
+        name = key.decode("utf-8", "replace")
+        if name in hints:
+            is_text = hints[name]
+            values[name] = raw.decode("utf-8", "replace") if is_text else msgspec.json.decode(raw)
+    return msgspec.convert(values, kind)
+
+
+def _hints(kind: type[Struct]) -> dict[str, bool]:
+    """Whether each field holds text."""
+    hints = typing.get_type_hints(kind)
+    return {name: _is_text(hints[name]) for name in kind.__struct_fields__}
+
+
+def _is_text(hint: Any) -> bool:
+    return hint is str or hint == str | None or typing.get_origin(hint) is Literal

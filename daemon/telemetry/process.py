@@ -1,0 +1,145 @@
+"""The telemetry process: reads the event bus, writes Redis, serves Prometheus.
+
+A process of its own, since whatever shares an interpreter with the loop delays decisions. It may
+be killed at any time: the daemon starts it again, and what happened meanwhile is missing from the
+history, nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+
+from smartspec.daemon.config import Settings
+from smartspec.daemon.event_bus import (
+    BusEvent,
+    DecisionEvent,
+    EngineEvent,
+    StepEvent,
+    Subscriber,
+    subscribe,
+)
+from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
+from smartspec.daemon.telemetry.engine_state import EngineTracker
+from smartspec.daemon.telemetry.prometheus import ADDRESS, PrometheusExporter
+from smartspec.daemon.telemetry.redis_store import RedisStore, connect
+
+log = logging.getLogger(__name__)
+
+STATE_INTERVAL_S = 0.25
+MAX_EVENTS_PER_TURN = 2000  #: then the states are written even if more events wait
+
+
+class Telemetry:
+    """Everything the process holds, apart from signals.
+
+    Parameters
+    ----------
+    subscriber : the event bus
+    store, exporter : None: not wanted
+    """
+
+    def __init__(
+        self,
+        subscriber: Subscriber,
+        store: RedisStore | None,
+        exporter: PrometheusExporter | None,
+    ) -> None:
+        self._subscriber = subscriber
+        self._store = store
+        self._exporter = exporter
+        self._trackers: dict[str, EngineTracker] = {}
+        self._changed: set[str] = set()
+        self._next_states_at = 0.0
+
+    def turn(self, timeout_s: float) -> None:
+        """Take in what has come; now and then hand the states on."""
+        for _ in range(MAX_EVENTS_PER_TURN):
+            event = self._subscriber.poll(timeout_s)
+            if event is None:
+                break
+            self._note(event)
+            timeout_s = 0.0
+        now = time.monotonic()
+        if now >= self._next_states_at:
+            self._next_states_at = now + STATE_INTERVAL_S
+            self._hand_on()
+
+    def _note(self, event: BusEvent) -> None:
+        tracker = None
+        if isinstance(event, (StepEvent, DecisionEvent, EngineEvent)):
+            tracker = self._trackers.get(event.engine)
+            if tracker is None and getattr(event, "state", "") != "refused":
+                tracker = self._trackers[event.engine] = EngineTracker(event.engine)
+        if tracker is not None:
+            tracker.note(event)  # type: ignore[arg-type]  # it is one of the three
+            self._changed.add(tracker.state.engine)
+        if self._exporter is not None:
+            self._exporter.note(event, tracker.state if tracker else None)
+        if self._store is not None:
+            self._store.add(event)
+
+    def _hand_on(self) -> None:
+        if self._store is not None:
+            self._store.put_states(copy.copy(self._trackers[n].state) for n in self._changed)
+        for name in self._changed:
+            if self._trackers[name].state.state != "connected":
+                del self._trackers[name]
+        self._changed.clear()
+        if self._exporter is not None:
+            self._exporter.note_telemetry(self._subscriber.num_missed, self._store)
+
+    def close(self) -> None:
+        self.turn(0.0)
+        self._hand_on()
+        self._subscriber.close()
+
+
+def run(settings: Settings, stop: threading.Event) -> None:
+    """Serve until ``stop``. Never raises for a Redis or a port that cannot be had."""
+    exporter = _exporter(settings)
+    valkey = None if settings.redis.url else EmbeddedValkey(settings.embedded_socket)
+    store = RedisStore(
+        connect(settings.redis_url),
+        settings.redis.key_prefix,
+        settings.redis.stream_maxlen,
+        settings.redis.ttl_s,
+        revive=valkey.ensure if valkey else _nothing,
+    )
+    store.start()
+    telemetry = Telemetry(subscribe(settings.bus_endpoint), store, exporter)
+    try:
+        while not stop.is_set():
+            telemetry.turn(timeout_s=0.1)
+    finally:
+        telemetry.close()
+        store.close()
+        if valkey is not None:
+            valkey.close()
+        if exporter is not None:
+            exporter.close()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _exporter(settings: Settings) -> PrometheusExporter | None:
+    port = settings.telemetry.prometheus_port
+    if port == 0:
+        return None
+    exporter = PrometheusExporter()
+    try:
+        exporter.serve(port)
+    except OSError as error:
+        log.error(
+            "telemetry.prometheus_port: cannot listen on %s:%d (%s): nothing can be scraped; "
+            "choose another port, or 0 for no exporter",
+            ADDRESS,
+            port,
+            error.strerror,
+        )
+        return None
+    return exporter

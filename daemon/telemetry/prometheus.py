@@ -1,0 +1,156 @@
+"""Prometheus exporter: events in, metrics of metric_ids.py out, on the loopback only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
+
+from smartspec.daemon.event_bus import (
+    BusEvent,
+    DecisionEvent,
+    EngineEvent,
+    LoopEvent,
+    NoteEvent,
+    StepEvent,
+)
+from smartspec.daemon.telemetry import metric_ids as ids
+from smartspec.daemon.telemetry.engine_state import EngineState
+from smartspec.daemon.telemetry.redis_store import RedisStore
+
+ADDRESS = "127.0.0.1"
+_KINDS = {"counter": Counter, "gauge": Gauge}
+
+
+class PrometheusExporter:
+    """Keeps the metrics; `serve` lets them be scraped. One thread notes, others may scrape.
+
+    The series of an engine disappear when it leaves, so that names do not pile up.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._metrics: dict[ids.Metric, Any] = {m: self._make(m) for m in ids.ALL}
+        self._last: dict[tuple[ids.Metric, str], float] = {}
+        self._series: dict[str, set[tuple[ids.Metric, tuple[str, ...]]]] = {}
+        self._server: Any = None
+
+    def _make(self, metric: ids.Metric) -> Any:
+        if metric.kind == "histogram":
+            return Histogram(
+                metric.id, metric.help, metric.labels, buckets=metric.buckets,
+                registry=self.registry,
+            )
+        return _KINDS[metric.kind](metric.id, metric.help, metric.labels, registry=self.registry)
+
+    def _of(self, metric: ids.Metric, *labels: str) -> Any:
+        family = self._metrics[metric]
+        if not labels:
+            return family
+        if metric.labels[0] == "engine":
+            self._series.setdefault(labels[0], set()).add((metric, labels))
+        return family.labels(*labels)
+
+    def serve(self, port: int) -> int:
+        """Listen on the loopback at ``port`` (0: any) and return the port. Raises OSError."""
+        self._server, _ = start_http_server(port, ADDRESS, self.registry)
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    def note(self, event: BusEvent, state: EngineState | None) -> None:
+        """Count an event; ``state`` is that of its engine, with the event in it."""
+        match event:
+            case StepEvent():
+                self._note_step(event, state)
+            case DecisionEvent():
+                self._note_decision(event, state)
+            case EngineEvent():
+                self._of(ids.ENGINE_EVENTS, event.state).inc()
+                if event.state == "connected":
+                    self._of(ids.CONNECTED, event.engine).set(1)
+                elif event.state != "refused":
+                    self.forget(event.engine)
+            case NoteEvent():
+                self._of(ids.NOTES, event.level, event.kind).inc()
+            case LoopEvent():
+                self._of(ids.NUM_ENGINES).set(event.num_engines)
+                for name, total in event.counters.items():
+                    self._raise_to(ids.LOOP, name, total)
+
+    def note_telemetry(self, num_missed: dict[str, int], store: RedisStore | None) -> None:
+        """What the telemetry process knows of itself."""
+        for topic, total in num_missed.items():
+            self._raise_to(ids.BUS_MISSED, topic, total)
+        if store is not None:
+            self._of(ids.REDIS_UP).set(store.up)
+            self._of(ids.REDIS_BUFFERED).set(store.num_buffered)
+            self._raise_to(ids.REDIS_FAILURES, "", store.num_failures)
+            self._raise_to(ids.REDIS_LOST, "", store.num_lost)
+
+    def forget(self, engine: str) -> None:
+        """Drop all series of an engine."""
+        for metric, labels in self._series.pop(engine, ()):
+            self._metrics[metric].remove(*labels)
+
+    def _raise_to(self, metric: ids.Metric, label: str, total: float) -> None:
+        """Bring a counter to a total kept elsewhere; a lower one means a restart there."""
+        last = self._last.get((metric, label), 0.0)
+        self._last[metric, label] = total
+        counter = self._of(metric, label) if metric.labels else self._of(metric)
+        counter.inc(total - last if total >= last else total)
+
+    def _note_step(self, event: StepEvent, state: EngineState | None) -> None:
+        engine = event.engine
+        self._of(ids.CONNECTED, engine).set(1)
+        self._of(ids.STEPS, engine, event.source).inc()
+        self._of(ids.DRAFTED, engine).inc(event.num_drafted)
+        self._of(ids.ACCEPTED, engine).inc(event.num_accepted)
+        self._of(ids.EMITTED, engine).inc(event.num_emitted)
+        self._of(ids.STEP_SECONDS, engine).observe(event.step_s)
+        self._of(ids.NUM_RUNNING, engine).set(event.num_running)
+        self._of(ids.NUM_WAITING, engine).set(event.num_waiting)
+        self._of(ids.KV_USAGE, engine).set(event.kv_usage)
+        if event.staleness_steps is not None:
+            self._of(ids.STALENESS, engine).observe(event.staleness_steps)
+        if state is not None:
+            self._set(ids.GOODPUT, state.goodput, engine)
+            self._set(ids.PREDICTION_ERROR, state.prediction_error, engine)
+
+    def _note_decision(self, event: DecisionEvent, state: EngineState | None) -> None:
+        engine = event.engine
+        self._of(ids.DECISIONS, engine, "yes" if event.steering else "no").inc()
+        self._of(ids.STEERING, engine).set(event.steering)
+        self._of(ids.DEPTH, engine).set(event.depth)
+        self._of(ids.VALUE_OF_TIME, engine).set(event.value_of_time)
+        self._of(ids.PROBES, engine).inc(event.num_probes)
+        self._of(ids.DECIDE_SECONDS, engine).observe(event.decide_s)
+        self._of(ids.LEARN_SECONDS, engine).observe(event.learn_s)
+        for length, count in enumerate(event.length_counts):
+            self._of(ids.REQUESTS_AT_LENGTH, engine, str(length)).set(count)
+        for depth, share in enumerate(event.acceptance, 1):
+            self._of(ids.ACCEPTANCE, engine, str(depth)).set(share)
+        self._of(ids.PREDICTED_GOODPUT, engine, "chosen").set(event.predicted_goodput)
+        self._of(ids.PREDICTED_GOODPUT, engine, "none").set(event.predicted_goodput_none)
+        self._of(ids.PREDICTED_GOODPUT, engine, "static").set(event.predicted_goodput_static)
+        if state is not None:
+            self._set(ids.GAIN, state.gain_over_none, engine, "none")
+            self._set(ids.GAIN, state.gain_over_static, engine, "static")
+
+    def _set(self, metric: ids.Metric, value: float | None, *labels: str) -> None:
+        if value is not None:
+            self._of(metric, *labels).set(value)

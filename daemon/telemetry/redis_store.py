@@ -1,0 +1,306 @@
+"""State and history in Redis or Valkey (keys: docs/redis.md).
+
+Written by a thread of its own, in batches, so that neither the event bus nor Prometheus wait for
+it. Redis may be slow, stopped, full, read-only or gone: events wait in a bounded buffer, the
+oldest give way, what was lost is counted and noted in the event stream on recovery.
+
+Writes may be repeated after a time-out. Entries of an engine's streams carry ids chosen here, so
+Redis refuses the repetition and no step is written twice; `events`, which several writers may
+share, lets Redis choose.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
+from redis.retry import Retry
+
+from smartspec.daemon.event_bus import (
+    BusEvent,
+    DecisionEvent,
+    EngineEvent,
+    LoopEvent,
+    NoteEvent,
+    StepEvent,
+)
+from smartspec.daemon.telemetry.engine_state import EngineState, to_fields
+
+log = logging.getLogger(__name__)
+
+VERSION = "v1"  #: of the keys and their fields; raised when a reader would misread them
+MAX_BUFFERED = 20_000  #: events kept while Redis is away (some 20 MB)
+MAX_BATCH = 500  #: events per round trip
+FLUSH_INTERVAL_S = 0.25
+SOCKET_TIMEOUT_S = 1.0
+BACKOFF = ExponentialWithJitterBackoff(base=0.1, cap=5.0)
+#: Errors that concern the server and pass, where repeating the batch is right.
+PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "MISCONF", "BUSY", "NOREPLICAS")
+TOTALS = ("num_written", "num_lost", "num_failures")  #: of the store, in the daemon's hash
+ALREADY_WRITTEN = "equal or smaller"
+
+
+class Keys:
+    """Names of the keys under a prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self.base = f"{prefix}{VERSION}:"
+        self.engines = f"{self.base}engines"
+        self.daemon = f"{self.base}daemon"
+        self.events = f"{self.base}events"
+
+    def engine(self, name: str) -> str:
+        return f"{self.base}engine:{name}"
+
+    def steps(self, name: str) -> str:
+        return f"{self.base}steps:{name}"
+
+    def decisions(self, name: str) -> str:
+        return f"{self.base}decisions:{name}"
+
+    def stream_of(self, event: BusEvent) -> str | None:
+        """The stream that keeps ``event``; None: it is kept in a hash only."""
+        match event:
+            case StepEvent():
+                return self.steps(event.engine)
+            case DecisionEvent():
+                return self.decisions(event.engine)
+            case EngineEvent() | NoteEvent():
+                return self.events
+            case _:
+                return None
+
+
+def connect(url: str, timeout_s: float = SOCKET_TIMEOUT_S) -> redis.Redis:
+    """A client that gives up after ``timeout_s`` and reconnects once by itself."""
+    return redis.Redis.from_url(
+        url,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(BACKOFF, 1, supported_errors=(redis.ConnectionError,)),
+        max_connections=2,
+    )
+
+
+class _Entry:
+    """An event on its way to a stream; its id is fixed when it is first sent."""
+
+    __slots__ = ("event", "id", "stream")
+
+    def __init__(self, stream: str, event: BusEvent) -> None:
+        self.stream = stream
+        self.event = event
+        self.id: str | None = None
+
+
+class RedisStore:
+    """Writes what it is told, when it can.
+
+    Parameters
+    ----------
+    client : from `connect`
+    prefix, stream_maxlen, ttl_s : as configured
+    revive : called before the first write and after a failed one (starts an embedded server);
+        may raise OSError
+    max_buffered : events kept while Redis is away
+
+    Attributes
+    ----------
+    num_written, num_lost, num_failures : events in Redis, events given up, attempts that failed
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        prefix: str,
+        stream_maxlen: int,
+        ttl_s: int,
+        revive: Callable[[], None] = lambda: None,
+        max_buffered: int = MAX_BUFFERED,
+    ) -> None:
+        self._client = client
+        self.keys = Keys(prefix)
+        self._stream_maxlen = stream_maxlen
+        self._ttl_s = ttl_s
+        self._revive = revive
+        self._max_buffered = max_buffered
+        self._lock = threading.Lock()
+        self._entries: deque[_Entry] = deque()
+        self._states: dict[str, Any] = {}
+        self._daemon: Mapping[Any, Any] = {}
+        self._last_ids: dict[str, tuple[int, int]] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.up = False
+        self.num_written = 0
+        self.num_lost = 0
+        self.num_failures = 0
+        self._num_lost_noted = 0
+        self._failures_in_a_row = 0
+
+    # -- any thread --
+
+    def add(self, event: BusEvent) -> None:
+        """Take note of an event; never waits."""
+        stream = self.keys.stream_of(event)
+        with self._lock:
+            if isinstance(event, LoopEvent):
+                self._daemon = to_fields(event)
+            if stream is None:
+                return
+            self._entries.append(_Entry(stream, event))
+            while len(self._entries) > self._max_buffered:
+                self._entries.popleft()
+                self.num_lost += 1
+
+    def put_states(self, states: Iterable[EngineState]) -> None:
+        """The newest state of engines that have changed."""
+        flat = {state.engine: to_fields(state) for state in states}
+        with self._lock:
+            self._states.update(flat)
+
+    @property
+    def num_buffered(self) -> int:
+        return len(self._entries)
+
+    # -- the writing thread --
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="redis-store", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float = 2 * SOCKET_TIMEOUT_S) -> None:
+        """Write what can still be written within ``timeout_s``, then stop."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        self._client.close()
+
+    def _run(self) -> None:
+        wait_s = 0.0
+        while not self._stop.wait(wait_s):
+            wait_s = self._attempt()
+        if self.up:
+            self._attempt()
+
+    def _attempt(self) -> float:
+        """Write all that waits; returns the seconds to wait before the next time."""
+        try:
+            if not self.up:
+                self._revive()
+            self.flush()
+        except (RedisError, OSError) as error:
+            self._failed(error)
+            return float(BACKOFF.compute(min(self._failures_in_a_row, 16)))
+        return FLUSH_INTERVAL_S
+
+    def _failed(self, error: Exception) -> None:
+        self.num_failures += 1
+        self._failures_in_a_row += 1
+        if self.up or self._failures_in_a_row == 1:  # once per outage, not once per attempt
+            log.warning("Redis cannot be written (%s): events wait, the oldest are dropped", error)
+        self.up = False
+        # A connection that timed out may still deliver the old answer: never reuse it.
+        self._client.connection_pool.disconnect()
+
+    def flush(self) -> None:
+        """Write everything that waits, in batches. Raises RedisError or OSError."""
+        while True:
+            with self._lock:
+                batch = [self._entries[i] for i in range(min(MAX_BATCH, len(self._entries)))]
+                states, self._states = self._states, {}
+                daemon = self._daemon
+            try:
+                self._write(batch, states, daemon)
+            except BaseException:
+                with self._lock:
+                    self._states = {**states, **self._states}
+                raise
+            with self._lock:
+                # The buffer may have overflowed meanwhile and dropped part of the batch.
+                written = set(map(id, batch))
+                while self._entries and id(self._entries[0]) in written:
+                    self._entries.popleft()
+            self._recovered()
+            if len(batch) < MAX_BATCH:
+                return
+
+    def _recovered(self) -> None:
+        if not self.up and self._failures_in_a_row:
+            log.info("Redis is written again after %d failures", self._failures_in_a_row)
+        self.up = True
+        self._failures_in_a_row = 0
+        if (lost := self.num_lost - self._num_lost_noted) > 0:
+            self._num_lost_noted = self.num_lost
+            text = f"{lost} events were dropped while Redis could not be written"
+            self.add(NoteEvent(kind="redis_gap", level="warning", text=text))
+
+    def _write(
+        self, batch: list[_Entry], states: dict[str, Any], daemon: Mapping[Any, Any]
+    ) -> None:
+        touched: dict[str, None] = {}
+        pipe = self._client.pipeline(transaction=False)
+        repeated = [entry.id is not None for entry in batch]
+        for entry in batch:
+            entry.id = entry.id or self._next_id(entry)
+            fields: Any = to_fields(entry.event)
+            fields["type"] = entry.event.__struct_config__.tag
+            pipe.xadd(entry.stream, fields, entry.id, maxlen=self._stream_maxlen, approximate=True)
+            touched[entry.stream] = None
+        for name, state in states.items():
+            # A field that is None now must not keep its old value.
+            pipe.hset(self.keys.engine(name), mapping=state)
+            if absent := [f for f in EngineState.__struct_fields__ if f not in state]:
+                pipe.hdel(self.keys.engine(name), *absent)
+            pipe.sadd(self.keys.engines, name)
+            touched |= {self.keys.engine(name): None, self.keys.engines: None}
+        totals: dict[Any, Any] = {name: getattr(self, name) for name in TOTALS}
+        pipe.hset(self.keys.daemon, mapping={**daemon, **totals})
+        touched[self.keys.daemon] = None
+        for key in touched:
+            pipe.expire(key, self._ttl_s)
+        answers = pipe.execute(raise_on_error=False)
+        repeated += [False] * (len(answers) - len(batch))
+        refused = [
+            self._is_refused(answer, again) for answer, again in zip(answers, repeated, strict=True)
+        ]
+        if any(refused):
+            first = answers[refused.index(True)]
+            log.error("Redis refused %d writes, the first: %s", sum(refused), first)
+        num_refused = sum(refused[: len(batch)])
+        self.num_lost += num_refused
+        self.num_written += len(batch) - num_refused
+
+    @staticmethod
+    def _is_refused(answer: Any, repeated: bool) -> bool:
+        """Whether a command failed for good; raises when the server is the trouble."""
+        if not isinstance(answer, RedisError):
+            return False
+        text = str(answer)
+        if isinstance(answer, (ReadOnlyError, OutOfMemoryError)) or text.startswith(PASSING):
+            raise answer
+        return not (repeated and ALREADY_WRITTEN in text)
+
+    def _next_id(self, entry: _Entry) -> str:
+        """An id later than all in the stream, by the event's time where that is possible."""
+        if entry.stream == self.keys.events:
+            return "*"
+        last = self._last_ids.get(entry.stream)
+        if last is None:
+            newest: Any = self._client.xrevrange(entry.stream, count=1)
+            milliseconds, _, count = newest[0][0].partition(b"-") if newest else (b"0", b"", b"0")
+            last = (int(milliseconds), int(count))
+        t_s = entry.event.t_s if math.isfinite(entry.event.t_s) else 0.0
+        now = int(max(min(t_s, time.time()), 0.0) * 1000)
+        # Redis refuses 0-0; a clock that was set back continues in the last millisecond.
+        following = (now, 1) if now > last[0] else (last[0], last[1] + 1)
+        self._last_ids[entry.stream] = following
+        return f"{following[0]}-{following[1]}"

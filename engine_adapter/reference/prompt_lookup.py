@@ -1,0 +1,140 @@
+"""Prompt lookup: propose what followed the last time that the latest tokens occurred.
+
+Saxena 2023, "Prompt lookup decoding". Good where the answer copies from the prompt or from itself;
+costs microseconds and no model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from smartspec.engine_adapter.base import FEATURE_MATCH_LENGTH
+from smartspec.engine_adapter.reference.kv_cache import KvCache
+from smartspec.engine_adapter.reference.proposer import Availability, Proposal
+from smartspec.engine_adapter.reference.sequence import Sequence
+
+#: Occurrences of the shortest n-gram that are compared, latest first: bounds a lookup's time in
+#: text that repeats itself over and over.
+MAX_OCCURRENCES = 64
+
+
+class Match(NamedTuple):
+    """An earlier occurrence of the latest tokens."""
+
+    length: int  #: tokens that agree, 0 without a match
+    end: int  #: position after them: where the copy begins
+
+
+NO_MATCH = Match(0, 0)
+
+
+class NgramIndex:
+    """Finds the longest earlier occurrence of a sequence's end; grows with the sequence.
+
+    A dictionary holds the latest position of every n-gram of the shortest length, and a list links
+    each position to the one before with the same n-gram. A new token costs one dictionary
+    operation, a lookup a walk along the links.
+
+    Parameters
+    ----------
+    min_tokens, max_tokens : shortest and longest match that counts, 1 <= min <= max
+
+    >>> index = NgramIndex(2, 8)
+    >>> index.find([1, 2, 3, 4, 1, 2, 3])
+    Match(length=3, end=3)
+    """
+
+    def __init__(self, min_tokens: int, max_tokens: int) -> None:
+        self._min = min_tokens
+        self._max = max_tokens
+        self._latest: dict[tuple[int, ...], int] = {}  # n-gram -> position after it
+        self._earlier: list[int] = []  # by position after an n-gram: the one before, or -1
+
+    def find(self, tokens: list[int]) -> Match:
+        """The longest match of the end of ``tokens``, the latest among equals.
+
+        ``tokens`` must begin with those of the last call.
+        """
+        shortest, size = self._min, len(tokens)
+        # The end itself is left out: it would match itself, and nothing follows it yet.
+        for end in range(len(self._earlier), size):
+            if end < shortest:
+                self._earlier.append(-1)
+                continue
+            ngram = tuple(tokens[end - shortest : end])
+            self._earlier.append(self._latest.get(ngram, -1))
+            self._latest[ngram] = end
+        if size <= shortest:
+            return NO_MATCH
+        best = NO_MATCH
+        end = self._latest.get(tuple(tokens[size - shortest :]), -1)
+        for _ in range(MAX_OCCURRENCES):
+            if end < 0:
+                break
+            length = shortest
+            longest = min(self._max, end)
+            while length < longest and tokens[end - 1 - length] == tokens[size - 1 - length]:
+                length += 1
+            if length > best.length:
+                best = Match(length, end)
+                if length == self._max:
+                    break
+            end = self._earlier[end]
+        return best
+
+
+class PromptLookup:
+    """Copies from the request's own prompt and answer.
+
+    Parameters
+    ----------
+    max_length : longest proposal, in tokens
+    min_ngram, max_ngram : tokens that must and can agree before the copy
+    """
+
+    name = "lookup"
+    features = (FEATURE_MATCH_LENGTH,)
+    caches: tuple[KvCache, ...] = ()
+
+    def __init__(self, max_length: int = 8, min_ngram: int = 2, max_ngram: int = 8) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise ValueError(f"need 1 <= min_ngram <= max_ngram, got {min_ngram} and {max_ngram}")
+        if not 1 <= max_length <= 255:
+            raise ValueError(f"max_length must be in [1, 255], got {max_length}")
+        self.max_length = max_length
+        self._min_ngram = min_ngram
+        self._max_ngram = max_ngram
+        self._indexes: dict[int, NgramIndex] = {}
+        self._matches: dict[int, Match] = {}
+
+    def available(self, sequences: list[Sequence]) -> Availability:
+        lengths = []
+        for sequence in sequences:
+            index = self._indexes.get(sequence.id)
+            if index is None:
+                index = self._indexes[sequence.id] = NgramIndex(self._min_ngram, self._max_ngram)
+            match = self._matches[sequence.id] = index.find(sequence.tokens)
+            lengths.append(match.length)
+        found = np.array(lengths, np.float32)
+        return Availability(np.where(found > 0, self.max_length, 0).astype(np.uint8), found[None])
+
+    def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
+        drafts = []
+        for sequence, length in zip(sequences, lengths.tolist(), strict=True):
+            begin = self._matches[sequence.id].end if length else 0
+            draft = sequence.tokens[begin : begin + length] if length else []
+            # A match near the end is a repetition: the copy runs on into itself.
+            period = len(draft)
+            draft += [draft[i % period] for i in range(length - period)]
+            drafts.append(draft)
+        return Proposal(drafts)
+
+    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+        pass  # the index follows the tokens
+
+    def forget(self, sequence: Sequence) -> None:
+        self._indexes.pop(sequence.id, None)
+        self._matches.pop(sequence.id, None)

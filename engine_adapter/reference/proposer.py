@@ -1,0 +1,79 @@
+"""What guesses the next tokens: the interface between the worker and its proposers.
+
+Each step has three moments: `available` says, before anything is drafted, how far each request
+could be drafted for and what is known about it; then somebody chooses lengths; then `propose`
+drafts to these lengths. A proposer learns what was accepted from the sequences themselves: their
+tokens are the truth, and it keeps what it remembers in step with them.
+
+Proposals are chains here. A tree would add a parent to each draft token (`Proposal.parents`) and
+a mask to the target's pass; lengths would then count depth.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from smartspec.engine_adapter.base import F32, U8
+from smartspec.engine_adapter.reference.kv_cache import KvCache
+from smartspec.engine_adapter.reference.sequence import Sequence
+
+
+class Availability(NamedTuple):
+    """What could be drafted, before drafting."""
+
+    ceiling: U8  #: [B], draft tokens that can be had
+    features: F32  #: [F, B], rows as in `Proposer.features`
+
+
+class Proposal(NamedTuple):
+    """Drafts, and what they took."""
+
+    drafts: list[list[int]]  #: by sequence, at most its length; fewer where the proposer ran dry
+    num_forwards: int = 0  #: sequential passes of a draft model
+    num_draft_tokens: int = 0  #: tokens drafted in them
+    num_catch_up_tokens: int = 0  #: tokens fed only to bring the draft model up to date
+
+
+class Proposer(Protocol):
+    """Guesses the next tokens of sequences."""
+
+    name: str
+    max_length: int  #: longest speculation length
+    features: tuple[str, ...]  #: names of the feature rows
+    caches: tuple[KvCache, ...]  #: row caches that move with the sequences
+
+    def available(self, sequences: list[Sequence]) -> Availability: ...
+
+    def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
+        """Draft ``lengths`` [B] tokens, each at most the sequence's ceiling."""
+
+    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+        """The tokens of this step are in ``sequences``; so many of the drafts were right."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has left."""
+
+
+class NoProposer:
+    """Never proposes: plain decoding."""
+
+    name = "none"
+    max_length = 0
+    features: tuple[str, ...] = ()
+    caches: tuple[KvCache, ...] = ()
+
+    def available(self, sequences: list[Sequence]) -> Availability:
+        size = len(sequences)
+        return Availability(np.zeros(size, np.uint8), np.empty((0, size), np.float32))
+
+    def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
+        return Proposal([[] for _ in sequences])
+
+    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+        pass
+
+    def forget(self, sequence: Sequence) -> None:
+        pass

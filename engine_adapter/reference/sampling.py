@@ -1,0 +1,169 @@
+"""Draw tokens as a function of (context, seed, position), so that speculation cannot change them.
+
+A token is the winner of a race: token v of probability p_v finishes at ``E_v / p_v`` with E_v
+exponential, and the first is v with probability p_v exactly (the Gumbel-max trick, in another
+scale). The E_v come from a counter-based hash of (seed, position, v) and not from a generator's
+state. So the token at a position is fixed by its context, whoever computes it, in whatever batch
+and order: a draft is right if and only if it is the token that the target draws there, and
+output under any drafts equals output without, token for token.
+
+A draft model that draws with the same noise from a similar distribution often draws the same
+token: with probability at least (1 - d) / (1 + d), d the total variation distance (Daliri et al.
+2025, "Coupling without communication and drafter-invariant speculative decoding"); rejection
+sampling (Leviathan et al. 2023; Chen et al. 2023) has 1 - d. benchmarks/bench_coupling.py measures
+both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from smartspec.engine_adapter.reference.sequence import SamplingParams
+
+# Weyl constant and finaliser of SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit numbers.
+_WEYL = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+#: Likeliest tokens looked at for top-p before the whole vocabulary is sorted.
+NUM_CANDIDATES = 256
+#: Elements of a block of rows on the CPU: the block's noise stays in the cache.
+BLOCK_ELEMENTS = 1 << 16
+
+
+class Draws(NamedTuple):
+    """What decides the token of each row of logits, besides the logits: columns of length M."""
+
+    temperature: npt.NDArray[np.float64]
+    top_k: npt.NDArray[np.int64]
+    top_p: npt.NDArray[np.float64]
+    key: npt.NDArray[np.int64]  #: hash of (seed, position)
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[SamplingParams, int, range]]) -> Draws:
+        """From (parameters, seed, positions) of every request, a row per position."""
+        temperature, top_k, top_p, seeds, positions = [], [], [], [], []
+        for params, seed, places in rows:
+            count = len(places)
+            temperature += [0.0 if params.greedy else params.temperature] * count
+            top_k += [params.top_k] * count
+            top_p += [params.top_p] * count
+            seeds += [seed] * count
+            positions += places
+        return cls(
+            np.array(temperature, np.float64),
+            np.array(top_k, np.int64),
+            np.array(top_p, np.float64),
+            hash_key(np.array(seeds, np.uint64), np.array(positions, np.uint64)),
+        )
+
+    def rows(self, index: npt.NDArray[np.intp]) -> Draws:
+        return Draws(*(column[index] for column in self))
+
+
+def hash_key(seed: npt.NDArray[np.uint64], position: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Hash of (seed, position), [M] int64: where a position's stream of noise begins."""
+    return _mix64(_mix64(seed) + position * np.uint64(_WEYL % 2**64)).view(np.int64)
+
+
+def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1 % 2**64)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2 % 2**64)
+    return x ^ (x >> np.uint64(31))
+
+
+def exponential_noise(key: Tensor, token_ids: Tensor) -> Tensor:
+    """Standard exponential noise of each (key, token): integer arithmetic up to the last step.
+
+    Parameters: ``key`` [M] int64; ``token_ids`` [M or 1, C] int64. Returns [M, C] float32, from
+    32 random bits each: probabilities below some 2^-32 are not resolved.
+    """
+    x = token_ids * _WEYL + key[:, None]
+    # Shifts are arithmetic here: as good a mixer, and one operation less than logical ones.
+    x ^= x >> 30
+    x *= _MIX_1
+    x ^= x >> 27
+    x *= _MIX_2
+    x ^= x >> 31
+    uniform = (x & 0xFFFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_()
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, draws: Draws) -> Tensor:
+    """One token per row of ``logits`` [M, V]: the likeliest at temperature 0, else drawn. [M]."""
+    hot = draws.temperature > 0
+    if not hot.any():
+        return logits.argmax(-1)
+    narrowed = hot & ((draws.top_k > 0) | (draws.top_p < 1))
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for chosen, draw in (
+        (~hot, None),
+        (hot & ~narrowed, _draw_from_all),
+        (narrowed, _draw_from_likeliest),
+    ):
+        index = np.flatnonzero(chosen)
+        if len(index) == 0:
+            continue
+        places = torch.from_numpy(index).to(logits.device)
+        if draw is None:
+            tokens[places] = logits[places].argmax(-1)
+            continue
+        block = len(index)
+        if logits.device.type == "cpu":
+            block = max(1, BLOCK_ELEMENTS // logits.shape[1])
+        for begin in range(0, len(index), block):
+            part = places[begin : begin + block]
+            tokens[part] = draw(logits[part], draws.rows(index[begin : begin + block]))
+    return tokens
+
+
+def _probabilities(logits: Tensor, draws: Draws) -> Tensor:
+    temperature = torch.from_numpy(draws.temperature).to(logits.device)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return (wide / temperature.to(wide.dtype)[:, None]).softmax(-1)
+
+
+def _draw_from_all(logits: Tensor, draws: Draws) -> Tensor:
+    key = torch.from_numpy(draws.key).to(logits.device)
+    every = torch.arange(logits.shape[1], device=logits.device)[None]
+    return (exponential_noise(key, every) / _probabilities(logits, draws)).argmin(-1)
+
+
+def _draw_from_likeliest(logits: Tensor, draws: Draws) -> Tensor:
+    """Top-k, then top-p on what is left, renormalised; only the candidates need noise."""
+    size = logits.shape[1]
+    probabilities = _probabilities(logits, draws)
+    key = torch.from_numpy(draws.key).to(logits.device)
+    top_p = torch.from_numpy(draws.top_p).to(logits.device)[:, None]
+    limit = torch.from_numpy(np.where(draws.top_k > 0, draws.top_k, size)).to(logits.device)[:, None]
+    count = min(size, max(NUM_CANDIDATES, int(draws.top_k.max())))
+    while True:
+        value, token = probabilities.topk(count, -1)
+        value = value.masked_fill(torch.arange(count, device=value.device) >= limit, 0.0)
+        mass = value.cumsum(-1)
+        total = torch.where(limit < size, mass[:, -1:], 1.0)
+        if count == size or bool(((limit <= count) | (mass[:, -1:] >= top_p * total)).all()):
+            break
+        count = size
+    kept = (mass - value < top_p * total) | (top_p >= 1)  # always the first; at 1, all of them
+    time = exponential_noise(key, token) / torch.where(kept, value, 0.0)
+    return token.gather(-1, time.argmin(-1, keepdim=True))[:, 0]
+
+
+def num_agreeing(drafts: Sequence[int], drawn: Sequence[int]) -> int:
+    """The acceptance rule: how many first drafts are the tokens that the target draws there.
+
+    >>> num_agreeing([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    for count, draft in enumerate(drafts):
+        if draft != drawn[count]:
+            return count
+    return len(drafts)

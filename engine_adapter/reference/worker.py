@@ -1,0 +1,288 @@
+"""The decode loop: continuous batching with speculative decoding, a length per request and step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from smartspec.engine_adapter.base import (
+    FEATURE_LAST_SHARE,
+    DecodeBatch,
+    FixedLength,
+    LengthSource,
+    StepFacts,
+)
+from smartspec.engine_adapter.reference.detokenizer import Decodes, Detokenizer
+from smartspec.engine_adapter.reference.events import Event, Finished, Refused, StepOutput, Tokens
+from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
+from smartspec.engine_adapter.reference.proposer import NoProposer, Proposal, Proposer
+from smartspec.engine_adapter.reference.sampling import Draws, num_agreeing, sample
+from smartspec.engine_adapter.reference.scheduler import Schedule, Scheduler
+from smartspec.engine_adapter.reference.sequence import Request, Sequence
+
+
+class Worker:
+    """Decodes requests together; requests join and leave at every step.
+
+    Any lengths give the same output (see sampling.py), so a late or wrong length source can cost
+    time but nothing else.
+
+    Parameters
+    ----------
+    model : causal language model; its attention is replaced (see attention.py)
+    tokenizer : for text and stop strings; None: token ids only
+    proposer : guesses next tokens; None: plain decoding
+    length_source : decides speculation lengths; may be replaced between steps
+    max_num_running : requests decoded together
+    max_model_len : tokens per request, prompt and answer
+    max_prefill_tokens : prompt tokens per step
+    eos_token_ids : tokens that end an answer
+    seed : of the seeds of requests that bring none
+    clock : seconds, monotonic
+
+    Raises `ModelNotSupported` where the model cannot be run on a ragged batch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Decodes | None = None,
+        proposer: Proposer | None = None,
+        length_source: LengthSource | None = None,
+        *,
+        max_num_running: int = 16,
+        max_model_len: int = 1024,
+        max_prefill_tokens: int = 256,
+        eos_token_ids: frozenset[int] = frozenset(),
+        seed: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.proposer: Proposer = proposer if proposer is not None else NoProposer()
+        self.length_source: LengthSource = length_source or FixedLength(self.proposer.max_length)
+        self.features = (FEATURE_LAST_SHARE, *self.proposer.features)
+        self._runner = ModelRunner(model, max_num_running, max_model_len)
+        self.scheduler = Scheduler(
+            max_num_running,
+            max_model_len,
+            max_prefill_tokens,
+            (self._runner.cache, *self.proposer.caches),
+        )
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+        self._rng = np.random.default_rng(seed)
+        self._sequences: dict[int, Sequence] = {}
+        self._num_added = 0
+        self._pending: list[Event] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do or say anything."""
+        return bool(self._sequences or self._pending)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def add_request(self, request: Request) -> int:
+        """Queue a request and return its id. One that can never fit is refused in the next step."""
+        self._num_added += 1
+        room = self.scheduler.max_model_len - len(request.prompt)
+        if room < max(1, request.max_tokens or 1):
+            message = (
+                f"prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens} "
+                f"exceed max_model_len={self.scheduler.max_model_len}"
+            )
+            self._pending.append(Refused(self._num_added, message))
+            return self._num_added
+        if request.stop and self._tokenizer is None:
+            self._pending.append(Refused(self._num_added, "stop strings need a tokenizer"))
+            return self._num_added
+        seed = request.sampling.seed
+        sequence = Sequence(
+            self._num_added,
+            request,
+            room if request.max_tokens is None else request.max_tokens,
+            int(self._rng.integers(2**63)) if seed is None else seed % 2**64,
+            self._clock(),
+            None if self._tokenizer is None else Detokenizer(self._tokenizer, request.stop),
+        )
+        self._sequences[sequence.id] = sequence
+        self.scheduler.add(sequence)
+        return sequence.id
+
+    def cancel(self, request_id: int) -> bool:
+        """Stop a request, waiting or running. Returns False when it is unknown or done."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._pending.append(self._finish(sequence, "cancelled"))
+        return True
+
+    def step(self) -> StepOutput:
+        """Run one step: schedule, choose lengths, draft, verify, accept, report."""
+        events, self._pending = self._pending, []
+        begin = self._clock()
+        schedule = self.scheduler.schedule()
+        decoding = schedule.decoding
+        if not decoding and not schedule.prefilling:
+            return StepOutput(events)
+
+        look = self._clock()
+        batch = self._describe(schedule)
+        look_s = self._clock() - look
+        choice = self.length_source.choose(batch)
+        lengths = np.clip(choice.lengths, 0, batch.ceiling.astype(np.int64))
+
+        draft = self._clock()
+        proposal = self.proposer.propose(decoding, lengths)
+        verify = self._clock()
+        drawn = self._verify(schedule, proposal)
+        accepted = [num_agreeing(d, t) for d, t in zip(proposal.drafts, drawn, strict=False)]
+        done = self._clock()
+
+        context_tokens = sum(sequence.num_tokens for sequence in decoding)
+        emitted = self._accept(schedule, proposal, drawn, accepted, events)
+        facts = StepFacts(
+            batch=batch,
+            num_drafted=np.array([len(draft) for draft in proposal.drafts], np.uint8),
+            num_accepted=np.array(accepted, np.uint8),
+            num_emitted=np.array(emitted, np.uint8),
+            step_s=self._clock() - begin,
+            target_s=done - verify,
+            draft_s=verify - draft + look_s,
+            context_tokens=context_tokens,
+            num_draft_forwards=proposal.num_forwards,
+            num_draft_tokens=proposal.num_draft_tokens,
+            num_catch_up_tokens=proposal.num_catch_up_tokens,
+            num_waiting=self.num_waiting,
+            kv_usage=self.scheduler.kv_usage,
+        )
+        self.length_source.report(facts)
+        return StepOutput(events, facts, lengths, choice.source)
+
+    def _describe(self, schedule: Schedule) -> DecodeBatch:
+        """What is known about the decoding requests before anything is drafted."""
+        decoding = schedule.decoding
+        offer = self.proposer.available(decoding)
+        ceiling = np.minimum(offer.ceiling, [self._room(s) for s in decoding]).astype(np.uint8)
+        last_share = np.array([s.last_share for s in decoding], np.float32)
+        weight = np.array([s.request.weight for s in decoding], np.float32)
+        floor = np.array([min(s.request.floor, 255) for s in decoding], np.uint8)
+        return DecodeBatch(
+            request_ids=np.array([s.id for s in decoding], np.uint64),
+            ceiling=ceiling,
+            features=np.concatenate([last_share[None], offer.features]),
+            num_prefill_tokens=schedule.num_prefill_tokens,
+            weight=weight if (weight != 1).any() else None,
+            floor=floor if floor.any() else None,
+        )
+
+    def _room(self, sequence: Sequence) -> int:
+        """Drafts that could still end up in the answer. k drafts bring k + 1 tokens at most."""
+        room = min(sequence.num_remaining - 1, self.proposer.max_length)
+        limit = sequence.request.max_speculation_length
+        return room if limit is None else min(room, limit)
+
+    def _verify(self, schedule: Schedule, proposal: Proposal) -> list[list[int]]:
+        """The target's own tokens after each known token and draft: decoding requests, then prompts.
+
+        One pass, one transfer from the device. A prompt that is not finished yet has none.
+        """
+        segments, draws = [], []
+        for sequence, drafts in zip(schedule.decoding, proposal.drafts, strict=True):
+            tokens = [sequence.tokens[-1], *drafts]
+            segments.append(Segment(sequence.row, sequence.num_computed, tokens, len(tokens)))
+        for sequence, size in schedule.prefilling:
+            end = sequence.num_computed + size
+            tokens = sequence.tokens[sequence.num_computed : end]
+            last = int(end == sequence.num_prompt)
+            segments.append(Segment(sequence.row, sequence.num_computed, tokens, last))
+        sequences = schedule.decoding + [sequence for sequence, _ in schedule.prefilling]
+        for sequence, segment in zip(sequences, segments, strict=True):
+            places = range(sequence.num_tokens, sequence.num_tokens + segment.num_logits)
+            draws.append((sequence.request.sampling, sequence.seed, places))
+        logits = self._runner.forward(segments)
+        flat = sample(logits, Draws.of(draws)).tolist()
+        ends = np.cumsum([segment.num_logits for segment in segments]).tolist()
+        return [flat[b:e] for b, e in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def _accept(
+        self,
+        schedule: Schedule,
+        proposal: Proposal,
+        drawn: list[list[int]],
+        accepted: list[int],
+        events: list[Event],
+    ) -> list[int]:
+        """Add the accepted drafts and the target's next token. Returns tokens emitted, by decoding."""
+        emitted = []
+        finished: list[tuple[Sequence, str]] = []
+        for i, sequence in enumerate(schedule.decoding):
+            drafts, count = proposal.drafts[i], accepted[i]
+            if drafts:
+                sequence.last_share = count / len(drafts)
+                sequence.num_drafted += len(drafts)
+                sequence.num_accepted += count
+            sequence.num_computed += 1 + count
+            emitted.append(self._emit(sequence, drafts[:count] + [drawn[i][count]], events, finished))
+        self.proposer.accepted(schedule.decoding, accepted)
+        for (sequence, size), tokens in zip(
+            schedule.prefilling, drawn[len(schedule.decoding) :], strict=True
+        ):
+            sequence.num_computed += size
+            if tokens:
+                sequence.first_token_s = self._clock()
+                self._emit(sequence, tokens, events, finished)
+        events += [self._finish(sequence, reason) for sequence, reason in finished]
+        return emitted
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        events: list[Event],
+        finished: list[tuple[Sequence, str]],
+    ) -> int:
+        """Append tokens up to where the answer ends. Returns how many."""
+        reason = None
+        if len(tokens) >= sequence.num_remaining:
+            tokens, reason = tokens[: sequence.num_remaining], "length"
+        if not sequence.request.ignore_eos and not self._eos_token_ids.isdisjoint(tokens):
+            first = next(i for i, token in enumerate(tokens) if token in self._eos_token_ids)
+            tokens, reason = tokens[: first + 1], "eos"
+        if sequence.detokenizer is not None:
+            used = sequence.detokenizer.push(tokens)
+            if used is not None:
+                tokens, reason = tokens[:used], "stop"
+        sequence.tokens += tokens
+        text = ""
+        if sequence.detokenizer is not None:
+            text = sequence.detokenizer.take(final=reason is not None)
+        events.append(Tokens(sequence.id, tokens, text, sequence.num_output))
+        if reason is not None:
+            finished.append((sequence, reason))
+        return len(tokens)
+
+    def _finish(self, sequence: Sequence, reason: str) -> Finished:
+        self.scheduler.remove(sequence)
+        self.proposer.forget(sequence)
+        del self._sequences[sequence.id]
+        first = sequence.first_token_s
+        return Finished(
+            sequence.id,
+            reason,
+            sequence.tokens[sequence.num_prompt :],
+            "" if sequence.detokenizer is None else sequence.detokenizer.text,
+            sequence.num_drafted,
+            sequence.num_accepted,
+            None if first is None else first - sequence.added_s,
+            self._clock() - sequence.added_s,
+        )

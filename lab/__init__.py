@@ -1,0 +1,1 @@
+"""Experiments as a product feature; for now, the demonstration."""

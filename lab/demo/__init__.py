@@ -1,0 +1,1 @@
+"""`smartspec demo`: one load on a real model, with and without steering (see run.py)."""

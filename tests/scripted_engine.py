@@ -1,0 +1,143 @@
+"""A mock engine: known costs and acceptance, no model. For tests and benchmarks of the loop.
+
+Its clock is virtual: a step "takes" what its cost says, at once. Real are the link, the messages,
+the lengths and everything on the daemon's side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from smartspec.engine_adapter.base import (
+    FEATURE_LAST_SHARE,
+    FEATURE_MATCH_LENGTH,
+    DecodeBatch,
+    LengthSource,
+    StepFacts,
+)
+from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds: ``base + token * N + beyond * max(0, N - knee)`` and of drafting."""
+
+    base_s: float = 0.020
+    token_s: float = 0.0002
+    knee: int = 64
+    beyond_s: float = 0.0
+    draft_forward_s: float = 0.0
+    draft_token_s: float = 0.0
+    noise: float = 0.02
+
+
+def hello(
+    name: str = "scripted",
+    epoch: int = 1,
+    *,
+    max_length: int = 5,
+    lookup: bool = True,
+    static_length: int = 3,
+    max_num_running: int = 512,
+) -> Hello:
+    return Hello(
+        engine=name,
+        epoch=epoch,
+        fingerprint=Fingerprint(target="scripted", proposer="lookup" if lookup else "draft_model"),
+        limits=Limits(
+            max_length=max_length,
+            max_num_running=max_num_running,
+            static_length=static_length,
+            features=(FEATURE_LAST_SHARE, FEATURE_MATCH_LENGTH) if lookup else (FEATURE_LAST_SHARE,),
+            drafts_known_first=lookup,
+        ),
+    )
+
+
+@dataclass
+class ScriptedEngine:
+    """Decodes ``acceptance.size`` endless requests; ``replace`` swaps some of them."""
+
+    source: LengthSource
+    acceptance: np.ndarray  #: [B], probability that a draft is accepted
+    costs: Costs = field(default_factory=Costs)
+    max_length: int = 5
+    lookup: bool = True
+    match_rate: float = 1.0
+    num_waiting: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+        self.ids = np.arange(1, len(self.acceptance) + 1, dtype=np.uint64)
+        self.next_id = len(self.ids) + 1
+        self.last_share = np.full(len(self.ids), -1.0, np.float32)
+        self.tokens = 0
+        self.seconds = 0.0
+        self.choices: list[Choice] = []
+
+    def set_batch(self, acceptance: np.ndarray) -> None:
+        """All requests leave, others come."""
+        self.acceptance = acceptance
+        size = len(acceptance)
+        self.ids = np.arange(self.next_id, self.next_id + size, dtype=np.uint64)
+        self.next_id += size
+        self.last_share = np.full(size, -1.0, np.float32)
+
+    def replace(self, count: int, acceptance: np.ndarray) -> None:
+        at = self.rng.choice(len(self.ids), count, replace=False)
+        self.ids = self.ids.copy()
+        self.ids[at] = np.arange(self.next_id, self.next_id + count, dtype=np.uint64)
+        self.next_id += count
+        self.acceptance = self.acceptance.copy()
+        self.acceptance[at] = acceptance
+        self.last_share[at] = -1.0
+
+    def batch(self) -> DecodeBatch:
+        size = len(self.ids)
+        ceiling = np.full(size, self.max_length, np.uint8)
+        features = [self.last_share.copy()]
+        if self.lookup:
+            match = np.where(self.rng.random(size) < self.match_rate, 4, 0).astype(np.float32)
+            ceiling[match == 0] = 0
+            features.append(match)
+        return DecodeBatch(self.ids, ceiling, np.stack(features))
+
+    def step(self) -> StepFacts:
+        batch = self.batch()
+        choice = self.source.choose(batch)
+        lengths = np.minimum(choice.lengths, batch.ceiling)
+        size = batch.size
+        passed = self.rng.random((size, self.max_length)) < self.acceptance[:, None]
+        run = np.cumprod(passed, axis=1).sum(axis=1)
+        accepted = np.minimum(run, lengths)
+        drafted = lengths > 0
+        self.last_share[drafted] = (accepted[drafted] / lengths[drafted]).astype(np.float32)
+        total, depth = int(lengths.sum()), int(lengths.max(initial=0))
+        c = self.costs
+        num_tokens = size + total
+        noise = 1 + c.noise * self.rng.standard_normal(2)
+        target = c.base_s + c.token_s * num_tokens + c.beyond_s * max(0, num_tokens - c.knee)
+        draft = 0.0 if self.lookup else c.draft_forward_s * depth + c.draft_token_s * total
+        target_s, draft_s = target * noise[0], draft * noise[1]
+        facts = StepFacts(
+            batch=batch,
+            num_drafted=lengths.astype(np.uint8),
+            num_accepted=accepted.astype(np.uint8),
+            num_emitted=(accepted + 1).astype(np.uint8),
+            step_s=target_s + draft_s + 1e-4,
+            target_s=target_s,
+            draft_s=draft_s,
+            context_tokens=200 * size,
+            num_draft_forwards=0 if self.lookup else depth,
+            num_draft_tokens=total,
+            num_waiting=self.num_waiting,
+        )
+        self.tokens += int(accepted.sum()) + size
+        self.seconds += facts.step_s
+        self.choices.append(choice)
+        self.source.report(facts)
+        return facts

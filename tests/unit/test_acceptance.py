@@ -1,0 +1,316 @@
+"""AcceptanceEstimator: hazards from censored drafts, corrections per request, match rates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from smartspec.estimators.acceptance import AcceptanceEstimator
+from smartspec.estimators.request_rows import RequestRows
+
+
+def draft(rng: np.random.Generator, hazards: np.ndarray, drafted: np.ndarray) -> np.ndarray:
+    """Drafts accepted of ``drafted`` [B], by hazards [B, K]."""
+    passed = rng.random(hazards.shape) < hazards
+    run = np.cumprod(passed, axis=1).sum(axis=1)
+    return np.minimum(run, drafted)
+
+
+def step_log_loss(survival: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> float:
+    """Negative log-likelihood of ``accepted`` [B], by survivals [B, K]."""
+    full = np.concatenate((np.ones((len(survival), 1)), survival), axis=1)
+    batch = np.arange(len(survival))
+    after = full[batch, np.minimum(accepted + 1, survival.shape[1])]
+    chance = full[batch, accepted] - np.where(accepted < drafted, after, 0.0)
+    return float(-np.log(np.maximum(chance, 1e-12)).sum())
+
+
+def test_hazards_are_recovered_when_the_plain_ratio_is_biased() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.array([[0.9, 0.8, 0.6, 0.5], [0.5, 0.7, 0.8, 0.9]])
+    estimator = AcceptanceEstimator(num_buckets=2, max_length=4, window=20_000)
+    totals = np.zeros(2)
+    for _ in range(400):
+        buckets = rng.integers(0, 2, 64)
+        drafted = rng.integers(0, 5, 64)
+        accepted = draft(rng, truth[buckets], drafted)
+        estimator.learn_many(estimator.rows(np.arange(64)), buckets, drafted, accepted)
+        totals += accepted[buckets == 1].sum(), drafted[buckets == 1].sum()
+    assert np.abs(estimator.hazards() - truth).max() < 0.03
+    ratio = totals[0] / totals[1]  # what a moving average of accepted / drafted sees
+    assert ratio < truth[1].mean() - 0.15
+    survival = np.exp(estimator.log_survival())
+    assert np.abs(survival - np.cumprod(truth, axis=1)).max() < 0.03
+
+
+def test_table_is_finite_and_falls_with_depth_when_all_or_nothing_is_accepted() -> None:
+    estimator = AcceptanceEstimator(num_buckets=3, max_length=5)
+    rows = estimator.rows(np.arange(2))
+    for _ in range(5000):
+        estimator.learn_many(rows, [0, 1], [5, 5], [5, 0])
+    table = estimator.log_survival()
+    assert table.shape == (3, 5) and table.dtype == np.float32
+    assert np.isfinite(table).all()
+    assert (table < 0.0).all() and (np.diff(table, axis=1) < 0.0).all()
+    assert np.exp(table[0, -1]) > 0.98 and np.exp(table[1, 0]) < 0.02
+
+
+def test_every_cell_starts_at_the_prior_when_nothing_was_seen() -> None:
+    estimator = AcceptanceEstimator(num_buckets=2, max_length=3, prior=0.7)
+    assert estimator.hazards() == pytest.approx(0.7)
+    assert estimator.corrections(estimator.rows([5, 6])).tolist() == [1.0, 1.0]
+    assert estimator.presence(estimator.rows([5])).tolist() == [0.5]
+
+
+def test_unseen_bucket_and_depth_follow_the_pooled_ones_when_others_were_seen() -> None:
+    estimator = AcceptanceEstimator(num_buckets=3, max_length=4)
+    rows = estimator.rows(np.arange(20))
+    for _ in range(100):
+        estimator.learn_many(rows, np.zeros(20, int), np.full(20, 2), np.full(20, 2))
+    hazards = estimator.hazards()
+    assert (hazards[1:, :2] > 0.97).all()  # other buckets at the depths that were tried
+    assert (hazards[0, 2:] > 0.97).all()  # deeper than was tried
+    assert (hazards[1:, 2:] > 0.97).all()
+
+
+def test_first_observation_moves_a_bucket_little_when_it_is_alone() -> None:
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=1)
+    estimator.learn_one({"drafted": 1}, 0)
+    assert 0.55 < estimator.hazards()[0, 0] < 0.7
+
+
+def test_counts_are_bounded_and_kept_when_one_cell_is_observed_for_ever() -> None:
+    estimator = AcceptanceEstimator(num_buckets=2, max_length=2, window=500)
+    rng = np.random.default_rng(1)
+    rows = estimator.rows(np.arange(50))
+    for _ in range(200):
+        accepted = draft(rng, np.full((50, 2), 0.4), np.full(50, 2))
+        estimator.learn_many(rows, np.ones(50, int), np.full(50, 2), accepted)
+    before = estimator.hazards()[1].copy()
+    for _ in range(20_000):
+        estimator.learn_many(rows[:1], [0], [2], [2])
+    assert estimator.num_observed().max() <= 500.0 + 1e-6
+    # What is left of a change: the pooled hazard that bucket 1 is shrunk to.
+    assert np.abs(estimator.hazards()[1] - before).max() < 0.05
+
+
+def test_batches_weigh_as_single_observations_when_learned_at_once() -> None:
+    one, many = (AcceptanceEstimator(num_buckets=1, max_length=2, window=100) for _ in range(2))
+    for _ in range(300):
+        for _ in range(8):
+            one.learn_one({"drafted": 2}, 1)
+        many.learn_many(many.rows(np.arange(8)), np.zeros(8, int), np.full(8, 2), np.ones(8, int))
+    assert many.num_observed() == pytest.approx(one.num_observed())
+    assert many.hazards() == pytest.approx(one.hazards())
+
+
+def test_table_follows_a_change_when_traffic_changes() -> None:
+    rng = np.random.default_rng(2)
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=3, window=500)
+    rows, zeros, full = estimator.rows(np.arange(32)), np.zeros(32, int), np.full(32, 3)
+    for hazard in (0.9, 0.3):
+        for _ in range(100):
+            accepted = draft(rng, np.full((32, 3), hazard), full)
+            estimator.learn_many(rows, zeros, full, accepted)
+        assert estimator.hazards()[0, 0] == pytest.approx(hazard, abs=0.06)
+
+
+def test_hazard_std_is_what_repetition_shows_when_data_are_few() -> None:
+    rng = np.random.default_rng(3)
+    estimates, claimed = [], 0.0
+    for _ in range(200):
+        estimator = AcceptanceEstimator(num_buckets=1, max_length=1, prior_weight=1.0)
+        accepted = (rng.random(200) < 0.7).astype(int)
+        rows = estimator.rows(np.arange(200))
+        estimator.learn_many(rows, np.zeros(200, int), np.ones(200, int), accepted)
+        estimates.append(estimator.pooled_hazards()[0])
+        claimed = float(estimator.hazard_std()[0])
+    assert claimed == pytest.approx(np.std(estimates), rel=0.25)
+    assert claimed < float(AcceptanceEstimator(1, 1).hazard_std()[0])
+
+
+def simulate_requests(
+    spread: float, change_every: int | None = None
+) -> tuple[float, float, np.ndarray, np.ndarray]:
+    """Log loss per step of the table alone and with corrections; true rates and corrections."""
+    rng = np.random.default_rng(4)
+    size, depth, steps = 64, 6, 200
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=depth)
+    rows = estimator.rows(np.arange(size))
+    zeros = np.zeros(size, int)
+    rate = rng.beta(0.7 * spread, 0.3 * spread, size)
+    shared = corrected = 0.0
+    for step in range(steps):
+        if change_every is not None and step % change_every == change_every - 1:
+            rate = rng.beta(0.7 * spread, 0.3 * spread, size)
+        drafted = rng.integers(1, depth + 1, size)
+        accepted = draft(rng, np.repeat(rate[:, None], depth, axis=1), drafted)
+        if step >= steps // 2:  # predicted before it is learned
+            table = estimator.log_survival()[zeros].astype(float)
+            shared += step_log_loss(np.exp(table), drafted, accepted)
+            power = estimator.corrections(rows)[:, None]
+            corrected += step_log_loss(np.exp(table * power), drafted, accepted)
+        estimator.learn_many(rows, zeros, drafted, accepted)
+    per_step = size * (steps - steps // 2)
+    return shared / per_step, corrected / per_step, rate, estimator.corrections(rows)
+
+
+def test_corrections_lower_the_log_loss_when_requests_differ() -> None:
+    shared, corrected, rate, corrections = simulate_requests(spread=3.0)
+    assert corrected < shared - 0.1
+    ranks = [np.argsort(np.argsort(values)) for values in (rate, -corrections)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.9
+
+
+def test_corrections_lower_the_log_loss_when_requests_change() -> None:
+    shared, corrected, _, _ = simulate_requests(spread=2.0, change_every=40)
+    assert corrected < shared - 0.05
+
+
+def test_corrections_cost_little_when_requests_are_alike() -> None:
+    shared, corrected, _, corrections = simulate_requests(spread=1e6)
+    assert corrected < shared + 0.03
+    assert corrections.mean() == pytest.approx(1.0, abs=0.15)
+
+
+def test_correction_is_calibrated_when_the_request_is_not_average() -> None:
+    """c has the value with which the table's survivals become the request's."""
+    rng = np.random.default_rng(5)
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=4, request_half_life=200.0)
+    zeros, full = np.zeros(40, int), np.full(40, 4)
+    rows = estimator.rows(np.arange(40))
+    power = np.where(np.arange(40) < 4, 3.0, 1.0)
+    hazards = np.repeat((0.8**power)[:, None], 4, axis=1)
+    for _ in range(400):
+        estimator.learn_many(rows, zeros, full, draft(rng, hazards, full))
+    table = np.exp(estimator.log_survival()[zeros] * estimator.corrections(rows)[:, None])
+    assert table[:4, 0].mean() == pytest.approx(0.8**3, abs=0.04)
+    assert table[4:, 0].mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_correction_follows_within_a_few_steps_when_a_request_changes() -> None:
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=4)
+    rows = estimator.rows(np.arange(32))
+    zeros, full = np.zeros(32, int), np.full(32, 4)
+    rng = np.random.default_rng(6)
+    for _ in range(100):
+        estimator.learn_many(rows, zeros, full, draft(rng, np.full((32, 4), 0.8), full))
+    for _ in range(16):  # one of them stops being predictable
+        accepted = draft(rng, np.full((32, 4), 0.8), full)
+        accepted[0] = 0
+        estimator.learn_many(rows, zeros, full, accepted)
+    survival = np.exp(estimator.log_survival()[0, 0] * estimator.corrections(rows))
+    assert survival[0] < 0.6 < survival[1:].mean()
+
+
+def test_nothing_is_learned_when_nothing_was_drafted() -> None:
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=4)
+    rows = estimator.rows([1, 2])
+    before = estimator.state()
+    estimator.learn_many(rows, [0, 0], [0, 0], [0, 0])
+    estimator.learn_one({"drafted": 0}, 0)
+    assert estimator.state() == before
+
+
+def test_presence_ranks_requests_and_shrinks_to_the_pooled_rate_when_few_were_seen() -> None:
+    estimator = AcceptanceEstimator()
+    rows = estimator.rows(np.arange(3))
+    for _ in range(40):
+        estimator.learn_presence(rows[:2], np.array([True, False]))
+    always, never, unseen = estimator.presence(rows).tolist()
+    assert always > 0.9 and never < 0.1
+    assert unseen == pytest.approx(estimator.pooled_presence(), abs=1e-6)
+    assert 0.4 < unseen < 0.6
+
+
+def test_rows_are_bounded_and_the_last_batch_known_when_requests_pass_through() -> None:
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=2, max_requests=256)
+    zeros = np.zeros(64, int)
+    for start in range(0, 100_000, 64):
+        rows = estimator.rows(np.arange(start, start + 64, dtype=np.uint64))
+        estimator.learn_many(rows, zeros, zeros + 2, zeros)
+        assert len(set(rows.tolist())) == 64
+    assert estimator._requests.capacity == 256 and len(estimator._requests) <= 256
+    assert (estimator.corrections(rows) > 1.0).all()
+    fresh = estimator.rows(np.arange(200_000, 200_064))
+    assert (estimator.corrections(fresh) == 1.0).all()
+
+
+def test_a_request_keeps_its_history_when_it_was_away() -> None:
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=2, max_requests=64)
+    row = estimator.rows([7])
+    for _ in range(10):
+        estimator.learn_many(row, [0], [2], [0])
+    known = estimator.corrections(row)
+    estimator.rows(np.arange(100, 110))
+    assert estimator.corrections(estimator.rows([7])) == known
+
+
+def test_the_longest_unseen_go_first_when_room_is_needed() -> None:
+    rows = RequestRows(capacity=4, num_columns=1)
+    rows.counts[rows.rows([1])] = 1.0
+    rows.counts[rows.rows([2])] = 2.0
+    rows.rows([1])
+    rows.rows([10, 11])
+    assert rows.find(1) is not None and rows.find(2) is not None
+    rows.rows([12])
+    assert rows.find(2) is None
+    assert rows.counts[rows.find(1)] == 1.0
+
+
+def test_rows_grow_when_a_batch_is_larger_than_the_room() -> None:
+    rows = RequestRows(capacity=4, num_columns=1)
+    rows.counts[rows.rows([1, 2])] = 5.0
+    many = rows.rows(np.arange(1, 31))
+    assert len(set(many.tolist())) == 30
+    assert rows.counts[many, 0].tolist() == [5.0, 5.0] + [0.0] * 28
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ([0, 0], [2, 2], [3, 0]),  # more accepted than drafted
+        ([0, 9], [2, 2], [1, 0]),
+        ([0, -1], [2, 2], [1, 0]),
+        ([0, 0], [9, 2], [1, 0]),
+        ([0], [2], [1]),
+        ([0.0, 0.0], [2, 2], [1, 0]),
+        ([0, 0], [2, 2], [np.nan, 0]),
+        ([[0, 0]], [2, 2], [1, 0]),
+    ],
+)
+def test_nothing_changes_when_outcomes_are_impossible(columns: tuple[list, list, list]) -> None:
+    estimator = AcceptanceEstimator(num_buckets=2, max_length=4)
+    rows = estimator.rows([1, 2])
+    before = estimator.state()
+    with pytest.raises(ValueError, match=r"must be|differ|accepted"):
+        estimator.learn_many(rows, *columns)
+    assert estimator.state() == before
+
+
+@pytest.mark.parametrize("ids", [[1, 1], [-1, 2], [0.5, 1.0], [[1, 2]]])
+def test_rows_are_refused_when_ids_are_impossible(ids: list) -> None:
+    estimator = AcceptanceEstimator()
+    before = estimator.state()
+    with pytest.raises(ValueError, match="request ids"):
+        estimator.rows(ids)
+    assert estimator.state() == before
+
+
+def test_rows_of_others_are_refused_when_out_of_range() -> None:
+    estimator = AcceptanceEstimator(max_requests=4)
+    for rows in (np.array([4]), np.array([-1])):
+        with pytest.raises(ValueError, match="rows are not"):
+            estimator.corrections(rows)
+        with pytest.raises(ValueError, match="rows are not"):
+            estimator.learn_many(rows, [0], [1], [1])
+
+
+def test_requests_start_anew_when_forgotten_but_the_table_stays() -> None:
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=1)
+    for _ in range(50):
+        estimator.learn_many(estimator.rows([3]), [0], [1], [0])
+    hazards = estimator.hazards()
+    estimator.forget_requests()
+    assert estimator.corrections(estimator.rows([3])).tolist() == [1.0]
+    assert (estimator.hazards() == hazards).all()

@@ -1,0 +1,180 @@
+"""The solver against brute force, and a policy's worth on a batch that has changed since."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from smartspec.daemon.goodput import best_by_batch, solve
+from smartspec.engine_adapter.lengths import (
+    RAGGED,
+    UNIFORM,
+    CostCurve,
+    DraftCost,
+    Ladder,
+    choose_lengths,
+)
+
+NUM_CASES = 10_000
+
+
+def random_curve(rng: np.random.Generator, most: int, mode: str = RAGGED) -> CostCurve:
+    """A positive T(N), defined at every whole number: linear, stepped, powers of two, or wild."""
+    n = np.arange(most + 1, dtype=np.float64)
+    shape = rng.integers(4)
+    if shape == 0:
+        seconds = 1 + rng.uniform(0, 0.3) * n
+    elif shape == 1:
+        seconds = 1 + rng.uniform(0, 0.3) * np.ceil(n / rng.integers(2, 6))
+    elif shape == 2:
+        seconds = 1 + rng.uniform(0, 0.3) * 2.0 ** np.ceil(np.log2(np.maximum(n, 1)))
+    else:
+        seconds = rng.uniform(0.5, 3.0, most + 1)  # not even monotone
+    return CostCurve(mode, n, seconds)
+
+
+def brute_force(
+    survival: np.ndarray,
+    weight: np.ndarray,
+    floor: np.ndarray,
+    ceiling: np.ndarray,
+    curves: list[CostCurve],
+    draft: DraftCost,
+    other: int,
+) -> float:
+    """The greatest goodput over all vectors of lengths, from the definition."""
+    size = len(survival)
+    low = np.minimum(floor, ceiling)
+    best = -np.inf
+    ranges = [range(low[i], ceiling[i] + 1) for i in range(size)]
+    for lengths in itertools.product(*ranges):
+        k = np.array(lengths)
+        gain = sum(weight[i] * (1 + survival[i, : k[i]].sum()) for i in range(size))
+        depth, total = k.max(), k.sum()
+        speculating = draft.fixed_s + draft.per_forward_s * depth + draft.per_token_s * total
+        for curve in curves:
+            if curve.mode == RAGGED:
+                seconds = curve.seconds[size + total + other]
+            elif any((k == np.clip(c, low, ceiling)).all() for c in range(survival.shape[1] + 1)):
+                seconds = curve.seconds[size * (1 + depth) + other]
+            else:
+                continue
+            best = max(best, gain / (seconds + (speculating if total else 0.0)))
+    return best
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_solve_equals_brute_force_when_batches_are_small(block: int) -> None:
+    rng = np.random.default_rng(block)
+    for case in range(NUM_CASES // 4):
+        size, max_length = int(rng.integers(1, 5)), int(rng.integers(1, 4))
+        survival = np.cumprod(rng.uniform(0, 1, (size, max_length)), axis=1)
+        weight = rng.uniform(0.2, 3.0, size) if rng.random() < 0.5 else np.ones(size)
+        floor = rng.integers(0, 2, size) if rng.random() < 0.3 else np.zeros(size, np.int64)
+        ceiling = (
+            rng.integers(0, max_length + 1, size)
+            if rng.random() < 0.5
+            else np.full(size, max_length)
+        )
+        other = int(rng.integers(0, 4))
+        most = size * (1 + max_length) + other
+        curves = [random_curve(rng, most)]
+        if rng.random() < 0.4:
+            curves.append(random_curve(rng, most, UNIFORM))
+        draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)))
+        ladder = Ladder(survival, weight, floor, ceiling)
+        optimum = solve(ladder, curves, draft, other)
+        expected = brute_force(survival, weight, floor, ceiling, curves, draft, other)
+        assert optimum.value_of_time == pytest.approx(expected, rel=1e-9), f"case {case}"
+        # The lengths are those of that goodput, not only its number.
+        choice = optimum.choice
+        assert (choice.lengths >= np.minimum(floor, ceiling)).all()
+        assert (choice.lengths <= ceiling).all()
+        gain = float((weight * 1.0).sum())
+        for i, k in enumerate(choice.lengths):
+            gain += weight[i] * survival[i, :k].sum()
+        assert choice.gain == pytest.approx(gain)
+        assert choice.gain / choice.seconds == pytest.approx(expected, rel=1e-9)
+
+
+def test_engine_and_daemon_choose_alike_when_nothing_has_changed() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(500):
+        size = int(rng.integers(1, 40))
+        survival = np.cumprod(rng.uniform(0.2, 0.98, (size, 6)), axis=1)
+        curve = random_curve(rng, size * 7)
+        draft = DraftCost(*rng.uniform(0, 0.1, 3))
+        ladder = Ladder(survival)
+        optimum = solve(ladder, [curve], draft)
+        again = choose_lengths(
+            Ladder(survival.copy()), optimum.value_of_time, optimum.depth, [curve], draft
+        )
+        assert (again.lengths == optimum.choice.lengths).all()
+
+
+@pytest.mark.parametrize("shape", ["linear", "stepped", "powers_of_two"])
+def test_late_policy_loses_little_when_a_fifth_of_the_batch_is_new(shape: str) -> None:
+    """Design: lambda and T(N) travel, lengths do not. The same batch, one step later."""
+    rng = np.random.default_rng(11)
+    n = np.arange(400.0)
+    seconds = {
+        "linear": 20 + 0.2 * n,
+        "stepped": 20 + 0.2 * np.ceil(n / 8) * 8,
+        "powers_of_two": 20 + 0.2 * 2 ** np.ceil(np.log2(np.maximum(n, 1))),
+    }[shape]
+    curve = CostCurve(RAGGED, n, seconds)
+    losses = []
+    for _ in range(400):
+        size = int(rng.integers(5, 40))
+        acceptance = rng.beta(3, 2, (size, 1)) * np.ones((1, 6))
+        old = np.cumprod(acceptance, axis=1)
+        new = old.copy()
+        replaced = rng.choice(size, max(1, size // 5), replace=False)
+        new[replaced] = np.cumprod(rng.beta(3, 2, (len(replaced), 1)) * np.ones((1, 6)), axis=1)
+        draft = DraftCost(1.0, 0.5, 0.02)
+        late = solve(Ladder(old), [curve], draft)
+        best = solve(Ladder(new), [curve], draft)
+        chosen = choose_lengths(Ladder(new), late.value_of_time, late.depth, [curve], draft)
+        losses.append(1 - (chosen.gain / chosen.seconds) / best.value_of_time)
+    assert min(losses) > -1e-9
+    assert np.mean(losses) <= 0.005
+
+
+def test_presence_counts_drafts_that_may_not_exist() -> None:
+    survival = np.array([[0.9, 0.8]])
+    curve = CostCurve(RAGGED, np.array([1.0, 3.0]), np.array([1.0, 1.5]))
+    optimum = solve(Ladder(survival, presence=[0.5]), [curve], DraftCost())
+    assert optimum.choice.gain == pytest.approx(1 + 0.5 * 1.7)
+    assert optimum.choice.seconds == pytest.approx(1.25)
+
+
+def test_no_speculation_when_drafts_cost_more_than_they_bring() -> None:
+    survival = np.full((8, 4), 0.4) ** np.arange(1, 5)
+    curve = CostCurve(RAGGED, np.array([1.0, 100.0]), np.array([1.0, 100.0]))
+    optimum = solve(Ladder(survival), [curve], DraftCost(per_forward_s=0.9))
+    assert optimum.choice.lengths.tolist() == [0] * 8
+
+
+def test_solve_refuses_when_a_step_takes_no_time() -> None:
+    curve = CostCurve(RAGGED, np.array([1.0]), np.array([0.0]))
+    with pytest.raises(ValueError, match="must take time"):
+        solve(Ladder(np.array([[0.5]])), [curve], DraftCost())
+
+
+def test_fallback_table_equals_the_solver_when_requests_are_alike() -> None:
+    survival = 0.7 ** np.arange(1, 6)
+    n = np.arange(600.0)
+    curve = CostCurve(RAGGED, n, 10 + np.maximum(0.05 * n, 0.4 * (n - 30)))
+    batches = np.array([1, 4, 16, 64])
+    draft = DraftCost(0.5, 0.3, 0.01)
+    table = best_by_batch(survival, 1.0, batches, curve, draft)
+    for batch, length in zip(batches, table, strict=True):
+        goodputs = []
+        for k in range(6):
+            drafts = batch * k
+            extra = (0.5 + 0.3 * k + 0.01 * drafts) if k else 0.0
+            seconds = curve.seconds[batch + drafts] + extra
+            goodputs.append(batch * (1 + survival[:k].sum()) / seconds)
+        assert goodputs[length] == max(goodputs)

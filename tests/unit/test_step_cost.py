@@ -1,0 +1,403 @@
+"""StepCost and StepCostRegressor: coefficients, curves, outliers, changes, what is not known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import nnls
+from smartspec.estimators.least_squares import RecursiveLeastSquares, ResidualFilter
+from smartspec.estimators.regressor import StepCostRegressor
+from smartspec.estimators.step_cost import StepCost, StepShape
+
+IDLE = StepShape(1, 1, 0, 500)
+NOISE = 0.03
+
+
+def linear(num_tokens: float) -> float:
+    return 0.2e-3 * num_tokens
+
+
+def convex(num_tokens: float) -> float:
+    return 0.02e-3 * num_tokens + 0.3e-3 * max(0.0, num_tokens - 64)
+
+
+def concave(num_tokens: float) -> float:
+    return 0.6e-3 * min(num_tokens, 16) + 0.05e-3 * max(0.0, num_tokens - 16)
+
+
+class Machine:
+    """Steps of random shapes, and the seconds that they take."""
+
+    def __init__(self, seed: int, token_s=linear, scale: float = 1.0, outliers: float = 0.01):
+        self.rng = np.random.default_rng(seed)
+        self.token_s = token_s
+        self.scale = scale
+        self.outliers = outliers
+
+    def shape(self) -> StepShape:
+        batch, length = int(self.rng.integers(1, 32)), int(self.rng.integers(0, 6))
+        rare = self.rng.random() < 0.1
+        prefill = int(self.rng.integers(1, 200)) if rare else 0
+        context = batch * int(self.rng.integers(100, 1000))
+        return StepShape(
+            batch, batch * (length + 1), prefill, context, length, length * batch, 2 * batch * rare
+        )
+
+    def parts(self, s: StepShape) -> tuple[float, float, float]:
+        target = 20e-3 + self.token_s(s.verify_tokens + s.prefill_tokens) + 0.1e-3 * s.batch
+        target += 1e-7 * s.context_tokens + 0.05e-3 * s.prefill_tokens
+        draft = 1e-3 * s.drafting + 3e-3 * s.draft_forwards + 0.02e-3 * s.draft_tokens
+        draft += 0.02e-3 * s.catch_up_tokens
+        return target * self.scale, draft * self.scale, 2e-3 * self.scale
+
+    def run(
+        self, model: StepCost, steps: int, apart: bool = True, shape: StepShape | None = None
+    ) -> np.ndarray:
+        """Let ``model`` learn; relative errors against the noiseless truth, before learning."""
+        errors = np.empty(steps)
+        for i in range(steps):
+            s = shape or self.shape()
+            target, draft, overhead = self.parts(s)
+            truth = target + draft + overhead
+            errors[i] = abs(model.seconds(s) - truth) / truth
+            if self.rng.random() < self.outliers:
+                target *= self.rng.uniform(5, 50)
+            target *= math.exp(NOISE * self.rng.normal())
+            draft *= math.exp(NOISE * self.rng.normal())
+            seen = (target, draft) if apart else (None, None)
+            model.observe(s, *seen, target + draft + overhead)
+        return errors
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "sum"])
+@pytest.mark.parametrize("token_s", [linear, convex, concave])
+@pytest.mark.parametrize("scale", [0.05, 1.0, 15.0], ids=["1ms", "20ms", "300ms"])
+def test_costs_are_recovered_when_steps_are_noisy_and_some_are_outliers(
+    apart: bool, token_s, scale: float
+) -> None:
+    machine, model = Machine(0, token_s, scale), StepCost()
+    errors = machine.run(model, 500, apart)
+    assert errors[80:120].mean() < 0.02
+    assert errors[-100:].mean() < 0.01
+    assert model.noise == pytest.approx(NOISE, rel=0.35)
+    assert sum(model.num_clipped.values()) >= 2
+    # The floor of a perfect model is 2.4%, the mean of |noise|, and 1% of outliers counted as 1.
+    assert model.prediction_error() < 0.045
+
+
+def test_coefficients_are_recovered_when_target_and_draft_are_seen_apart() -> None:
+    machine, model = Machine(1), StepCost()
+    machine.run(model, 600)
+    fixed_s, forward_s, token_s = model.draft_cost()
+    assert fixed_s == pytest.approx(1e-3, rel=0.15)
+    assert forward_s == pytest.approx(3e-3, rel=0.03)
+    assert token_s == pytest.approx(0.02e-3, rel=0.15)
+    assert model.catch_up_cost() == pytest.approx(0.02e-3, rel=0.3)
+    assert model.overhead_s == pytest.approx(2e-3, rel=0.05)
+    curve = model.target_curve(StepShape(16, 16, 0, 8000), [20, 180])
+    assert (curve[1] - curve[0]) / 160 == pytest.approx(0.2e-3, rel=0.1)
+
+
+def test_concave_cost_is_represented_when_the_slope_falls() -> None:
+    machine, model = Machine(2, concave), StepCost()
+    machine.run(model, 800)
+    low, knee, high = model.target_curve(StepShape(8, 8, 0, 4000), [4, 16, 176])
+    assert (knee - low) / 12 > 5 * (high - knee) / 160
+
+
+def test_what_was_learned_stays_when_the_engine_idles_for_100_000_steps() -> None:
+    machine, model = Machine(3), StepCost()
+    machine.run(model, 500)
+    shapes = [machine.shape() for _ in range(100)]
+    before = np.array([model.seconds(s) for s in shapes])
+    target, draft, overhead = machine.parts(IDLE)
+    for _ in range(100_000):
+        model.observe(IDLE, target, draft, target + draft + overhead)
+    after = np.array([model.seconds(s) for s in shapes])
+    assert np.abs(after / before - 1.0).max() < 0.02
+    assert model.std(IDLE) > 0.0
+    assert machine.run(model, 30).mean() < 0.02
+    assert sum(model.num_shifts.values()) == 0
+
+
+def test_load_is_learned_quickly_when_only_idle_steps_were_ever_seen() -> None:
+    machine, model = Machine(4), StepCost()
+    machine.run(model, 3000, shape=IDLE)
+    errors = machine.run(model, 150)
+    assert errors[20:50].mean() < 0.05
+    assert errors[-50:].mean() < 0.015
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "sum"])
+@pytest.mark.parametrize("factor", [1.3, 2.0, 0.5])
+def test_new_level_is_followed_within_20_steps_when_the_machine_changes_speed(
+    apart: bool, factor: float
+) -> None:
+    machine, model = Machine(5), StepCost()
+    machine.run(model, 500, apart)
+    machine.scale = factor
+    errors = machine.run(model, 150, apart)
+    assert errors[:3].mean() > 0.15
+    assert errors[20:40].mean() < 0.07
+    assert errors[-50:].mean() < 0.02
+    assert sum(model.num_shifts.values()) >= 1
+
+
+def test_drift_is_followed_when_costs_rise_by_30_percent_over_300_steps() -> None:
+    machine, model = Machine(6), StepCost()
+    machine.run(model, 500)
+    errors = []
+    for i in range(300):
+        machine.scale = 1.0 + 0.3 * i / 300
+        errors.append(machine.run(model, 1)[0])
+    errors.extend(machine.run(model, 100))
+    assert max(errors) < 0.12
+    assert np.mean(errors) < 0.04
+    assert np.mean(errors[-50:]) < 0.02
+
+
+def test_one_outlier_moves_the_prediction_little_when_the_level_is_known() -> None:
+    machine, model = Machine(7, outliers=0.0), StepCost()
+    machine.run(model, 300)
+    before = model.seconds(IDLE)
+    residual = model.observe(IDLE, 1.0, 0.0, 1.002)
+    assert residual.clipped and residual.observed_s == 1.002
+    assert residual.predicted_s == before
+    assert model.seconds(IDLE) == pytest.approx(before, rel=0.05)
+
+
+def test_model_recovers_within_20_steps_when_the_very_first_step_is_an_outlier() -> None:
+    machine, model = Machine(8, outliers=0.0), StepCost()
+    model.observe(IDLE, 1.2, 0.0, 1.2)
+    assert machine.run(model, 25, shape=IDLE)[-1] < 0.1
+
+
+def test_curve_extrapolates_sanely_when_one_shape_was_ever_seen() -> None:
+    machine, model = Machine(9), StepCost()
+    shape = StepShape(4, 4, 0, 2000)
+    machine.run(model, 300, shape=shape)
+    here, far = model.target_curve(shape, [4, 1024])
+    assert here == pytest.approx(sum(machine.parts(shape)), rel=0.02)
+    assert 1.5 * here < far < 50 * here  # neither free nor forbidding
+    assert all(cost > 0.0 for cost in model.draft_cost())
+    unseen = StepShape(32, 192, 0, 16_000, 5, 160)
+    assert model.std(unseen) / model.seconds(unseen) > 3 * model.std(shape) / model.seconds(shape)
+
+
+def test_curve_is_a_weak_positive_prior_when_nothing_was_seen() -> None:
+    model = StepCost()
+    curve = model.target_curve(StepShape(1, 1), [1, 101])
+    assert 0.02 < curve[0] < 0.025
+    assert (curve[1] - curve[0]) / 100 == pytest.approx(0.2e-3)
+    assert all(cost >= 0.0 for cost in model.draft_cost())
+    assert not model.coverage().enough.any()
+
+
+counts = st.integers(0, 400)
+seconds = st.floats(1e-6, 10.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(counts, st.integers(1, 600), counts, counts, seconds, seconds), max_size=25),
+    st.booleans(),
+)
+def test_curve_is_positive_and_never_falls_when_observations_are_arbitrary(
+    steps: list[tuple[int, int, int, int, float, float]], apart: bool
+) -> None:
+    model = StepCost(graph_sizes=(8, 16, 32))
+    for batch, verify, prefill, drafts, target, draft in steps:
+        shape = StepShape(batch, verify, prefill, 10 * batch, drafts % 7, drafts)
+        parts = (target, draft) if apart else (None, None)
+        model.observe(shape, *parts, target + draft)
+    curve = model.target_curve(StepShape(8, 8, 30, 100), np.arange(1, 2000))
+    assert (curve > 0.0).all() and np.isfinite(curve).all()
+    assert (np.diff(curve) >= 0.0).all()
+    assert all(cost >= 0.0 for cost in (*model.draft_cost(), model.catch_up_cost()))
+    assert model.std(IDLE) > 0.0
+
+
+@pytest.mark.parametrize("graph_sizes", [(), (1, 2, 4, 8, 24, 40)])
+def test_breakpoints_reproduce_the_curve_when_it_is_interpolated(graph_sizes: tuple) -> None:
+    machine, model = Machine(10, convex), StepCost(graph_sizes=graph_sizes)
+    machine.run(model, 300)
+    shape = StepShape(8, 8, 0, 4000)
+    points = model.breakpoints(3, 300)
+    every = np.arange(3, 301)
+    interpolated = np.interp(every, points, model.target_curve(shape, points))
+    assert interpolated == pytest.approx(model.target_curve(shape, every), rel=1e-9)
+    assert points[0] == 3 and points[-1] == 300
+
+
+def test_steps_of_the_curve_are_learned_when_the_engine_pads_to_graph_sizes() -> None:
+    sizes = (8, 16, 32, 64)
+    rng = np.random.default_rng(11)
+    model = StepCost(graph_sizes=sizes)
+    for _ in range(600):
+        n = int(rng.integers(1, 100))
+        padded = next((size for size in sizes if size >= n), n)
+        step_s = 2e-3 + 0.1e-3 * padded + 5e-3 * (n > 64)
+        model.observe(StepShape(4, n), None, None, step_s * math.exp(NOISE * rng.normal()))
+    curve = model.target_curve(StepShape(4, 4), [33, 64, 65])
+    assert curve[0] == pytest.approx(2e-3 + 6.4e-3, rel=0.05)
+    assert curve[1] == pytest.approx(2e-3 + 6.4e-3, rel=0.05)
+    assert curve[2] == pytest.approx(7e-3 + 6.5e-3, rel=0.05)
+
+
+def test_draft_forwards_cost_nothing_when_the_proposer_has_none() -> None:
+    model = StepCost(draft_forwards=False)
+    for n in range(200):
+        k = n % 4
+        model.observe(StepShape(4, 4 + 4 * k, 0, 100, k, 4 * k), 0.02, 0.001 * (k > 0), 0.022)
+    fixed_s, forward_s, token_s = model.draft_cost()
+    assert forward_s == 0.0
+    assert fixed_s + 8 * token_s == pytest.approx(1e-3, rel=0.1)
+
+
+def test_time_of_drafting_nothing_is_overhead_when_a_lookup_found_no_match() -> None:
+    model = StepCost()
+    for _ in range(200):
+        model.observe(IDLE, 0.02, 0.001, 0.022)
+    assert model.overhead_s == pytest.approx(0.002)
+    assert model.seconds(IDLE) == pytest.approx(0.022, rel=0.01)
+
+
+def test_sums_agree_with_parts_when_an_engine_reports_both_kinds() -> None:
+    machine, model = Machine(12, outliers=0.0), StepCost()
+    for _ in range(30):
+        machine.run(model, 10, apart=True)
+        errors = machine.run(model, 10, apart=False)
+    assert errors.mean() < 0.01
+
+
+def test_interval_covers_90_percent_when_it_is_to_cover_90() -> None:
+    machine, model = Machine(13, outliers=0.0), StepCost()
+    machine.run(model, 200)
+    inside = 0
+    for _ in range(1000):
+        shape = machine.shape()
+        centre, spread = model.seconds(shape), 1.645 * model.std(shape)
+        target, draft, overhead = machine.parts(shape)
+        step_s = (target + draft) * math.exp(NOISE * machine.rng.normal()) + overhead
+        inside += abs(step_s - centre) <= spread
+        model.observe(shape, None, None, step_s)
+    assert 0.86 < inside / 1000 < 0.95
+
+
+def test_coverage_counts_bands_and_drafting_when_steps_are_seen() -> None:
+    model = StepCost(knots=(16, 64), enough=2)
+    for shape in (StepShape(4, 16), StepShape(4, 17), StepShape(4, 12, 6), StepShape(9, 90, 0, 0, 1, 81)):
+        model.observe(shape, None, None, 0.02)
+    seen = model.coverage()
+    assert seen.edges == (0.0, 16.0, 64.0, math.inf)
+    assert seen.counts.tolist() == [[1, 0], [2, 0], [0, 1]]
+    assert seen.enough.tolist() == [[False, False], [True, False], [False, False]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_nothing_changes_when_a_step_is_impossible(bad: float) -> None:
+    model = StepCost()
+    model.observe(IDLE, 0.02, 0.0, 0.02)
+    before = model.state()
+    for field in range(len(StepShape._fields)):
+        shape = StepShape(*(bad if i == field else 1 for i in range(len(StepShape._fields))))
+        with pytest.raises(ValueError, match="counts"):
+            model.observe(shape, 0.02, 0.0, 0.02)
+    for times in ((bad, 0.0, 0.02), (0.02, bad, 0.02), (0.02, 0.0, bad), (None, None, bad)):
+        with pytest.raises(ValueError, match="_s must"):
+            model.observe(IDLE, *times)
+    with pytest.raises(ValueError, match="step_s"):
+        model.observe(IDLE, None, None, 0.0)
+    with pytest.raises(ValueError, match="token"):
+        model.observe(StepShape(0, 0), None, None, 0.02)
+    assert model.state() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"knots": (16, 16)},
+        {"graph_sizes": (0, 4)},
+        {"forgetting": 0.0},
+        {"prior_fixed_s": math.nan},
+    ],
+)
+def test_arguments_are_refused_when_they_make_no_model(arguments: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        StepCost(**arguments)
+
+
+def test_solution_is_the_constrained_optimum_when_some_coefficients_would_be_negative() -> None:
+    rng = np.random.default_rng(14)
+    for _ in range(100):
+        rows = rng.normal(size=(30, 6)) + 1.0
+        y = rows @ rng.normal(size=6) + 0.1 * rng.normal(size=30)
+        solver = RecursiveLeastSquares(np.zeros(6), 1e-9 * np.eye(6), forgetting=1.0)
+        for row, value in zip(rows, y, strict=True):
+            solver.add(row, float(value), 1.0)
+            solver.solve()
+        expected, _ = nnls(rows, y)
+        assert solver.coef == pytest.approx(expected, abs=1e-6)
+
+
+def test_precision_is_kept_across_and_bounded_along_when_one_row_repeats() -> None:
+    solver = RecursiveLeastSquares(np.zeros(3), np.eye(3), forgetting=0.9)
+    row, across = np.array([1.0, 1.0, 0.0]), np.array([1.0, -1.0, 0.0])
+    for _ in range(10_000):
+        solver.add(row, 2.0, 1.0)
+    solver.solve()
+    assert solver.leverage(across) == pytest.approx(2.0)
+    assert solver.leverage(np.array([0.0, 0.0, 1.0])) == pytest.approx(1.0)
+    assert solver.leverage(row) == pytest.approx(0.1, rel=1e-3)  # 1 - forgetting
+    assert solver.coef[:2].sum() == pytest.approx(2.0)
+
+
+def test_solver_recovers_and_says_so_when_its_precision_is_ruined() -> None:
+    solver = RecursiveLeastSquares(np.ones(2), np.eye(2), forgetting=0.98)
+    solver.precision[0, 0] = math.nan
+    solver.solve()
+    assert solver.num_recoveries == 1
+    assert solver.coef.tolist() == [1.0, 1.0]
+    solver.add(np.array([1.0, 0.0]), 3.0, 1e6)
+    solver.solve()
+    assert solver.coef == pytest.approx([3.0, 1.0], rel=1e-3)
+
+
+def test_alarm_is_raised_soon_on_a_shift_and_not_when_outliers_come_singly() -> None:
+    rng = np.random.default_rng(15)
+    residuals = ResidualFilter()
+    for _ in range(20_000):
+        factor = rng.uniform(5, 50) if rng.random() < 0.01 else 1.0
+        residuals.judge(1.0, factor * math.exp(NOISE * rng.normal()), 0.0)
+    assert residuals.num_shifts == 0
+    assert residuals.noise == pytest.approx(NOISE, rel=0.3)
+    for delay in range(1, 100):
+        if residuals.judge(1.0, 1.3 * math.exp(NOISE * rng.normal()), 0.0).shifted:
+            break
+    assert delay <= 8
+
+
+def test_regressor_fits_named_features_when_they_come_and_go() -> None:
+    rng = np.random.default_rng(16)
+    model = StepCostRegressor()
+    for step in range(600):
+        x = {"a": float(rng.integers(1, 50))}
+        if step > 200 and rng.random() < 0.5:
+            x["b"] = float(rng.integers(1, 5))
+        y = 0.01 + 0.001 * x["a"] + 0.02 * x.get("b", 0.0)
+        model.learn_one(x, y * math.exp(NOISE * rng.normal()))
+    assert model.predict_one({"a": 20}) == pytest.approx(0.03, rel=0.03)
+    assert model.predict_one({"a": 20, "b": 3, "never seen": 9}) == pytest.approx(0.09, rel=0.03)
+
+
+def test_regressor_is_bounded_when_features_never_stop_coming() -> None:
+    model = StepCostRegressor(max_features=3)
+    model.learn_one({"a": 1, "b": 1, "c": 1}, 0.02)
+    before = model.state()
+    with pytest.raises(ValueError, match="more than 3"):
+        model.learn_one({"d": 1}, 0.02)
+    assert model.state() == before
