@@ -67,4 +67,4 @@ format: $(STAMP)  ## format the code and apply safe fixes
 
 clean:  ## remove what was built, but not the environment or the model
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	@find daemon estimators engine_adapter tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find daemon estimators engine_adapter lab tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from smartspec.lab import environment
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "figures"
@@ -28,45 +26,13 @@ def record(name: str, figures: Mapping[str, float], *, seed: int = 0) -> Path:
     Console().print(table)
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
-    content = {"name": name, "figures": dict(figures), "env": environment(), "seed": seed}
+    content = {"name": name, "figures": dict(figures), "env": environment.describe(), "seed": seed}
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path.relative_to(ROOT)}")
     return path
-
-
-def environment() -> dict[str, Any]:
-    """Python, processor, cores, accelerator and commit of this run."""
-    return {
-        "python": platform.python_version(),
-        "cpu": _cpu(),
-        "num_cpus": os.cpu_count(),
-        "gpu": _gpu(),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
-    }
 
 
 def percentiles_ms(seconds: list[float], prefix: str) -> dict[str, float]:
     """``<prefix>_p50_ms`` and ``<prefix>_p99_ms``."""
     p50, p99 = np.percentile(seconds, (50, 99)) * 1e3
     return {f"{prefix}_p50_ms": float(p50), f"{prefix}_p99_ms": float(p99)}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _gpu() -> str | None:
-    return _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

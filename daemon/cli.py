@@ -7,8 +7,8 @@ A mistake of the user is one line that names it; a traceback is a fault of ours.
 from __future__ import annotations
 
 import enum
+import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -143,7 +143,9 @@ def telemetry(
     config_file: ConfigFile = None,
     runtime_dir: RuntimeDir = None,
     set_: Assignments = None,
-    settings_from_stdin: Annotated[bool, typer.Option(hidden=True)] = False,
+    settings_from_stdin: Annotated[
+        bool, typer.Option("--settings-from-stdin", hidden=True)
+    ] = False,
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Write Redis and serve Prometheus beside a daemon (`run` starts this by itself)."""
@@ -194,6 +196,96 @@ def inspect(
     raise typer.Exit(inspection.run(settings, engine, as_json, watch))
 
 
+@app.command()
+def worker(
+    model: Annotated[str | None, typer.Option(help="Hugging Face id or local path.")] = None,
+    proposer: Annotated[Proposer, typer.Option(help="What guesses tokens.")] = Proposer.lookup,
+    draft_model: Annotated[str | None, typer.Option(help="Of --proposer draft.")] = None,
+    draft_drop_layers: Annotated[
+        str | None,
+        typer.Option(metavar="I,J,...", help="Draft with the model itself less these layers."),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=0, max=64, help="Longest speculation.")] = 5,
+    speculation: Annotated[
+        Speculation,
+        typer.Option(help="own: always --max-length; static: always --length; smartspec: steered."),
+    ] = Speculation.smartspec,
+    length: Annotated[int, typer.Option(min=0, max=64, help="Static length.")] = 3,
+    engine: Annotated[str, typer.Option(help="Name, unique on the daemon.")] = "worker-0",
+    endpoint: Annotated[str | None, typer.Option(help="Where the daemon listens.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: cuda if any.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto: float32 on the CPU, else bfloat16.")] = "auto",
+    max_num_running: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 16,
+    max_model_len: Annotated[int, typer.Option(min=2, help="Tokens per request.")] = 1024,
+    max_prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens a step.")] = 256,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU.")] = None,
+    step_events: Annotated[
+        bool, typer.Option("--step-events", help="Print a line for every step too.")
+    ] = False,
+    fetch_only: Annotated[
+        bool, typer.Option("--fetch-only", help="Download the model and exit.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of requests that bring none.")] = 0,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Run the reference engine: requests as JSON lines on stdin, tokens as JSON lines on stdout."""
+    settings = _load(config_file, set_, runtime_dir=runtime_dir, endpoint=endpoint)
+    if proposer is Proposer.draft and not (draft_model or draft_drop_layers):
+        _fail("--proposer draft: give --draft-model or --draft-drop-layers")
+    if speculation is Speculation.static and length > max_length:
+        _fail(f"--length {length}: expected at most --max-length ({max_length})")
+    try:
+        dropped = tuple(int(part) for part in (draft_drop_layers or "").split(",") if part.strip())
+    except ValueError:
+        _fail(f"--draft-drop-layers {draft_drop_layers}: expected layer numbers, e.g. 10,13,16")
+    service = _optional("smartspec.engine_adapter.reference.service", "worker")
+    raise typer.Exit(
+        service.run_worker(
+            model=model,
+            proposer=proposer.value,
+            draft_model=draft_model,
+            draft_drop_layers=dropped,
+            max_length=max_length,
+            speculation=speculation.value,
+            length=length,
+            engine=engine,
+            endpoint=settings.endpoint,
+            device=device,
+            dtype=dtype,
+            max_num_running=max_num_running,
+            max_model_len=max_model_len,
+            max_prefill_tokens=max_prefill_tokens,
+            threads=threads,
+            step_events=step_events,
+            fetch_only=fetch_only,
+            seed=seed,
+        )
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the table, plots and summary.")] = Path(
+        "build/demo"
+    ),
+    arms: Annotated[str, typer.Option(help="What to compare, by comma.")] = (
+        "none,static_3,static_5,smartspec"
+    ),
+    seed: Annotated[int, typer.Option(help="Of arrivals and sampling.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A short schedule, to see that it works.")
+    ] = False,
+) -> None:
+    """Play one schedule of requests with and without SmartSpec, and compare."""
+    wanted = [arm.strip() for arm in arms.split(",") if arm.strip()]
+    if not wanted:
+        _fail("--arms: expected at least one")
+    module = _optional("smartspec.lab.demo.run", "demo")
+    raise typer.Exit(module.main(out=out, arms=wanted, seed=seed, quick=quick))
+
+
 @config_app.command("defaults")
 def config_defaults() -> None:
     """Print a file with every setting, explained, at its default."""
@@ -213,12 +305,14 @@ def config_show(config_file: ConfigFile = None, set_: Assignments = None) -> Non
     typer.echo(config.to_toml(_load(config_file, set_)), nl=False)
 
 
-def _optional(load: Callable[[], Any], extra: str) -> Any:
-    """A part that needs packages which the daemon does without."""
+def _optional(module: str, extra: str) -> Any:
+    """Import a part whose packages the daemon does without."""
     try:
-        return load()
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed: pip install 'smartspec[{extra}]'")
+        if error.name and error.name.startswith("smartspec"):
+            raise
+        _fail(f"the package {error.name} is not installed: pip install 'smartspec[{extra}]'")
 
 
 def main() -> None:

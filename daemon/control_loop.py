@@ -42,7 +42,8 @@ log = logging.getLogger("smartspec.daemon")
 MAX_FRAMES_PER_CYCLE = 4096
 NOTE_EVERY_S = 1.0  #: at most one note per engine and second; all are counted
 RETIRED_KEPT = 64
-RESYNC_EVERY_S = 0.1  #: an engine in full flow is asked only so often
+ANSWER_EVERY_S = 0.1  #: to a peer in trouble
+MAX_TEXT = 256  #: characters of a reason that the wire takes
 
 
 class Transport(Protocol):
@@ -50,7 +51,7 @@ class Transport(Protocol):
 
     def wait(self, timeout_s: float) -> bool: ...
     def receive(self) -> tuple[bytes, bytes] | None: ...
-    def send(self, peer: bytes, frame: bytes) -> None: ...
+    def send(self, peer: bytes, frame: bytes) -> bool: ...  # False: the peer has gone
     def close(self) -> None: ...
 
 
@@ -98,7 +99,7 @@ class ControlLoop:
         self._by_peer: dict[bytes, Session] = {}
         self._by_name: dict[str, Session] = {}
         self._retired: dict[str, Engine] = {}  # what was learned, should they come back
-        self._resynced_at: dict[bytes, float] = {}
+        self._answered_at: dict[bytes, float] = {}
         self._next_heartbeat_at = clock()
         self._next_tidy_at = clock()
         self.counters: Counter[str] = Counter()
@@ -135,6 +136,8 @@ class ControlLoop:
                 self._ask_again(peer, str(gap))
             except MessageError as error:
                 self._refuse_frame(peer, session, error)
+            except Exception:
+                self._count_failure("receiving", session)
         return arrived
 
     def _take(
@@ -194,33 +197,34 @@ class ControlLoop:
             self._bus.publish(self._decision_event(session, session.decision))
             session.decision = None
 
-    def _count_failure(self, doing: str, session: Session) -> None:
+    def _count_failure(self, doing: str, session: Session | None) -> None:
         """A fault of ours costs one engine one decision, never the loop."""
         self.counters[f"failures_{doing}"] += 1
         if self.counters[f"failures_{doing}"] == 1:
-            log.exception("error while %s for engine %s", doing, session.engine.name)
+            name = session.engine.name if session else "of an unknown peer"
+            log.exception("error while %s for engine %s", doing, name)
 
     # -- engines come and go --------------------------------------------------------------------
 
     def _welcome(self, peer: bytes, hello: Hello) -> None:
         known = self._by_name.get(hello.engine)
+        if known is not None and self._in_use(known, peer):
+            self._refuse_engine(peer, hello, f"another engine is called {hello.engine!r}")
+            return
         if known is not None and known.engine.hello == hello:
             # The same engine over a new connection, or reminded by a Resync.
-            self._by_peer.pop(known.peer, None)
-            known.peer = peer
+            self._seat(known, peer)
             known.heard_at = self._clock()
-            self._by_peer[peer] = known
             self._transport.send(peer, self._heartbeat)
             return
         if known is None and len(self._by_name) >= self._settings.control.max_engines:
             self._refuse_engine(peer, hello, "control.max_engines is reached")
             return
-        if known is not None and self._in_use(known, hello):
-            self._refuse_engine(peer, hello, f"another engine is called {hello.engine!r}")
-            return
+        # Made first: a Hello that is refused must cost neither session nor what was learned.
+        engine = Engine(hello, known.engine if known else self._retired.get(hello.engine))
         if known is not None:
             self._forget(known, "replaced")
-        engine = Engine(hello, self._retired.pop(hello.engine, None))
+        self._retired.pop(hello.engine, None)
         control = self._settings.control
         planner = Planner(
             engine,
@@ -231,25 +235,42 @@ class ControlLoop:
             seed_sweep=control.seed_sweep and self._settings.mode == "control",
         )
         session = Session(peer, engine, planner, self._clock())
-        self._by_peer[peer] = self._by_name[engine.name] = session
+        self._seat(session, peer)
+        self._by_name[engine.name] = session
         self._transport.send(peer, self._heartbeat)
         self.counters["engines_connected"] += 1
         log.info("engine %s connected (epoch %d)", engine.name, hello.epoch)
         self._publish_engine(session, "connected")
 
-    def _in_use(self, known: Session, hello: Hello) -> bool:
-        """Whether the name belongs to another engine that is alive."""
-        alive = self._clock() - known.heard_at < self._settings.control.ttl_s
-        return alive and known.engine.num_reports > 0 and known.engine.hello.epoch != hello.epoch
+    def _seat(self, session: Session, peer: bytes) -> None:
+        """Note that an engine is reached at ``peer``: one connection, one engine."""
+        if self._by_peer.get(session.peer) is session:
+            del self._by_peer[session.peer]
+        other = self._by_peer.get(peer)
+        if other is not None:
+            self._forget(other, "replaced")
+        session.peer = peer
+        self._by_peer[peer] = session
+
+    def _in_use(self, known: Session, peer: bytes) -> bool:
+        """Whether the name belongs to another engine that has worked and is still connected.
+
+        Silence is no sign of death (a long prefill, an idle engine); a closed connection is. An
+        engine that hangs loses its name after ``engine_timeout_s``, as any that is lost.
+        """
+        if known.peer == peer or known.engine.num_reports == 0:
+            return False
+        return self._transport.send(known.peer, self._heartbeat)
 
     def _refuse_engine(self, peer: bytes, hello: Hello, why: str) -> None:
         self.counters["engines_refused"] += 1
         log.warning("engine %s refused: %s", hello.engine, why)
-        self._send(peer, Refused(daemon_epoch=self.epoch, reason=why))
+        self._send_refusal(peer, why)
         self._bus.publish(NoteEvent(engine=hello.engine, level="warning", kind="refused", text=why))
 
     def _forget(self, session: Session, state: str) -> None:
-        self._by_peer.pop(session.peer, None)
+        if self._by_peer.get(session.peer) is session:
+            del self._by_peer[session.peer]
         if self._by_name.get(session.engine.name) is session:
             del self._by_name[session.engine.name]
             self._retired[session.engine.name] = session.engine
@@ -259,14 +280,22 @@ class ControlLoop:
         self._publish_engine(session, state)
 
     def _ask_again(self, peer: bytes, why: str) -> None:
+        if self._may_answer(peer):
+            self.counters["resyncs"] += 1
+            self._send(peer, Resync(daemon_epoch=self.epoch, reason=why))
+
+    def _may_answer(self, peer: bytes) -> bool:
+        """Whether a peer in trouble is due an answer: an engine in full flow is told so often."""
         now = self._clock()
-        if now - self._resynced_at.get(peer, -1e9) < RESYNC_EVERY_S:
-            return
-        if len(self._resynced_at) > 4096:
-            self._resynced_at.clear()
-        self._resynced_at[peer] = now
-        self.counters["resyncs"] += 1
-        self._send(peer, Resync(daemon_epoch=self.epoch, reason=why))
+        if now - self._answered_at.get(peer, -1e9) < ANSWER_EVERY_S:
+            return False
+        if len(self._answered_at) > 4096:
+            self._answered_at.clear()
+        self._answered_at[peer] = now
+        return True
+
+    def _send_refusal(self, peer: bytes, why: str) -> None:
+        self._send(peer, Refused(daemon_epoch=self.epoch, reason=why[:MAX_TEXT]))
 
     def _refuse_frame(self, peer: bytes, session: Session | None, error: MessageError) -> None:
         self.counters["frames_refused"] += 1
@@ -279,7 +308,11 @@ class ControlLoop:
             self._bus.publish(
                 NoteEvent(engine=name, level="warning", kind="bad_frame", text=str(error))
             )
-        elif self.counters["frames_refused"] == 1:
+            return
+        # Most likely an engine of another version, or one that misdescribes itself: it should know.
+        if self._may_answer(peer):
+            self._send_refusal(peer, str(error))
+        if self.counters["frames_refused"] == 1:
             log.warning("frame from an unknown peer refused: %s", error)
 
     # -- time -----------------------------------------------------------------------------------

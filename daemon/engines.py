@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,17 @@ from smartspec.estimators.step_cost import StepCost, StepShape
 
 U8 = npt.NDArray[np.uint8]
 MAX_TOKENS = 1 << 28  #: no step has more of anything
+MAX_PASS_TOKENS = 1 << 22  #: nor more of prompts: cost curves travel as f32, exact to 2^24
+MAX_GRAPH_SIZES = 1024
+MAX_NAMES = 64  #: features, or execution modes
+MOST = {
+    "num_prefill_tokens": MAX_PASS_TOKENS,
+    "context_tokens": MAX_TOKENS,
+    "num_draft_forwards": MAX_TOKENS,
+    "num_draft_tokens": MAX_TOKENS,
+    "num_catch_up_tokens": MAX_TOKENS,
+    "num_waiting": MAX_TOKENS,
+}
 POLICIES_KEPT = 64  #: to tell how late a report's policy was
 SMOOTHING = 0.1  #: of load between reports
 
@@ -74,16 +86,20 @@ class Engine:
     ----------
     hello : its introduction
     previous : the same engine before its restart; what it learned is kept when the fingerprint
-        and the longest length are the same
+        and the limits that shape the models are the same
+
+    Raises `MessageError` when the introduction contradicts itself.
     """
 
+    acceptance: AcceptanceEstimator
+    step_cost: StepCost
+    num_reports: int
+    last_seq: int
+    policy_seq: int
+
     def __init__(self, hello: Hello, previous: Engine | None = None) -> None:
+        _check_hello(hello)
         limits = hello.limits
-        require(
-            list(limits.graph_sizes) == sorted(limits.graph_sizes), "limits.graph_sizes: must rise"
-        )
-        require(len(limits.modes) > 0, "limits.modes: at least one is needed")
-        require(len(limits.features) <= 64, "limits.features: more than 64")
         self.hello = hello
         self.name = hello.engine
         self.max_length = limits.max_length
@@ -92,17 +108,14 @@ class Engine:
             for name in limits.features
             if name in BUCKET_EDGES
         )
-        self._edges = [np.array(axis.edges) for axis in self.axes]
+        self._edges = [np.array(axis.edges, np.float32) for axis in self.axes]
         self._feature_rows = [limits.features.index(axis.feature) for axis in self.axes]
         self.is_warm = False
-        if previous is not None and (
-            (previous.hello.fingerprint, previous.max_length) == (hello.fingerprint, self.max_length)
-            and previous.axes == self.axes
-        ):
+        if previous is not None and previous._model_key() == self._model_key():
             self.acceptance = previous.acceptance
             self.step_cost = previous.step_cost
             self.acceptance.forget_requests()
-            self.is_warm = previous.num_reports > 100
+            self.is_warm = previous.is_warm or previous.num_reports > 100
         else:
             num_buckets = math.prod(len(edges) + 1 for edges in self._edges)
             self.acceptance = AcceptanceEstimator(num_buckets, max(1, self.max_length))
@@ -116,13 +129,27 @@ class Engine:
         self.last: Observation | None = None
         self.last_bucket: I64 = np.zeros(0, np.int64)  #: [B], of the newest drafts there were
         self.prefill_tokens = 0.0  #: smoothed, per step
-        self.last_seq = 0
+        # An engine that was lost and returns in the same epoch goes on counting, and it still
+        # holds policies of ours: a number that began anew would be stale to it.
+        returns = previous is not None and previous.hello.epoch == hello.epoch
+        self.last_seq = previous.last_seq if previous is not None and returns else 0
         self.num_reports = 0
         self.num_missed = 0  #: steps that no report told of
         self.num_repeated = 0  #: reports that came twice or out of order
         self.num_refused = 0  #: reports that could not be believed
-        self.policy_seq = 0
+        self.policy_seq = 0 if previous is None else previous.policy_seq
         self._report_of_policy: OrderedDict[int, int] = OrderedDict()
+
+    def _model_key(self) -> tuple[Any, ...]:
+        """What must be equal for learned models to fit."""
+        limits = self.hello.limits
+        return (
+            self.hello.fingerprint,
+            limits.max_length,
+            limits.graph_sizes,
+            limits.drafts_known_first,
+            self.axes,
+        )
 
     # -- reports --------------------------------------------------------------------------------
 
@@ -137,7 +164,8 @@ class Engine:
             raise MessageError(f"seq: {report.seq} after {self.last_seq}")
         batch = self._batch_of(report)
         observation = self._check(report, batch)
-        self.num_missed += report.seq - self.last_seq - 1
+        if self.last_seq:  # what went before the first report was not missed, but not sent to us
+            self.num_missed += report.seq - self.last_seq - 1
         self.last_seq = report.seq
         self.num_reports += 1
         self._follow(observation)
@@ -154,10 +182,9 @@ class Engine:
 
     def _check(self, report: StepReport, batch: Batch) -> Observation:
         _check_seconds(report)
-        for name in ("num_prefill_tokens", "context_tokens", "num_draft_forwards"):
-            require(getattr(report, name) <= MAX_TOKENS, f"{name}: {getattr(report, name)}")
-        for name in ("num_draft_tokens", "num_catch_up_tokens", "num_waiting"):
-            require(getattr(report, name) <= MAX_TOKENS, f"{name}: {getattr(report, name)}")
+        for name, most in MOST.items():
+            count = getattr(report, name)
+            require(count <= most, f"{name}: {count}, at most {most} can be true")
         size = (len(batch.ids),)
         drafted = unpack(report.num_drafted, "u8", size, "num_drafted", 0)
         accepted = unpack(report.num_accepted, "u8", size, "num_accepted", 0)
@@ -234,7 +261,7 @@ class Engine:
         if not len(batch.ids) and not report.num_prefill_tokens:
             return None
         residual = self.step_cost.observe(shape, report.target_s, report.draft_s, report.step_s)
-        return residual.predicted_s
+        return float(residual.predicted_s)
 
     # -- policies -------------------------------------------------------------------------------
 
@@ -244,6 +271,30 @@ class Engine:
         if len(self._report_of_policy) > POLICIES_KEPT:
             self._report_of_policy.popitem(last=False)
         return self.policy_seq
+
+
+def _check_hello(hello: Hello) -> None:
+    limits = hello.limits
+    require(
+        bool(hello.engine) and hello.engine.isprintable(),
+        f"engine: {hello.engine!r}, expected 1 to 256 printable characters",
+    )
+    require(
+        limits.static_length <= limits.max_length,
+        f"limits.static_length: {limits.static_length} is over limits.max_length",
+    )
+    sizes = limits.graph_sizes
+    require(len(sizes) <= MAX_GRAPH_SIZES, f"limits.graph_sizes: more than {MAX_GRAPH_SIZES}")
+    require(
+        all(a < b for a, b in pairwise((0, *sizes)))
+        and (not sizes or sizes[-1] <= MAX_PASS_TOKENS),
+        f"limits.graph_sizes: must rise, from at least 1 to at most {MAX_PASS_TOKENS}",
+    )
+    for name in ("modes", "features"):
+        given = getattr(limits, name)
+        require(len(given) <= MAX_NAMES, f"limits.{name}: more than {MAX_NAMES}")
+        require(len(set(given)) == len(given), f"limits.{name}: named twice")
+    require(len(limits.modes) > 0, "limits.modes: at least one is needed")
 
 
 def _read_roster(roster: Roster, max_num_running: int) -> Batch:

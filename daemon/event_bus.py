@@ -1,9 +1,10 @@
 """What the daemon does, published lossily for other processes (Redis, Prometheus, inspect).
 
-A ZeroMQ PUB socket: the daemon never waits for a reader. Three frames per event: topic (the
-event's tag), sequence (u64, little-endian, counted per topic) and the event in MessagePack. When a
-reader is slow, ZeroMQ drops for that reader alone, unseen by the publisher; so it is the reader
-that counts what it has missed, by the gaps in the sequence.
+A ZeroMQ PUB socket: the daemon never waits for a reader. Three frames per event: topic (the event's
+tag); the publisher's epoch, which differs at every start, and a sequence number counted per topic
+(two u64, little-endian); the event in MessagePack. When a reader is slow, ZeroMQ drops for that
+reader alone, unseen by the publisher; so it is the reader that counts what it has missed, by the
+gaps in the sequence.
 
 Evolution follows the wire's rules (engine_adapter/messages.py): append only, new fields have
 defaults.
@@ -12,6 +13,7 @@ defaults.
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from typing import Literal, Protocol
 
@@ -139,6 +141,7 @@ class EventBus:
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
+        self._epoch = secrets.token_bytes(8)
         self._seq = dict.fromkeys(_TOPICS, 0)
         self.num_dropped = 0
 
@@ -164,7 +167,7 @@ class EventBus:
         seq = self._seq[kind] = self._seq[kind] + 1
         try:
             self._socket.send_multipart(
-                (_TOPICS[kind], seq.to_bytes(8, "little"), _encoder.encode(event)),
+                (_TOPICS[kind], self._epoch + seq.to_bytes(8, "little"), _encoder.encode(event)),
                 zmq.NOBLOCK,
                 copy=True,
             )
@@ -186,7 +189,7 @@ class Subscriber:
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
-        self._seq: dict[bytes, int] = {}
+        self._last: dict[bytes, tuple[bytes, int]] = {}  # epoch and sequence by topic
         self.num_missed: dict[str, int] = {}
         self.num_bad = 0
 
@@ -206,18 +209,18 @@ class Subscriber:
 
     def _decode(self, frames: list[bytes]) -> BusEvent | None:
         try:
-            topic, seq_bytes, payload = frames
+            topic, position, payload = frames
             event: BusEvent = _decoder.decode(payload)
         except (ValueError, msgspec.DecodeError):
             self.num_bad += 1
             return None
-        seq = int.from_bytes(seq_bytes, "little")
-        last = self._seq.get(topic)
-        # A smaller number is a publisher that started again, not a gap.
-        if last is not None and seq > last + 1:
+        epoch, seq = position[:8], int.from_bytes(position[8:], "little")
+        last_epoch, last_seq = self._last.get(topic, (b"", 0))
+        # After a start of either side, what came before the first event heard is not a gap.
+        if epoch == last_epoch and seq > last_seq + 1:
             name = topic.decode("ascii", "replace")
-            self.num_missed[name] = self.num_missed.get(name, 0) + seq - last - 1
-        self._seq[topic] = seq
+            self.num_missed[name] = self.num_missed.get(name, 0) + seq - last_seq - 1
+        self._last[topic] = (epoch, seq)
         return event
 
     def close(self) -> None:

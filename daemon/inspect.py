@@ -22,7 +22,7 @@ EXIT_NO_REDIS = 2
 EXIT_NO_ENGINE = 3
 NUM_EVENTS = 5  #: shown per engine
 EVENTS_SEARCHED = 200
-STALE_S = 5.0  #: a connected engine that has been silent for longer is shown as idle
+STALE_S = 5.0  #: silent for longer, an engine is shown as idle, and the daemon as gone
 
 
 class InspectError(Exception):
@@ -50,12 +50,14 @@ class View(Struct, frozen=True, kw_only=True):
 
     state: EngineState
     age_s: float  #: since its last event
+    daemon_age_s: float | None  #: since the daemon's last word; None: it never said one
     events: list[PastEvent]  #: newest first
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys: all fields of `EngineState`, ``age_s`` and ``events``."""
-        plain: dict[str, Any] = msgspec.to_builtins(self.state)
-        return {**plain, "age_s": round(self.age_s, 3), "events": msgspec.to_builtins(self.events)}
+        """Stable keys: all fields of `EngineState`, and those of this struct."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        state: dict[str, Any] = plain.pop("state")
+        return {**state, **plain}
 
 
 def read(settings: Settings, engine: str | None, now: float) -> list[View]:
@@ -66,6 +68,7 @@ def read(settings: Settings, engine: str | None, now: float) -> list[View]:
         names = sorted(name.decode("utf-8", "replace") for name in _members(client, keys))
         states = [state for name in names if (state := _state(client, keys, name)) is not None]
         events = _events(client, keys)
+        heard_s = _daemon_heard_s(client, keys)
     except redis.RedisError as error:
         raise InspectError(_no_redis(settings, error), EXIT_NO_REDIS) from error
     finally:
@@ -84,7 +87,8 @@ def read(settings: Settings, engine: str | None, now: float) -> list[View]:
     return [
         View(
             state=state,
-            age_s=max(0.0, now - state.updated_s),
+            age_s=max(0.0, round(now - state.updated_s, 3)),
+            daemon_age_s=None if heard_s is None else max(0.0, round(now - heard_s, 3)),
             events=[e for e in events if e.engine in ("", state.engine)][:NUM_EVENTS],
         )
         for state in states
@@ -102,6 +106,14 @@ def _state(client: redis.Redis, keys: Keys, name: str) -> EngineState | None:
         return from_fields(EngineState, fields) if fields else None  # None: expired
     except (msgspec.ValidationError, msgspec.DecodeError):
         return None  # written by something else
+
+
+def _daemon_heard_s(client: redis.Redis, keys: Keys) -> float | None:
+    raw: Any = client.hget(keys.daemon, "t_s")
+    try:
+        return float(raw)
+    except (TypeError, ValueError):
+        return None
 
 
 def _events(client: redis.Redis, keys: Keys) -> list[PastEvent]:
@@ -141,28 +153,36 @@ def _overview(views: list[View]) -> Any:
     from rich.table import Table
 
     table = Table(title="Engines")
-    for heading in ("engine", "state", "running", "waiting", "lengths", "tok/s", "gain", "why"):
-        table.add_column(heading)
+    for heading in ("engine", "state", "run", "wait", "lengths", "tok/s", "gain"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("why")
     for view in views:
         state = view.state
-        table.add_row(
+        cells = (
             state.engine,
             _condition(view),
             str(state.num_running),
             str(state.num_waiting),
-            _lengths(state),
+            _lengths(state).replace(" requests", ""),
             _number(state.goodput),
             _signed(state.gain_over_none),
             state.reason or "-",
         )
+        table.add_row(*map(_shown, cells))
     return table
+
+
+def _shown(text: str) -> Any:
+    """Text as it is: names and reasons come from elsewhere, and must not steer the terminal."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() else "?" for c in text))
 
 
 def _details(view: View) -> Any:
     from rich import box
     from rich.panel import Panel
     from rich.table import Table
-    from rich.text import Text
 
     state = view.state
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
@@ -205,16 +225,18 @@ def _details(view: View) -> Any:
         ("probes", f"{state.num_probes} requests drafted for only to learn"),
     ]
     for name, text in rows:
-        table.add_row(name, Text(text))
+        table.add_row(name, _shown(text))
     for number, event in enumerate(view.events):
-        table.add_row("last events" if number == 0 else "", Text(_event(event)))
-    return Panel(table, title=f"engine {state.engine}", title_align="left", expand=False)
+        table.add_row("last events" if number == 0 else "", _shown(_event(event)))
+    return Panel(table, title=_shown(f"engine {state.engine}"), title_align="left", expand=False)
 
 
 def _condition(view: View) -> str:
     state = view.state
     if state.state != "connected":
         return state.state
+    if view.daemon_age_s is None or view.daemon_age_s > STALE_S:
+        return "not steered: the daemon is silent"
     steering = {None: "learning", True: "steering", False: "observing"}[state.steering]
     return f"{steering}, idle" if view.age_s > STALE_S else steering
 
@@ -309,4 +331,4 @@ def _watch(
             try:
                 live.update(render(read(settings, engine, wall())))
             except InspectError as error:
-                live.update(f"{error}; trying again")
+                live.update(_shown(f"{error}; trying again"))

@@ -6,6 +6,7 @@ engine that does not read is dropped by ZeroMQ when that engine's queue is full.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import zmq
@@ -25,6 +26,10 @@ class Server:
     endpoint : ``ipc://PATH`` or ``tcp://ADDRESS:PORT``
     send_queue : frames kept for an engine that is slow to read; older policies are worthless
     receive_queue : frames kept per engine while the loop is busy
+
+    Attributes
+    ----------
+    num_unsendable : frames dropped since their engine had gone or did not read
     """
 
     def __init__(self, endpoint: str, *, send_queue: int = 16, receive_queue: int = 256) -> None:
@@ -36,13 +41,18 @@ class Server:
             (zmq.SNDHWM, send_queue),
             (zmq.RCVHWM, receive_queue),
             (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
+            (zmq.ROUTER_MANDATORY, 1),  # say so when a frame cannot be sent
         ):
             self._socket.setsockopt(option, value)
         if endpoint.startswith("ipc://"):
             path = Path(endpoint.removeprefix("ipc://"))
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._socket.bind(endpoint)
-            path.chmod(SOCKET_MODE)
+            # By umask and not by chmod after: there is no moment in which others could connect.
+            umask = os.umask(0o777 & ~SOCKET_MODE)
+            try:
+                self._socket.bind(endpoint)
+            finally:
+                os.umask(umask)
         else:
             self._socket.bind(endpoint)
         self.num_unsendable = 0
@@ -59,12 +69,14 @@ class Server:
             return None
         return parts[0], parts[1] if len(parts) == 2 else b""
 
-    def send(self, peer: Peer, frame: bytes) -> None:
-        """Send to one peer; dropped when it has gone or does not read."""
+    def send(self, peer: Peer, frame: bytes) -> bool:
+        """Send to one peer; dropped when it has gone or does not read. False: it has gone."""
         try:
             self._socket.send_multipart((peer, frame), zmq.NOBLOCK, copy=True)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
             self.num_unsendable += 1
+            return error.errno != zmq.EHOSTUNREACH
+        return True
 
     def close(self) -> None:
         self._socket.close()

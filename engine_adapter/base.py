@@ -77,6 +77,9 @@ class LengthSource(Protocol):
     def report(self, facts: StepFacts) -> None:
         """Take note of a finished step. Called after every step that decoded or prefilled."""
 
+    def idle(self) -> None:
+        """Called now and then (ten times a second will do) while there is nothing to run."""
+
     def close(self) -> None:
         """Release what is held; idempotent."""
 
@@ -93,6 +96,9 @@ class FixedLength:
         return Choice.fixed(np.minimum(batch.ceiling, self.length).astype(np.int64), source="own")
 
     def report(self, facts: StepFacts) -> None:
+        pass
+
+    def idle(self) -> None:
         pass
 
     def close(self) -> None:

@@ -41,6 +41,10 @@ RAGGED = "ragged"  #: every request has its own length
 UNIFORM = "uniform"  #: one length for all; shorter requests are padded to it
 
 
+_DEPTHS = np.arange(256)  #: lengths are u8 on the wire
+_NO_FLOOR = np.zeros(1, np.int64)
+
+
 class CostCurve(NamedTuple):
     """Seconds of one target pass by tokens verified: linear between breakpoints.
 
@@ -61,8 +65,8 @@ class CostCurve(NamedTuple):
         """
         n = np.asarray(num_tokens, np.float64)
         seconds: F64 = np.interp(n, self.num_tokens, self.seconds)
-        if len(self.num_tokens) > 1:
-            last = self.num_tokens[-1]
+        last = self.num_tokens[-1]
+        if len(self.num_tokens) > 1 and n.max(initial=0.0) > last:
             slope = (self.seconds[-1] - self.seconds[-2]) / (last - self.num_tokens[-2])
             seconds = seconds + max(slope, 0.0) * np.maximum(n - last, 0.0)
         return seconds
@@ -105,7 +109,7 @@ def request_survivals(log_survival: Any, buckets: Any, correction: Any) -> F64:
     return np.exp(log_survival[buckets] * correction[:, None])  # type: ignore[no-any-return]
 
 
-def bucket_index(edges: Sequence[F64], features: Sequence[npt.NDArray[Any]]) -> I64:
+def bucket_index(edges: Sequence[npt.NDArray[Any]], features: Sequence[npt.NDArray[Any]]) -> I64:
     """Bucket of each request: one digit per axis, the first slowest.
 
     A digit is the number of an axis' ``edges`` that the request's feature reaches.
@@ -146,53 +150,54 @@ class Ladder:
         self.max_length = max_length
         self.worth = survival if weight is None else survival * np.asarray(weight)[:, None]
         self.presence = None if presence is None else np.asarray(presence, np.float64)
-        top = np.full(size, max_length) if ceiling is None else np.minimum(ceiling, max_length)
-        self.ceiling: I64 = top.astype(np.int64)
-        self.floor: I64 = (
-            np.zeros(size, np.int64)
-            if floor is None
-            else np.minimum(floor, self.ceiling).astype(np.int64)
-        )
-        self.deepest_floor = int(self.floor.max(initial=0))
         self.weight_sum = float(size if weight is None else np.sum(weight))
-        depths = np.arange(max_length)
-        free = depths < self.ceiling[:, None]
+        self.floor, self.ceiling = _NO_FLOOR, np.full(size, max_length)
+        self.deepest_floor = 0
         self._forced_gain = 0.0
-        if self.floor.any():
-            forced = depths < self.floor[:, None]
+        key, count = self.worth, size * max_length
+        if ceiling is not None:
+            self.ceiling = np.minimum(ceiling, max_length).astype(np.int64)
+            free = _DEPTHS[:max_length] < self.ceiling[:, None]
+            key, count = np.where(free, key, -1.0), int(self.ceiling.sum())
+        if floor is not None:
+            self.floor = np.minimum(floor, self.ceiling).astype(np.int64)
+            self.deepest_floor = int(self.floor.max(initial=0))
+            forced = _DEPTHS[:max_length] < self.floor[:, None]
             self._forced_gain = float(self._expected(self.worth)[forced].sum())
-            free &= ~forced
-        flat = np.flatnonzero(free)
-        worth = self.worth.ravel()[flat]
-        order = np.argsort(-worth)
-        flat = flat[order]
-        self._row = flat // max_length if max_length else flat
-        self._depth = flat - self._row * max_length
-        self._worth = worth[order]
+            key, count = np.where(forced, -1.0, key), count - int(self.floor.sum())
+        key = key.ravel()
+        self._order = np.argsort(key)[::-1][:count]  # what may not be drafted sorts last
+        self._worth = key[self._order]
 
     def _expected(self, worth: F64) -> F64:
         return worth if self.presence is None else worth * self.presence[:, None]
 
-    def prefixes(self, depths: npt.ArrayLike) -> tuple[F64, F64]:
+    def prefixes(self, depths: I64) -> tuple[F64, F64]:
         """Gain and drafted tokens of the best 0, 1, 2, ... items, of those within each depth.
 
         ``depths`` [D] -> gain [D, M + 1] and drafts [D, M + 1], floors included; M is the number
         of items. An item beyond a row's depth leaves that row as it was.
         """
-        limits = np.atleast_1d(depths)
-        shape = (len(limits), len(self._row) + 1)
+        shape = (len(depths), len(self._order) + 1)
         gain, drafts = np.zeros(shape), np.zeros(shape)
-        share = 1.0 if self.presence is None else self.presence[self._row]
-        if limits.min(initial=self.max_length) < self.max_length:
-            share = share * (self._depth < limits[:, None])
-        np.cumsum(np.broadcast_to(self._worth * share, (shape[0], shape[1] - 1)), 1, out=gain[:, 1:])
-        np.cumsum(np.broadcast_to(share, (shape[0], shape[1] - 1)), 1, out=drafts[:, 1:])
+        if self.presence is None and int(depths.min()) >= self.max_length:
+            np.cumsum(self._worth, out=gain[0, 1:])
+            gain[1:] = gain[0]
+            drafts[:] = np.arange(shape[1])
+        else:
+            row, depth = np.divmod(self._order, max(1, self.max_length))
+            share = (depth < depths[:, None]).astype(np.float64)
+            if self.presence is not None:
+                share *= self.presence[row]
+            np.cumsum(self._worth * share, axis=1, out=gain[:, 1:])
+            np.cumsum(share, axis=1, out=drafts[:, 1:])
         gain += self.weight_sum + self._forced_gain
-        drafts += self.floor.sum() if self.presence is None else self.floor @ self.presence
+        if self.deepest_floor:
+            drafts += self.floor.sum() if self.presence is None else self.floor @ self.presence
         return gain, drafts
 
     def seconds(
-        self, curve: CostCurve, draft: DraftCost, depths: npt.ArrayLike, drafts: F64, other: int
+        self, curve: CostCurve, draft: DraftCost, depths: I64, drafts: F64, other: int
     ) -> F64:
         """Seconds of ragged steps that draft ``drafts`` [D, M + 1] tokens to ``depths`` [D].
 
@@ -200,26 +205,33 @@ class Ladder:
         paid for as that.
         """
         base = self.size + other
-        if self.presence is None:
+        if self.presence is None and len(depths) > 1:
             # Whole counts: T(N) is looked up instead of interpolated anew for every depth.
             counts = drafts.astype(np.intp)
             seconds = curve.at(base + np.arange(counts.max(initial=0) + 1))[counts]
         else:
             seconds = curve.at(base + drafts)
-        paid = np.maximum(np.atleast_1d(depths), self.deepest_floor)[:, None]
-        speculating = (draft.fixed_s + draft.per_forward_s * paid) + draft.per_token_s * drafts
-        speculating[drafts == 0] = 0.0
-        return seconds + speculating
+        if not any(draft):
+            return seconds
+        paid = np.maximum(depths, self.deepest_floor)[:, None]
+        speculating = draft.per_token_s * drafts
+        speculating += draft.fixed_s + draft.per_forward_s * paid
+        speculating *= drafts > 0
+        speculating += seconds
+        return speculating
 
     def lengths(self, count: int, depth: int) -> I64:
         """The lengths that the best ``count`` items make, of those within ``depth``."""
-        rows = self._row[:count][self._depth[:count] < depth]
-        return self.floor + np.bincount(rows, minlength=self.size)
+        chosen = self._order[:count]
+        if depth < self.max_length:
+            chosen = chosen[chosen % self.max_length < depth]
+        lengths = np.bincount(chosen // max(1, self.max_length), minlength=self.size)
+        return lengths + self.floor if self.deepest_floor else lengths
 
     def uniform(self, length: int) -> tuple[I64, float]:
         """One length for all, within floors and ceilings: (lengths, gain)."""
-        lengths = np.clip(length, self.floor, self.ceiling)
-        taken = np.arange(self.max_length) < lengths[:, None]
+        lengths = np.minimum(np.maximum(length, self.floor), self.ceiling)
+        taken = _DEPTHS[: self.max_length] < lengths[:, None]
         return lengths, self.weight_sum + float(self._expected(self.worth)[taken].sum())
 
 
@@ -267,8 +279,9 @@ def choose_lengths(
                 if (value := gain - value_of_time * seconds) > best_value + 1e-12:
                     best, best_value = Choice(lengths, UNIFORM, gain, seconds), value
         else:
-            gains, drafts = ladder.prefixes(depth)
-            times = ladder.seconds(curve, draft, depth, drafts, num_other_tokens)
+            depths = np.array([depth])
+            gains, drafts = ladder.prefixes(depths)
+            times = ladder.seconds(curve, draft, depths, drafts, num_other_tokens)
             values = gains - value_of_time * times
             m = int(np.argmax(values))
             if values[0, m] > best_value + 1e-12:

@@ -20,12 +20,22 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import zmq
 
 from smartspec.engine_adapter import messages
-from smartspec.engine_adapter.base import U64, DecodeBatch, FixedLength, LengthSource, StepFacts
+from smartspec.engine_adapter.base import (
+    F32,
+    U8,
+    U64,
+    DecodeBatch,
+    FixedLength,
+    LengthSource,
+    StepFacts,
+)
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.messages import (
     Goodbye,
@@ -43,12 +53,15 @@ from smartspec.engine_adapter.program import Program
 
 log = logging.getLogger("smartspec.link")
 
+Column = npt.NDArray[Any]
+
 SILENCE_S = 1.0  #: without any word for so long, the daemon counts as gone
 HELLO_S = (0.1, 1.0)  #: between Hellos to a silent daemon: at first, and at most
 KEEP_ALIVE_S = 5.0  #: an idle engine says that it is still there
 REFUSED_S = 5.0  #: a refused engine asks again after this
 SEND_QUEUE = 64  #: frames that may wait for a slow daemon
-MAX_FRAMES_PER_STEP = 256  #: a flooding daemon may not hold up a step
+MAX_FRAMES_PER_STEP = 256  #: a flooding daemon may not hold up a step,
+MAX_RECEIVE_S = 0.005  #: nor one that sends large frames; what is left waits for the next step
 ROSTERS_KEPT = 16  #: a policy lags a few reports at most
 
 
@@ -116,8 +129,9 @@ class EngineLink:
         self._chosen_by: tuple[int, str] = (0, "own")
         self._rosters: OrderedDict[int, U64] = OrderedDict()
         self._roster_version = 0
-        self._roster_batch: DecodeBatch | None = None
+        self._roster_columns: tuple[U64, F32 | None, U8 | None] | None = None
         self._roster_sent = False
+        self._hello_due = False
         self._closed = False
 
     # -- the engine's side ----------------------------------------------------------------------
@@ -144,7 +158,7 @@ class EngineLink:
         self._seq += 1
         try:
             self._receive()
-            if not self._in_touch() or not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+            if not self._in_touch() or not self._can(zmq.POLLOUT):
                 self.stats.num_reports_dropped += 1
                 return
             self._send_report(facts)
@@ -165,6 +179,7 @@ class EngineLink:
         if self._closed:
             return
         self._closed = True
+        self._program = None
         try:
             if self._daemon_heard():
                 self._socket.setsockopt(zmq.LINGER, 100)
@@ -196,9 +211,12 @@ class EngineLink:
 
     def _receive(self) -> None:
         """Take in everything that has arrived; of several policies the newest counts."""
+        if self._closed:
+            return
         newest: Policy | None = None
+        deadline = self._clock() + MAX_RECEIVE_S
         for _ in range(MAX_FRAMES_PER_STEP):
-            if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            if not self._can(zmq.POLLIN) or self._clock() > deadline:
                 break
             frame = self._socket.recv(zmq.NOBLOCK)
             if self._socket.getsockopt(zmq.RCVMORE):
@@ -218,15 +236,17 @@ class EngineLink:
                     else:
                         self.stats.num_stale_policies += 1
                 case Resync():
-                    self._roster_sent = False
-                    self._next_hello_at = -np.inf
-                    self._say_hello()
+                    self._hello_due = True
                 case Refused():
                     self._refuse(message.reason)
                 case Heartbeat():
                     pass
         if newest is not None:
             self._install(newest)
+        if self._hello_due:  # once, however often it was asked for
+            self._hello_due = False
+            self._next_hello_at = -np.inf
+            self._say_hello()
 
     def _refuse(self, reason: str) -> None:
         if reason != self.stats.last_reason:
@@ -242,10 +262,7 @@ class EngineLink:
     def _hear(self, daemon_epoch: int) -> None:
         if daemon_epoch != self._daemon_epoch:
             # Another daemon, which knows nothing of us. The last policy stays until its first.
-            if self._daemon_epoch is not None:
-                self._next_hello_at = -np.inf
-                self._roster_sent = False
-                self._say_hello()
+            self._hello_due = self._daemon_epoch is not None
             self._daemon_epoch = daemon_epoch
             self._refused_until = -np.inf
             self.stats.num_connections += 1
@@ -262,7 +279,7 @@ class EngineLink:
     def _install(self, policy: Policy) -> None:
         roster = self._rosters.get(policy.roster_version)
         try:
-            self._program = Program(policy, self.hello.limits.features, roster)
+            self._program = Program(policy, self.hello.limits.features, roster, self._program)
         except MessageError as error:
             self._count_bad_frame(f"policy: {error}")
             return
@@ -277,7 +294,7 @@ class EngineLink:
 
     def _in_touch(self) -> bool:
         """Whether there is a daemon to report to; if not, knock now and then."""
-        if self._clock() < self._refused_until:
+        if self._closed or self._clock() < self._refused_until:
             return False
         if self._daemon_epoch is not None and self._daemon_heard():
             return True
@@ -291,7 +308,7 @@ class EngineLink:
         self._next_hello_at = now + self._hello_wait_s
         self._hello_wait_s = min(2 * self._hello_wait_s, HELLO_S[1])
         self._roster_sent = False
-        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+        if self._can(zmq.POLLOUT):
             self._socket.send(messages.encode(self.hello), zmq.NOBLOCK)
             self._sent_at = now
 
@@ -330,17 +347,19 @@ class EngineLink:
         self.stats.num_reports_sent += 1
 
     def _update_roster(self, batch: DecodeBatch) -> None:
-        last = self._roster_batch
+        last = self._roster_columns
         if last is not None and (
-            np.array_equal(last.request_ids, batch.request_ids)
-            and _same(last.weight, batch.weight)
-            and _same(last.floor, batch.floor)
+            np.array_equal(last[0], batch.request_ids)
+            and _same(last[1], batch.weight)
+            and _same(last[2], batch.floor)
         ):
             return
-        self._roster_batch = batch
+        # Copies: an engine may use the same arrays for its next batch.
+        ids = batch.request_ids.copy()
+        self._roster_columns = (ids, _copy(batch.weight), _copy(batch.floor))
         self._roster_version += 1
         self._roster_sent = False
-        self._rosters[self._roster_version] = batch.request_ids
+        self._rosters[self._roster_version] = ids
         while len(self._rosters) > ROSTERS_KEPT:
             self._rosters.popitem(last=False)
 
@@ -352,12 +371,17 @@ class EngineLink:
             floor=b"" if batch.floor is None else pack(batch.floor, "u8"),
         )
 
+    def _can(self, event: zmq.PollEvent) -> bool:
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & event)
+
     # -- trouble --------------------------------------------------------------------------------
 
     def _count_bad_frame(self, what: str) -> None:
         self.stats.num_bad_frames += 1
         if self.stats.num_bad_frames == 1:
-            log.warning("bad frame from the daemon, dropped (later ones are only counted): %s", what)
+            log.warning(
+                "bad frame from the daemon, dropped (later ones are only counted): %s", what
+            )
 
     def _note_error(self, doing: str) -> None:
         self.stats.num_errors += 1
@@ -365,7 +389,11 @@ class EngineLink:
             log.exception("error while %s (later ones are only counted)", doing)
 
 
-def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:  # type: ignore[type-arg]
+def _copy(column: Column | None) -> Column | None:
+    return None if column is None else column.copy()
+
+
+def _same(a: Column | None, b: Column | None) -> bool:
     if a is None or b is None:
         return a is b
     return np.array_equal(a, b)

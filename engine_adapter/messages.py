@@ -14,6 +14,7 @@ Directions: `EngineMessage` goes up to the daemon, `DaemonMessage` comes down.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import msgspec
@@ -276,7 +277,8 @@ def unpack(
             f"{name}: {len(column)} bytes, expected {size * kind.itemsize} ({dtype} {list(shape)})"
         )
     array = np.frombuffer(column, kind).reshape(shape)
-    if dtype == "f32" and not np.isfinite(array).all():
+    # The sum is finite only if all are (it may overflow when all are: then look at each).
+    if dtype == "f32" and not math.isfinite(array.sum()) and not np.isfinite(array).all():
         raise MessageError(f"{name}: holds a value that is not finite")
     return array
 

@@ -6,21 +6,40 @@ step depends on nothing but its own arrays.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
 from smartspec.engine_adapter import lengths
 from smartspec.engine_adapter.base import F32, U64, DecodeBatch
 from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
-from smartspec.engine_adapter.messages import MAX_LENGTH, Policy, align, require, unpack
+from smartspec.engine_adapter.messages import MAX_LENGTH, Curve, Policy, align, require, unpack
 
 MAX_BUCKETS = 4096
 MAX_BREAKPOINTS = 4096
+MAX_CURVES = 8
+MAX_AXES = 16
+MAX_BATCH_SIZE = 1 << 31  #: in the fallback table
+LARGEST = 1e12  #: of any number: products of two stay finite, in f32 too
 
 
-def _finite(value: float, name: str) -> float:
-    require(np.isfinite(value) and value >= 0, f"{name}: {value}, expected a number >= 0")
+def _number(value: float, name: str) -> float:
+    require(0 <= value <= LARGEST, f"{name}: {value}, expected 0 to {LARGEST:g}")  # refuses NaN too
     return value
+
+
+def _curve(curve: Curve) -> CostCurve:
+    size = len(curve.num_tokens) // 4
+    require(1 <= size <= MAX_BREAKPOINTS, f"curves: {size} breakpoints")
+    num_tokens = unpack(curve.num_tokens, "f32", (size,), "num_tokens").astype(np.float64)
+    seconds = unpack(curve.seconds, "f32", (size,), "seconds").astype(np.float64)
+    # A dozen numbers: plain Python is several times faster here than numpy.
+    counts, times = num_tokens.tolist(), seconds.tolist()
+    require(all(a < b for a, b in pairwise(counts)), "curves: num_tokens must rise")
+    require(counts[-1] <= LARGEST, f"curves: num_tokens over {LARGEST:g}")
+    require(0 <= min(times) and max(times) <= LARGEST, f"curves: seconds not in 0 to {LARGEST:g}")
+    return CostCurve(curve.mode, num_tokens, seconds)
 
 
 class Program:
@@ -32,33 +51,75 @@ class Program:
     features : names of the rows of the engine's feature columns; an axis on a feature that the
         engine does not have reads 0 for all requests
     roster : request ids that the policy's corrections stand for, or None when not known any more
+    previous : the program that this one follows
 
     Raises `messages.MessageError`.
     """
 
-    def __init__(self, policy: Policy, features: tuple[str, ...], roster: U64 | None) -> None:
+    edges: list[F32]
+    rows: list[int | None]
+    log_survival: F32
+    _fallback_batch: lengths.I64
+    _fallback_length: lengths.I64
+
+    def __init__(
+        self,
+        policy: Policy,
+        features: tuple[str, ...],
+        roster: U64 | None,
+        previous: Program | None = None,
+    ) -> None:
         self.policy = policy
         require(policy.max_length <= MAX_LENGTH, f"max_length: {policy.max_length} > {MAX_LENGTH}")
-        require(policy.ttl_s > 0 and np.isfinite(policy.ttl_s), f"ttl_s: {policy.ttl_s}")
-        self.value_of_time = _finite(policy.value_of_time, "value_of_time")
-        self.draft = DraftCost(
-            _finite(policy.draft_fixed_s, "draft_fixed_s"),
-            _finite(policy.draft_per_forward_s, "draft_per_forward_s"),
-            _finite(policy.draft_per_token_s, "draft_per_token_s"),
+        require(
+            policy.probe_length <= MAX_LENGTH, f"probe_length: {policy.probe_length} > {MAX_LENGTH}"
         )
-        require(len(policy.curves) > 0, "curves: none given")
-        self.curves = []
-        for curve in policy.curves:
-            size = len(curve.num_tokens) // 4
-            require(1 <= size <= MAX_BREAKPOINTS, f"curves: {size} breakpoints")
-            num_tokens = unpack(curve.num_tokens, "f32", (size,), "num_tokens").astype(np.float64)
-            seconds = unpack(curve.seconds, "f32", (size,), "seconds").astype(np.float64)
-            require(bool((np.diff(num_tokens) > 0).all()), "curves: num_tokens must rise")
-            require(bool((seconds >= 0).all()), "curves: seconds must be >= 0")
-            self.curves.append(CostCurve(curve.mode, num_tokens, seconds))
+        require(_number(policy.ttl_s, "ttl_s") > 0, "ttl_s: 0, a policy must last")
+        _number(policy.fallback_s, "fallback_s")
+        self.value_of_time = _number(policy.value_of_time, "value_of_time")
+        self.draft = DraftCost(
+            _number(policy.draft_fixed_s, "draft_fixed_s"),
+            _number(policy.draft_per_forward_s, "draft_per_forward_s"),
+            _number(policy.draft_per_token_s, "draft_per_token_s"),
+        )
+        require(1 <= len(policy.curves) <= MAX_CURVES, f"curves: {len(policy.curves)} given")
+        self.curves = [_curve(curve) for curve in policy.curves]
+        # What seldom changes is taken over, checked as it is.
+        if previous is not None and previous._same_buckets(policy):
+            self.edges, self.rows = previous.edges, previous.rows
+            self.log_survival = previous.log_survival
+        else:
+            self._read_buckets(policy, features)
+        if previous is not None and previous._same_fallback(policy):
+            self._fallback_batch = previous._fallback_batch
+            self._fallback_length = previous._fallback_length
+        else:
+            self._read_fallback(policy)
+        self.roster: U64 = np.empty(0, np.uint64)
+        self.correction: F32 = np.empty(0, np.float32)
+        if roster is not None and policy.correction:
+            self.correction = unpack(policy.correction, "f32", (len(roster),), "correction")
+            require(float(self.correction.min(initial=0.0)) >= 0, "correction: must be >= 0")
+            _number(float(self.correction.max(initial=0.0)), "correction")
+            self.roster = roster
 
-        require(all(list(a.edges) == sorted(a.edges) for a in policy.axes), "axes: edges must rise")
-        self.edges = [np.array(axis.edges, np.float64) for axis in policy.axes]
+    def _same_buckets(self, policy: Policy) -> bool:
+        mine = self.policy
+        return (
+            mine.log_survival == policy.log_survival
+            and mine.max_length == policy.max_length
+            and mine.axes == policy.axes
+        )
+
+    def _read_buckets(self, policy: Policy, features: tuple[str, ...]) -> None:
+        require(len(policy.axes) <= MAX_AXES, f"axes: more than {MAX_AXES}")
+        for axis in policy.axes:
+            require(
+                all(-LARGEST <= edge <= LARGEST for edge in axis.edges)
+                and list(axis.edges) == sorted(axis.edges),
+                "axes: edges must be numbers that rise",
+            )
+        self.edges = [np.array(axis.edges, np.float32) for axis in policy.axes]
         self.rows = [
             features.index(axis.feature) if axis.feature in features else None
             for axis in policy.axes
@@ -71,23 +132,27 @@ class Program:
             policy.log_survival, "f32", (num_buckets, policy.max_length), "log_survival"
         )
         require(bool((self.log_survival <= 0).all()), "log_survival: must be <= 0")
+        _number(-float(self.log_survival.min(initial=0.0)), "-log_survival")
         require(
             bool((np.diff(self.log_survival, axis=1) <= 0).all()),
             "log_survival: must not rise with depth",
         )
 
-        self.roster: U64 = np.empty(0, np.uint64)
-        self.correction: F32 = np.empty(0, np.float32)
-        if roster is not None and policy.correction:
-            self.correction = unpack(policy.correction, "f32", (len(roster),), "correction")
-            require(bool((self.correction >= 0).all()), "correction: must be >= 0")
-            self.roster = roster
+    def _same_fallback(self, policy: Policy) -> bool:
+        mine = self.policy
+        return (mine.fallback_batch, mine.fallback_length) == (
+            policy.fallback_batch,
+            policy.fallback_length,
+        )
 
-        sizes, fallback = policy.fallback_batch, policy.fallback_length
-        require(len(sizes) == len(fallback), "fallback: one length per batch size")
+    def _read_fallback(self, policy: Policy) -> None:
+        sizes, lengths = policy.fallback_batch, policy.fallback_length
+        require(len(sizes) == len(lengths), "fallback: one length per batch size")
         require(list(sizes) == sorted(sizes), "fallback_batch: must rise")
+        require(max(sizes, default=0) <= MAX_BATCH_SIZE, f"fallback_batch: over {MAX_BATCH_SIZE}")
+        require(max(lengths, default=0) <= MAX_LENGTH, f"fallback_length: over {MAX_LENGTH}")
         self._fallback_batch = np.array(sizes, np.int64)
-        self._fallback_length = np.array(fallback, np.int64)
+        self._fallback_length = np.array(lengths, np.int64)
 
     def survivals(self, batch: DecodeBatch) -> npt.NDArray[np.float64]:
         """Survivals [B, max_length] of the present batch."""
@@ -136,4 +201,8 @@ class Program:
         if not len(self._fallback_batch):
             return None
         length = int(self._fallback_length[max(at, 0)])
-        return Choice.fixed(np.minimum(batch.ceiling, length).astype(np.int64), source="fallback")
+        if batch.floor is not None:
+            wanted = np.maximum(batch.floor, length)
+        else:
+            wanted = np.full(batch.size, length)
+        return Choice.fixed(np.minimum(batch.ceiling, wanted).astype(np.int64), source="fallback")

@@ -19,6 +19,12 @@ alpha, the posterior mean is c = (alpha + d) / (alpha + E). Exposure is L when a
 expected time of the event when rejected, E[t | t < L] = 1 / c - L / (exp(c L) - 1), with the
 present c. At c = 1 a draft then has expected exposure 1 - exp(-L): that of its events. The table
 learns raw outcomes and c what is left over relative to the table, so nothing counts twice.
+
+Two memories are chained: c of the last hundred steps is the mean that a second such posterior, of
+the last ten, starts from. In simulation (acceptance Beta(1.4, 0.6) over requests; nats per step;
+1.20 by the table alone) one memory of half-life 64 loses 0.919 while requests stay what they are
+and 1.093 where each changes every 40 steps; one of 8 loses 0.946 and 1.028; the two, 0.918 and
+1.030.
 """
 
 from __future__ import annotations
@@ -38,8 +44,8 @@ F32 = npt.NDArray[np.float32]
 HAZARD_RANGE = (1e-3, 1.0 - 1e-4)  #: keeps logarithms finite and every depth worth a probe
 CORRECTION_RANGE = (0.05, 20.0)
 
-# Columns of a request's counts.
-_EVENTS, _EXPOSURE, _HITS, _TRIES = range(4)
+# Columns of a request's counts: rejections and exposures, long and short memory; matches and tries.
+_EVENTS, _RECENT_EVENTS, _EXPOSURE, _RECENT_EXPOSURE, _HITS, _TRIES = range(6)
 
 
 def _whole(name: str, value: Any) -> int:
@@ -61,10 +67,11 @@ class AcceptanceEstimator:
     window : observations that a cell remembers
     prior, prior_weight : hazard expected at first, and the observations that it is worth
     bucket_weight : observations that the pooled hazard is worth in a bucket's
-    request_half_life : drafted steps after which a request's own history counts half. In
-        simulation 64 gains 0.01 nats per step over 16 on requests that never change, and loses
-        0.02 to 0.05 on those that change every 40 steps
-    request_strength : alpha, the rejections' worth of the expectation that a request is average
+    request_half_life, recent_half_life : drafted steps after which a request's rejections count
+        half, in its long and its short memory
+    request_strength, recent_strength : alpha of the two: the rejections that the expectation is
+        worth that a request is average, or goes on as it did
+    presence_half_life : steps after which a request's matches and misses count half
     max_requests : requests remembered; the least recently seen are forgotten
     """
 
@@ -76,8 +83,11 @@ class AcceptanceEstimator:
         prior: float = 0.7,
         prior_weight: float = 10.0,
         bucket_weight: float = 20.0,
-        request_half_life: float = 16.0,
+        request_half_life: float = 48.0,
+        recent_half_life: float = 6.0,
         request_strength: float = 2.0,
+        recent_strength: float = 4.0,
+        presence_half_life: float = 16.0,
         max_requests: int = 4096,
     ) -> None:
         for name, count in (("num_buckets", num_buckets), ("max_length", max_length)):
@@ -88,7 +98,10 @@ class AcceptanceEstimator:
             ("prior_weight", prior_weight),
             ("bucket_weight", bucket_weight),
             ("request_half_life", request_half_life),
+            ("recent_half_life", recent_half_life),
             ("request_strength", request_strength),
+            ("recent_strength", recent_strength),
+            ("presence_half_life", presence_half_life),
         ):
             if not 0.0 < weight < math.inf:
                 raise ValueError(f"{name} must be > 0, got {weight}")
@@ -101,16 +114,20 @@ class AcceptanceEstimator:
         self.prior_weight = prior_weight
         self.bucket_weight = bucket_weight
         self.request_half_life = request_half_life
+        self.recent_half_life = recent_half_life
         self.request_strength = request_strength
+        self.recent_strength = recent_strength
+        self.presence_half_life = presence_half_life
         self.max_requests = max_requests
-        self._fade = 0.5 ** (1.0 / request_half_life)
+        self._fade = 0.5 ** (1.0 / np.array((request_half_life, recent_half_life)))
+        self._presence_fade = 0.5 ** (1.0 / presence_half_life)
         # [reached, accepted]; the last row of the middle axis pools the buckets.
         self._counts = np.zeros((2, num_buckets + 1, max_length))
         self._presence = np.zeros(2)  # discounted hits and tries, over all requests
-        self._requests = RequestRows(max_requests, num_columns=4)
+        self._requests = RequestRows(max_requests, num_columns=6)
         self._log_survival: F32 | None = None
-        self._hazard = np.zeros((0, 0))
-        self._cumulative = np.zeros((0, 0))
+        self._hazard: F64 = np.zeros((0, 0))
+        self._cumulative: F64 = np.zeros((0, 0))
 
     # -- learning ---------------------------------------------------------------------------
 
@@ -172,9 +189,11 @@ class AcceptanceEstimator:
         counts = self._requests.counts[rows]
         c = self._posterior(counts)
         last = np.maximum(after - before, 1e-9)
-        counts[:, _EVENTS] = counts[:, _EVENTS] * self._fade + rejected
-        counts[:, _EXPOSURE] *= self._fade
-        counts[:, _EXPOSURE] += before + rejected * (1.0 / c - last / np.expm1(c * last))
+        exposure = before + rejected * (1.0 / c - last / np.expm1(c * last))
+        counts[:, _EVENTS:_EXPOSURE] *= self._fade
+        counts[:, _EVENTS:_EXPOSURE] += rejected[:, None]
+        counts[:, _EXPOSURE:_HITS] *= self._fade
+        counts[:, _EXPOSURE:_HITS] += exposure[:, None]
         self._requests.counts[rows] = counts
 
     def _learn_table(
@@ -210,8 +229,8 @@ class AcceptanceEstimator:
         if not len(rows):
             return
         counts = self._requests.counts
-        counts[rows, _HITS] = counts[rows, _HITS] * self._fade + hits
-        counts[rows, _TRIES] = counts[rows, _TRIES] * self._fade + 1.0
+        counts[rows, _HITS] = counts[rows, _HITS] * self._presence_fade + hits
+        counts[rows, _TRIES] = counts[rows, _TRIES] * self._presence_fade + 1.0
         kept = max(1.0 - 1.0 / self.window, 0.0) ** len(hits)
         self._presence *= kept
         self._presence += self.window * (1.0 - kept) * np.array((hits.mean(), 1.0))
@@ -256,7 +275,8 @@ class AcceptanceEstimator:
     def pooled_hazards(self) -> F64:
         """As `hazards`, over all buckets: [max_length]."""
         self._refresh()
-        return self._hazard[-1].copy()
+        pooled: F64 = self._hazard[-1].copy()
+        return pooled
 
     def hazard_std(self) -> F64:
         """Standard deviation of `pooled_hazards`, [max_length], from their Beta posteriors."""
@@ -270,8 +290,9 @@ class AcceptanceEstimator:
         return self._counts[0, :-1].copy()
 
     def _posterior(self, counts: F64) -> F64:
-        alpha = self.request_strength
+        alpha, recent = self.request_strength, self.recent_strength
         c: F64 = (alpha + counts[:, _EVENTS]) / (alpha + counts[:, _EXPOSURE])
+        c *= (recent + counts[:, _RECENT_EVENTS]) / (recent + c * counts[:, _RECENT_EXPOSURE])
         clipped: F64 = np.minimum(np.maximum(c, CORRECTION_RANGE[0]), CORRECTION_RANGE[1])
         return clipped
 
@@ -354,7 +375,10 @@ class AcceptanceEstimator:
                 "prior_weight": self.prior_weight,
                 "bucket_weight": self.bucket_weight,
                 "request_half_life": self.request_half_life,
+                "recent_half_life": self.recent_half_life,
                 "request_strength": self.request_strength,
+                "recent_strength": self.recent_strength,
+                "presence_half_life": self.presence_half_life,
                 "max_requests": self.max_requests,
             },
             "counts": pack(self._counts),
@@ -364,7 +388,7 @@ class AcceptanceEstimator:
 
     def forget_requests(self) -> None:
         """Drop all requests, as when an engine starts anew and numbers them from the beginning."""
-        self._requests = RequestRows(self.max_requests, num_columns=4)
+        self._requests = RequestRows(self.max_requests, num_columns=6)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:

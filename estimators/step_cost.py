@@ -121,7 +121,7 @@ class StepCost(Regressor):
     ----------
     knots : token counts at which the slope in N may change
     graph_sizes : token counts of captured graphs; the engine pads a pass up to the next of them,
-        and runs a larger pass without a graph. Empty: no padding
+        and runs a larger pass without a graph. None: no padding
     draft_forwards : False for proposers whose depth costs no sequential passes (prompt lookup)
     forgetting, clip_at : as in `StepCostRegressor` (regressor.py)
     prior_fixed_s : the prior's cost of an empty step; with 1% of it per token (20 ms and 0.2 ms a
@@ -132,14 +132,14 @@ class StepCost(Regressor):
     def __init__(
         self,
         knots: Sequence[int] = (16, 64, 256),
-        graph_sizes: Sequence[int] = (),
+        graph_sizes: Sequence[int] | None = None,
         draft_forwards: bool = True,
         forgetting: float = 0.98,
         clip_at: float = 4.0,
         prior_fixed_s: float = 0.02,
         enough: int = 3,
     ) -> None:
-        for name, counts in (("knots", knots), ("graph_sizes", graph_sizes)):
+        for name, counts in (("knots", knots), ("graph_sizes", graph_sizes or ())):
             rising = all(a < b for a, b in zip(counts, counts[1:], strict=False))
             if not rising or any(n < 1 for n in counts):
                 raise ValueError(f"{name} must be rising token counts >= 1, got {counts}")
@@ -156,7 +156,7 @@ class StepCost(Regressor):
         self.enough = enough
         self._low = np.array([0.0, *knots])
         self._width = np.array([*np.diff(self._low), math.inf])
-        self._graphs = np.array([*graph_sizes], np.float64)
+        self._graphs = np.array(graph_sizes or (), np.float64)
         mean, precision = _prior(len(self._low), prior_fixed_s)
         if not draft_forwards:
             mean[_FORWARDS] = 0.0
@@ -191,7 +191,7 @@ class StepCost(Regressor):
         # Plain Python: for one shape it takes half the time of the vectorised features.
         batch, verify, prefill, context, forwards, tokens, catch_up = shape
         num_tokens = verify + prefill
-        graphs = self.graph_sizes
+        graphs = self.graph_sizes or ()
         eager = bool(graphs) and num_tokens > graphs[-1]
         if graphs and not eager:
             num_tokens = graphs[bisect_left(graphs, num_tokens)]
@@ -337,9 +337,9 @@ class StepCost(Regressor):
         A jump after a graph size is given as two neighbouring counts. A curve that is asked for
         with prefill tokens has one more kink, at their number.
         """
-        inner = np.array([*self.knots, *self.graph_sizes, *(g + 1 for g in self.graph_sizes)])
+        inner = np.concatenate((self._low, self._graphs, self._graphs + 1.0))
         inner = inner[(inner > lo) & (inner < hi)]
-        return np.unique(np.array([lo, *inner, hi], np.int64))
+        return np.unique(np.concatenate(([lo], inner, [hi])).astype(np.int64))
 
     def draft_cost(self) -> tuple[float, float, float]:
         """Seconds of drafting at all, per sequential forward and per drafted token; >= 0."""
@@ -399,7 +399,7 @@ class StepCost(Regressor):
             "kind": type(self).__name__,
             "params": {
                 "knots": list(self.knots),
-                "graph_sizes": list(self.graph_sizes),
+                "graph_sizes": None if self.graph_sizes is None else list(self.graph_sizes),
                 "draft_forwards": self.draft_forwards,
                 "forgetting": self.forgetting,
                 "clip_at": self.clip_at,
@@ -422,7 +422,8 @@ class StepCost(Regressor):
                 raise ValueError(f"state of a {state['kind']}, expected {cls.__name__}")
             params = dict(state["params"])
             for name in ("knots", "graph_sizes"):
-                params[name] = tuple(params[name])
+                if params[name] is not None:
+                    params[name] = tuple(params[name])
             model = cls(**params)
             model._solver.restore(state["solver"], len(model._solver.coef))
             for name, part in model._filters.items():

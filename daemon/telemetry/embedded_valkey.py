@@ -46,8 +46,14 @@ class EmbeddedValkey:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ensure(self) -> None:
-        """Have the server running; returns at once when it is. Raises OSError."""
-        if self._process is not None and self._process.poll() is None:
+        """Have the server running; returns at once when it is. Raises OSError.
+
+        One that another process has started at this socket is used, and left alone.
+        """
+        if self._process is not None:
+            if self._process.poll() is None:
+                return
+        elif self._answers():
             return
         log_path = self.socket_path.with_suffix(".log")
         with log_path.open("wb") as log_file:

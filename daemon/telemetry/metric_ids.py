@@ -97,9 +97,7 @@ BUS_MISSED = Metric(
 )
 REDIS_UP = Metric("smartspec_redis_up", "gauge", "1 when the last write to Redis went well.", ())
 REDIS_FAILURES = Metric("smartspec_redis_failures", "counter", "Writes to Redis that failed.", ())
-REDIS_LOST = Metric(
-    "smartspec_redis_lost_events", "counter", "Events never written to Redis.", ()
-)
+REDIS_LOST = Metric("smartspec_redis_lost_events", "counter", "Events never written to Redis.", ())
 REDIS_BUFFERED = Metric(
     "smartspec_redis_buffered_events", "gauge", "Events waiting to be written.", ()
 )

@@ -48,7 +48,10 @@ class PrometheusExporter:
     def _make(self, metric: ids.Metric) -> Any:
         if metric.kind == "histogram":
             return Histogram(
-                metric.id, metric.help, metric.labels, buckets=metric.buckets,
+                metric.id,
+                metric.help,
+                metric.labels,
+                buckets=metric.buckets,
                 registry=self.registry,
             )
         return _KINDS[metric.kind](metric.id, metric.help, metric.labels, registry=self.registry)

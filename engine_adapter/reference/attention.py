@@ -87,9 +87,10 @@ def ragged_attention(
     if groups is None:
         raise ModelNotSupported(f"{type(module).__name__} does not hand on keyword arguments")
     window = kwargs.pop("sliding_window", None)
-    if window is not None and window < max(group.num_context for group in groups):
+    if window is not None and window < key.shape[2]:
         raise ModelNotSupported(
-            f"contexts beyond the model's sliding window ({window} tokens) are not supported"
+            f"the model's sliding window ({window} tokens) must not be below max_model_len "
+            f"({key.shape[2]})"
         )
     if extra := [k for k, v in kwargs.items() if k not in _IGNORED and v is not None]:
         raise ModelNotSupported(f"attention with {', '.join(sorted(extra))} is not supported")

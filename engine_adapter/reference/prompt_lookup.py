@@ -96,7 +96,7 @@ class PromptLookup:
     """
 
     name = "lookup"
-    features = (FEATURE_MATCH_LENGTH,)
+    features: tuple[str, ...] = (FEATURE_MATCH_LENGTH,)
     caches: tuple[KvCache, ...] = ()
 
     def __init__(self, max_length: int = 8, min_ngram: int = 2, max_ngram: int = 8) -> None:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from smartspec.engine_adapter.base import U64
 from smartspec.engine_adapter.reference.sequence import SamplingParams
 
 # Weyl constant and finaliser of SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit numbers.
@@ -31,7 +32,7 @@ _WEYL = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
-#: Likeliest tokens looked at for top-p before the whole vocabulary is sorted.
+#: Likeliest tokens looked at for top-p at first; 16 times more when they do not reach it.
 NUM_CANDIDATES = 256
 #: Elements of a block of rows on the CPU: the block's noise stays in the cache.
 BLOCK_ELEMENTS = 1 << 16
@@ -48,7 +49,11 @@ class Draws(NamedTuple):
     @classmethod
     def of(cls, rows: Iterable[tuple[SamplingParams, int, range]]) -> Draws:
         """From (parameters, seed, positions) of every request, a row per position."""
-        temperature, top_k, top_p, seeds, positions = [], [], [], [], []
+        temperature: list[float] = []
+        top_k: list[int] = []
+        top_p: list[float] = []
+        seeds: list[int] = []
+        positions: list[int] = []
         for params, seed, places in rows:
             count = len(places)
             temperature += [0.0 if params.greedy else params.temperature] * count
@@ -64,15 +69,15 @@ class Draws(NamedTuple):
         )
 
     def rows(self, index: npt.NDArray[np.intp]) -> Draws:
-        return Draws(*(column[index] for column in self))
+        return Draws(self.temperature[index], self.top_k[index], self.top_p[index], self.key[index])
 
 
-def hash_key(seed: npt.NDArray[np.uint64], position: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def hash_key(seed: U64, position: U64) -> npt.NDArray[np.int64]:
     """Hash of (seed, position), [M] int64: where a position's stream of noise begins."""
     return _mix64(_mix64(seed) + position * np.uint64(_WEYL % 2**64)).view(np.int64)
 
 
-def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mix64(x: U64) -> U64:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1 % 2**64)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2 % 2**64)
     return x ^ (x >> np.uint64(31))
@@ -142,7 +147,8 @@ def _draw_from_likeliest(logits: Tensor, draws: Draws) -> Tensor:
     probabilities = _probabilities(logits, draws)
     key = torch.from_numpy(draws.key).to(logits.device)
     top_p = torch.from_numpy(draws.top_p).to(logits.device)[:, None]
-    limit = torch.from_numpy(np.where(draws.top_k > 0, draws.top_k, size)).to(logits.device)[:, None]
+    limits = np.where(draws.top_k > 0, draws.top_k, size)
+    limit = torch.from_numpy(limits).to(logits.device)[:, None]
     count = min(size, max(NUM_CANDIDATES, int(draws.top_k.max())))
     while True:
         value, token = probabilities.topk(count, -1)
@@ -151,7 +157,7 @@ def _draw_from_likeliest(logits: Tensor, draws: Draws) -> Tensor:
         total = torch.where(limit < size, mass[:, -1:], 1.0)
         if count == size or bool(((limit <= count) | (mass[:, -1:] >= top_p * total)).all()):
             break
-        count = size
+        count = min(size, 16 * count)
     kept = (mass - value < top_p * total) | (top_p >= 1)  # always the first; at 1, all of them
     time = exponential_noise(key, token) / torch.where(kept, value, 0.0)
     return token.gather(-1, time.argmin(-1, keepdim=True))[:, 0]

@@ -86,8 +86,20 @@ class Sequence:
     """
 
     __slots__ = (
-        "added_s", "detokenizer", "first_token_s", "id", "last_share", "max_tokens", "num_accepted",
-        "num_computed", "num_drafted", "num_prompt", "request", "row", "seed", "tokens",
+        "added_s",
+        "detokenizer",
+        "first_token_s",
+        "id",
+        "last_share",
+        "max_tokens",
+        "num_accepted",
+        "num_computed",
+        "num_drafted",
+        "num_prompt",
+        "request",
+        "row",
+        "seed",
+        "tokens",
     )
 
     def __init__(

@@ -192,7 +192,7 @@ class Worker:
         return room if limit is None else min(room, limit)
 
     def _verify(self, schedule: Schedule, proposal: Proposal) -> list[list[int]]:
-        """The target's own tokens after each known token and draft: decoding requests, then prompts.
+        """The target's tokens after each known token and draft: decoding requests, then prompts.
 
         One pass, one transfer from the device. A prompt that is not finished yet has none.
         """
@@ -222,7 +222,7 @@ class Worker:
         accepted: list[int],
         events: list[Event],
     ) -> list[int]:
-        """Add the accepted drafts and the target's next token. Returns tokens emitted, by decoding."""
+        """Add accepted drafts and the target's next token. Returns tokens emitted, [B]."""
         emitted = []
         finished: list[tuple[Sequence, str]] = []
         for i, sequence in enumerate(schedule.decoding):
@@ -232,7 +232,8 @@ class Worker:
                 sequence.num_drafted += len(drafts)
                 sequence.num_accepted += count
             sequence.num_computed += 1 + count
-            emitted.append(self._emit(sequence, drafts[:count] + [drawn[i][count]], events, finished))
+            tokens = drafts[:count] + [drawn[i][count]]
+            emitted.append(self._emit(sequence, tokens, events, finished))
         self.proposer.accepted(schedule.decoding, accepted)
         for (sequence, size), tokens in zip(
             schedule.prefilling, drawn[len(schedule.decoding) :], strict=True

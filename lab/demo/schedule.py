@@ -15,7 +15,7 @@ import numpy as np
 #: beyond it, so its queue grows for as long as the phase lasts.
 QUIET_LOAD = 0.28
 BUSY_LOAD = 1.3
-TARGET_S = 56.0  #: length of a schedule, where the machine allows it
+TARGET_S = 56.0  #: length of a schedule of many prompts, where the machine allows it
 #: Share of the prompts that arrive in the quiet phases; within these, chosen to meet TARGET_S.
 QUIET_SHARES = (0.22, 0.56)
 
@@ -69,6 +69,15 @@ def load_prompts() -> list[Prompt]:
     lines = (resources.files(__package__) / "prompts.jsonl").read_bytes().splitlines()
     decoder = msgspec.json.Decoder(Prompt)
     return [decoder.decode(line) for line in lines if line.strip()]
+
+
+def shortened(prompts: Sequence[Prompt], num: int, max_tokens: int) -> list[Prompt]:
+    """``num`` of the prompts, of all kinds, with shorter answers: to see that something works."""
+    chosen = mixed(prompts, np.random.default_rng(0))[:num]
+    return [
+        msgspec.structs.replace(prompt, max_tokens=min(max_tokens, prompt.max_tokens))
+        for prompt in chosen
+    ]
 
 
 def mixed(prompts: Sequence[Prompt], rng: np.random.Generator) -> list[Prompt]:

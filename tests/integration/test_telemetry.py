@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import redis
+
 from smartspec.daemon import config, inspect
 from smartspec.daemon.event_bus import (
     DecisionEvent,
@@ -34,6 +35,8 @@ from smartspec.daemon.telemetry import metric_ids, redis_store
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineState
 from smartspec.daemon.telemetry.redis_store import Keys, RedisStore, connect
+
+pytestmark = pytest.mark.integration
 
 DOCS = Path(__file__).parents[2] / "docs" / "redis.md"
 REASON = "12 running: drafting 3 deep pays, 4 does not"
@@ -80,9 +83,13 @@ def telemetry_process(runtime_dir: Path, *settings: str) -> Iterator[subprocess.
         process.send_signal(signal.SIGCONT)
         process.terminate()
         try:
-            process.communicate(timeout=15)
+            if process.poll() is None:
+                process.communicate(timeout=15)
         finally:
             process.kill()
+            process.wait()
+            assert process.stderr is not None
+            process.stderr.close()
 
 
 @contextlib.contextmanager
@@ -215,13 +222,20 @@ def test_inspect_shows_state_and_reason_when_engine_reports(
         client.close()
         assert inspect.run(settings, as_json=True) == 0
         [shown] = json.loads(capsys.readouterr().out)["engines"]
-        assert set(shown) == {*EngineState.__struct_fields__, "age_s", "events"}
+        own = {"age_s", "daemon_age_s", "events"}
+        assert set(shown) == own | set(EngineState.__struct_fields__)
         assert (shown["reason"], shown["length_counts"]) == (REASON, [2, 0, 0, 10])
         assert shown["events"][0]["text"] == "steps became slower"
         assert inspect.run(settings, "worker-0") == 0
         text = " ".join(capsys.readouterr().out.split())
-        for part in (REASON, "2 requests at 0, 10 at 3", "+60% over no speculation", "1: 80%"):
+        for part in (
+            *("steering", REASON, "2 requests at 0, 10 at 3", "+60% over no speculation"),
+            *("1: 80%", "640.0 tokens/s measured", "steps became slower"),
+        ):
             assert part in text
+        later = time.time() + 60
+        assert inspect.run(settings, wall=lambda: later) == 0
+        assert "the daemon is silent" in capsys.readouterr().out
         assert inspect.run(settings, "worker-9") == inspect.EXIT_NO_ENGINE
         assert "known: worker-0" in capsys.readouterr().err
 
@@ -407,6 +421,28 @@ def test_metrics_are_exported_under_their_ids_when_scraped(
             assert line in page
         bus.publish(EngineEvent(engine="worker-0", epoch=1, state="left"))
         eventually(lambda: 'engine="worker-0"' not in scrape(port))
+
+
+def test_redis_is_written_when_the_port_for_prometheus_is_taken(
+    runtime_dir: Path, bus: EventBus
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with telemetry_process(runtime_dir, f"telemetry.prometheus_port={port}") as process:
+            connected(bus, runtime_dir).close()
+            process.terminate()
+            _, log = process.communicate(timeout=15)
+    assert f"telemetry.prometheus_port: cannot listen on 127.0.0.1:{port}" in log.decode()
+
+
+def test_server_of_another_process_is_used_and_left_alone(runtime_dir: Path, bus: EventBus) -> None:
+    with valkey_server(runtime_dir / "valkey.sock") as server:
+        with telemetry_process(runtime_dir, "telemetry.prometheus_port=0") as process:
+            client = connected(bus, runtime_dir)
+            assert psutil.Process(process.pid).children() == []
+        assert client.ping()
+        client.close()
+        assert server.pid is not None
 
 
 def test_documented_keys_are_those_written() -> None:

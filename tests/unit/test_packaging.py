@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-FOLDERS = ("daemon", "engine_adapter", "estimators")
+FOLDERS = ("daemon", "engine_adapter", "estimators", "lab")
 
 # Put together here, so that this file does not name them itself.
 FORBIDDEN = {

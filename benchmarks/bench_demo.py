@@ -1,0 +1,180 @@
+"""The demonstration's schedule, several times per arm, interleaved: is SmartSpec ever the worse?
+
+Each repetition has its own arrivals and order of prompts, the same for its arms, and starts with
+another arm. Rates are relative to one calibration at the start. The daemon starts cold in every
+repetition. Compared is SmartSpec's mean latency with that of the best of the other arms, per phase
+and overall; "the best" is the one with the lowest mean over all repetitions, which favours it: it
+is chosen with the very numbers that it is compared by. `paired.py` gives the statistics.
+
+What each repetition measured is kept in build/figures/demo_raw.jsonl as it comes in, and
+`--resume` goes on from there after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from figures import FOLDER, record
+from paired import paired_ratio
+from rich.console import Console
+
+from smartspec.lab import environment
+from smartspec.lab.demo import run as demo
+from smartspec.lab.demo import schedule as schedules
+from smartspec.lab.demo import summary
+from smartspec.lab.demo.arms import ARMS
+from smartspec.lab.demo.live import Display
+from smartspec.lab.demo.player import PlayError
+from smartspec.lab.demo.processes import ProcessFailed
+from smartspec.lab.demo.session import ArmPlayed, Session, warm_up_prompts
+
+SMARTSPEC = summary.SMARTSPEC
+OTHERS = tuple(arm.name for arm in ARMS if arm.name != SMARTSPEC)
+
+
+def measure(raw: Path, repetitions: int, seed: int, quick: bool, console: Console) -> None:
+    """Play what ``raw`` does not hold yet, and append it there."""
+    done = read(raw)
+    prompts = schedules.load_prompts()
+    if quick:
+        prompts = schedules.shortened(prompts, demo.NUM_QUICK_PROMPTS, demo.QUICK_MAX_TOKENS)
+    finished = {row["repetition"] for row in done}
+    if finished >= set(range(repetitions)):
+        return
+    with Session(raw.parent / "demo", Display(console)) as session:
+        # A resumed run keeps the rates of its first part: they are what makes it one experiment.
+        capacity = done[0]["capacity_requests_per_s"] if done else None
+        if capacity is None:
+            capacity = session.calibrate(prompts, seed).capacity_requests_per_s
+        console.print(f"capacity without speculation: {capacity:.2f} requests/s", highlight=False)
+        warm_up = warm_up_prompts(prompts, seed)
+        for repetition in sorted(set(range(repetitions)) - finished):
+            began = time.monotonic()
+            schedule = schedules.build(prompts, capacity, seed=seed + repetition)
+            shift = repetition % len(ARMS)
+            order = ARMS[shift:] + ARMS[:shift]
+            played = {
+                arm.name: session.play(
+                    arm,
+                    schedule,
+                    warm_up,
+                    f"repetition {repetition + 1}/{repetitions}, {arm.title}",
+                )
+                for arm in order
+            }
+            row = {
+                "repetition": repetition,
+                "seed": seed + repetition,
+                "quick": quick,
+                "capacity_requests_per_s": capacity,
+                "order": list(played),
+                "arms": {name: arm_row(result) for name, result in played.items()},
+                "num_different_answers": len(
+                    summary.compare_answers(
+                        {arm.name: played[arm.name].played.requests for arm in ARMS}
+                    ).different
+                ),
+                "wall_s": time.monotonic() - began,
+                "env": environment.describe(),
+            }
+            with raw.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            means = ", ".join(
+                f"{name} {row['arms'][name]['overall']['latency_mean_s']:.2f} s"
+                for name in (*OTHERS, SMARTSPEC)
+            )
+            console.print(f"repetition {repetition + 1}: {means}", highlight=False)
+
+
+def arm_row(result: ArmPlayed) -> dict[str, Any]:
+    """What is kept of an arm: its summary, and who chose the lengths of its steps."""
+    return {
+        **summary.arm_summary(result.played.requests),
+        "steps_by_source": result.steps_by_source,
+        "notes": result.notes,
+    }
+
+
+def read(raw: Path) -> list[dict[str, Any]]:
+    """Repetitions measured so far; a last line that was cut off is left out."""
+    rows = []
+    for line in raw.read_text().splitlines() if raw.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return sorted(rows, key=lambda row: int(row["repetition"]))
+
+
+def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Figures over repetitions; ratios below 1: SmartSpec is faster."""
+    phases = list(rows[0]["arms"][SMARTSPEC]["phases"])
+    figures: dict[str, float] = {}
+    ratios = {}
+    for group in (*phases, summary.OVERALL):
+        means = {name: mean_latencies(rows, name, group) for name in (*OTHERS, SMARTSPEC)}
+        best = min(OTHERS, key=lambda name: float(np.mean(means[name])))
+        ratios[group] = paired_ratio(means[SMARTSPEC], means[best])
+        figures[f"{group}_vs_best"], figures[f"{group}_vs_best_upper95"] = ratios[group]
+        for other in OTHERS:
+            figures[f"{group}_vs_{other}"] = paired_ratio(means[SMARTSPEC], means[other]).value
+        for name, values in means.items():
+            figures[f"{group}_{name}_latency_mean_s"] = float(np.mean(values))
+        # Against the best of each repetition by itself: harsher still, since it picks by luck.
+        best_each = [min(each) for each in zip(*(means[name] for name in OTHERS), strict=True)]
+        figures[f"{group}_vs_best_each"] = paired_ratio(means[SMARTSPEC], best_each).value
+    worst = {
+        "worst_phase_vs_best": max(ratios[phase].value for phase in phases),
+        "worst_phase_vs_best_upper95": max(ratios[phase].upper95 for phase in phases),
+        "overall_vs_best": ratios[summary.OVERALL].value,
+        "overall_vs_best_upper95": ratios[summary.OVERALL].upper95,
+        "num_repetitions": len(rows),
+        "num_different_answers": sum(row["num_different_answers"] for row in rows),
+    }
+    return worst | figures
+
+
+def mean_latencies(rows: Sequence[dict[str, Any]], arm: str, group: str) -> list[float]:
+    """Mean latency in seconds of an arm in each repetition."""
+    arms = [row["arms"][arm] for row in rows]
+    stats = [one["overall"] if group == summary.OVERALL else one["phases"][group] for one in arms]
+    return [float(one["latency_mean_s"]) for one in stats]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with demo_raw.jsonl")
+    parser.add_argument("--quick", action="store_true", help="few short requests: does it work?")
+    args = parser.parse_args()
+    name = "demo_quick" if args.quick else "demo"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    raw = FOLDER / f"{name}_raw.jsonl"
+    if not args.resume:
+        raw.unlink(missing_ok=True)
+    code = 0
+    try:
+        with demo.signals_raise():
+            measure(raw, args.repetitions, args.seed, args.quick, Console())
+    except KeyboardInterrupt:
+        print("interrupted; `--resume` goes on from here", file=sys.stderr)
+        code = demo.EXIT_INTERRUPTED
+    except (ProcessFailed, PlayError, ValueError) as error:
+        print(f"bench_demo: {error}\n`--resume` goes on from here", file=sys.stderr)
+        code = demo.EXIT_FAILED
+    rows = read(raw)
+    if rows:
+        record(name, figures_of(rows), seed=args.seed)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

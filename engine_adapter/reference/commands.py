@@ -1,0 +1,58 @@
+"""What the worker process is told: one JSON object per line."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+Mode: TypeAlias = Literal["own", "static", "smartspec"]
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+class _Command(msgspec.Struct, frozen=True, tag_field="op"):
+    pass
+
+
+class Submit(_Command, frozen=True, tag="submit", forbid_unknown_fields=True):
+    """A request: ``messages`` (chat) or ``prompt`` (text as it is)."""
+
+    id: str
+    messages: list[Message] | None = None
+    prompt: str | None = None
+    max_tokens: int | None = None
+    stop: list[str] = []
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    weight: float = 1.0
+    floor: int = 0
+    max_speculation_length: int | None = None
+    ignore_eos: bool = False
+
+
+class Cancel(_Command, frozen=True, tag="cancel", forbid_unknown_fields=True):
+    id: str
+
+
+class Speculation(_Command, frozen=True, tag="speculation", forbid_unknown_fields=True):
+    """``own``: the worker's own length; ``static``: this one; ``smartspec``: the daemon's."""
+
+    mode: Mode
+    length: int | None = None
+
+
+class Stats(_Command, frozen=True, tag="stats", forbid_unknown_fields=True):
+    pass
+
+
+class Stop(_Command, frozen=True, tag="stop", forbid_unknown_fields=True):
+    pass
+
+
+decode = msgspec.json.Decoder(Submit | Cancel | Speculation | Stats | Stop).decode

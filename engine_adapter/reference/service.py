@@ -1,0 +1,213 @@
+"""Start a worker process: load the models, build the worker, serve."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import BinaryIO, Literal, TypeAlias
+
+import torch
+
+from smartspec.engine_adapter.link import EngineLink
+from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
+from smartspec.engine_adapter.reference import model as models
+from smartspec.engine_adapter.reference.commands import Mode
+from smartspec.engine_adapter.reference.draft_model import DraftModel
+from smartspec.engine_adapter.reference.line_server import LineServer, LinkFactory, WorkerFacts
+from smartspec.engine_adapter.reference.model_runner import ModelRunner
+from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
+from smartspec.engine_adapter.reference.proposer import NoProposer, Proposer
+from smartspec.engine_adapter.reference.worker import Worker
+
+ProposerName: TypeAlias = Literal["lookup", "draft", "none"]
+
+
+def make_proposer(
+    name: ProposerName,
+    max_length: int,
+    target: models.LoadedModel,
+    *,
+    draft_model: str | None = None,
+    draft_drop_layers: Sequence[int] = (),
+    max_num_running: int,
+    max_model_len: int,
+) -> Proposer:
+    """The proposer by name; a draft model is the target without some layers, or a named model."""
+    if name == "none" or max_length == 0:
+        return NoProposer()
+    if name == "lookup":
+        return PromptLookup(max_length)
+    if draft_model is not None:
+        model = models.load(
+            draft_model,
+            device=target.model.device.type,
+            dtype=str(target.model.dtype).removeprefix("torch."),
+            drop_layers=draft_drop_layers,
+        ).model
+    elif draft_drop_layers:
+        model = models.without_layers(target.model, draft_drop_layers)
+    else:
+        raise ValueError("proposer draft needs a draft model, or layers to drop from the target")
+    target_size = target.model.config.get_text_config().vocab_size
+    if model.config.get_text_config().vocab_size != target_size:
+        raise ValueError("the draft model must have the target's vocabulary")
+    return DraftModel(ModelRunner(model, max_num_running, max_model_len), max_length)
+
+
+def link_to(endpoint: str, engine: str) -> LinkFactory:
+    """Makes links to the daemon at ``endpoint`` for an engine of this name."""
+
+    def connect(facts: WorkerFacts) -> EngineLink:
+        fingerprint = Fingerprint(
+            target=facts.model,
+            proposer=facts.proposer,
+            draft=facts.draft_model,
+            engine="reference",
+            engine_version=facts.engine_version,
+            accelerator=facts.device,
+            dtype=facts.dtype,
+        )
+        limits = Limits(
+            max_length=facts.max_length,
+            max_num_running=facts.max_num_running,
+            static_length=facts.own_length,
+            features=facts.features,
+            drafts_known_first=facts.proposer == "lookup",
+        )
+        # The epoch is the one place where the time of day is right: it must differ after a reboot.
+        epoch = time.time_ns()
+        return EngineLink(
+            endpoint, Hello(engine=engine, epoch=epoch, fingerprint=fingerprint, limits=limits)
+        )
+
+    return connect
+
+
+def run_worker(
+    *,
+    model: str | None = None,
+    proposer: ProposerName = "lookup",
+    draft_model: str | None = None,
+    draft_drop_layers: Sequence[int] = (),
+    max_length: int = 5,
+    speculation: Mode = "own",
+    length: int = 3,
+    engine: str = "worker-0",
+    endpoint: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    max_num_running: int = 16,
+    max_model_len: int = 1024,
+    max_prefill_tokens: int = 256,
+    seed: int | None = None,
+    step_events: bool = False,
+    fetch_only: bool = False,
+    link_factory: LinkFactory | None = None,
+    source: BinaryIO | None = None,
+    sink: BinaryIO | None = None,
+) -> int:
+    """Load a model and serve JSON lines on standard input and output. Returns the exit status.
+
+    Parameters
+    ----------
+    speculation, length : mode to start in; the worker's own length is ``max_length``
+    engine, endpoint : name on the daemon, and where it listens; None: there is no daemon
+    link_factory : takes the place of a link to ``endpoint``
+    threads : of torch on the CPU
+    fetch_only : fetch and convert the default model, and return
+    source, sink : in place of standard input and output
+
+    The others are those of `models.load`, `make_proposer` and `Worker`.
+    """
+    try:
+        if fetch_only:
+            models.load(model)
+            return 0
+        server = _build(
+            model=model,
+            proposer=proposer,
+            draft_model=draft_model,
+            draft_drop_layers=draft_drop_layers,
+            max_length=max_length,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            max_num_running=max_num_running,
+            max_model_len=max_model_len,
+            max_prefill_tokens=max_prefill_tokens,
+            seed=seed,
+            step_events=step_events,
+            link_factory=link_to(endpoint, engine)
+            if link_factory is None and endpoint is not None
+            else link_factory,
+            sink=sys.stdout.buffer if sink is None else sink,
+        )
+        server.switch(speculation, length if speculation == "static" else None)
+    except (models.ModelNotAvailable, ValueError) as error:
+        print(f"smartspec worker: {error}", file=sys.stderr)
+        return 1
+    server.run(sys.stdin.buffer if source is None else source)
+    return 0
+
+
+def _build(
+    *,
+    model: str | None,
+    proposer: ProposerName,
+    draft_model: str | None,
+    draft_drop_layers: Sequence[int],
+    max_length: int,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    max_num_running: int,
+    max_model_len: int,
+    max_prefill_tokens: int,
+    seed: int | None,
+    step_events: bool,
+    link_factory: LinkFactory | None,
+    sink: BinaryIO,
+) -> LineServer:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = models.load(model, device=device, dtype=dtype)
+    guesser = make_proposer(
+        proposer,
+        max_length,
+        loaded,
+        draft_model=draft_model,
+        draft_drop_layers=draft_drop_layers,
+        max_num_running=max_num_running,
+        max_model_len=max_model_len,
+    )
+    worker = Worker(
+        loaded.model,
+        loaded.tokenizer,
+        guesser,
+        max_num_running=max_num_running,
+        max_model_len=max_model_len,
+        max_prefill_tokens=max_prefill_tokens,
+        eos_token_ids=loaded.eos_token_ids,
+        seed=seed,
+    )
+    draft = ""
+    if proposer == "draft":
+        dropped = ",".join(map(str, draft_drop_layers))
+        draft = (draft_model or loaded.name) + (f" without layers {dropped}" if dropped else "")
+    facts = WorkerFacts(
+        model=loaded.name,
+        draft_model=draft,
+        proposer=guesser.name,
+        features=worker.features,
+        max_length=guesser.max_length,
+        own_length=guesser.max_length,
+        max_num_running=max_num_running,
+        max_model_len=max_model_len,
+        device=loaded.model.device.type,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        engine_version=version("smartspec"),
+    )
+    return LineServer(worker, loaded.tokenizer, facts, sink, link_factory, step_events)

@@ -1,0 +1,205 @@
+"""`smartspec demo`: the same load without speculation, with static lengths, and steered.
+
+Separate processes, as in production: the worker (one for all arms), and for SmartSpec's arm the
+daemon with its telemetry and embedded Valkey. What was measured is printed as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from smartspec.lab import environment
+from smartspec.lab.demo import arms as all_arms
+from smartspec.lab.demo import schedule as schedules
+from smartspec.lab.demo import summary
+from smartspec.lab.demo.arms import Arm
+from smartspec.lab.demo.calibration import Calibration
+from smartspec.lab.demo.live import Display
+from smartspec.lab.demo.player import PlayError
+from smartspec.lab.demo.processes import ProcessFailed
+from smartspec.lab.demo.schedule import Schedule
+from smartspec.lab.demo.session import ArmPlayed, Session, warm_up_prompts
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+NUM_QUICK_PROMPTS = 16
+QUICK_MAX_TOKENS = 24
+
+
+def main(
+    out: Path,
+    arms: Sequence[str] = all_arms.NAMES,
+    seed: int = 0,
+    quick: bool = False,
+) -> int:
+    """Play, compare, and write ``out``/summary.json, requests.jsonl and two plots.
+
+    Returns the exit code: 0 done, 1 a process failed, 2 bad arguments, 130 interrupted.
+    """
+    console = Console()
+    errors = Console(stderr=True)
+
+    def complain(text: object, code: int) -> int:
+        errors.print(f"smartspec demo: {text}", markup=False, highlight=False, soft_wrap=True)
+        return code
+
+    try:
+        chosen = all_arms.named(arms)
+    except ValueError as error:
+        return complain(error, EXIT_USAGE)
+    try:
+        with signals_raise():
+            run(out, chosen, seed, quick, console)
+    except KeyboardInterrupt:
+        return complain("interrupted; all that it started has been stopped", EXIT_INTERRUPTED)
+    except (ProcessFailed, PlayError, ValueError) as error:
+        return complain(error, EXIT_FAILED)
+    return 0
+
+
+def run(out: Path, arms: Sequence[Arm], seed: int, quick: bool, console: Console) -> None:
+    """The demonstration; `main` without exit codes."""
+    began = time.monotonic()
+    prompts = schedules.load_prompts()
+    if quick:
+        prompts = schedules.shortened(prompts, NUM_QUICK_PROMPTS, QUICK_MAX_TOKENS)
+    with Session(out, Display(console)) as session:
+        ready = session.ready
+        console.print(
+            f"model {ready['model']} ({ready['dtype']} on {ready['device']}), {ready['proposer']} "
+            f"proposer, up to {ready['max_length']} drafts per request and step",
+            highlight=False,
+            markup=False,
+        )
+        calibration = session.calibrate(prompts, seed)
+        schedule = schedules.build(prompts, calibration.capacity_requests_per_s, seed)
+        console.print(describe(calibration, schedule), highlight=False, markup=False)
+        warm_up = warm_up_prompts(prompts, seed)
+        played = []
+        for number, arm in enumerate(arms, start=1):
+            result = session.play(arm, schedule, warm_up, title=f"{number}/{len(arms)} {arm.title}")
+            played.append(result)
+            stats = summary.stats_of(result.played.requests)
+            console.print(
+                f"{arm.title}: mean latency {stats.latency_mean_s:.2f} s, "
+                f"{stats.goodput_tokens_per_s:.0f} tokens/s",
+                highlight=False,
+                markup=False,
+            )
+        about = {
+            "calibration": asdict(calibration),
+            "schedule": [asdict(phase) for phase in schedule.phases],
+            "worker": {k: v for k, v in session.ready.items() if k != "event"},
+            "env": environment.describe(),
+            "seed": seed,
+            "quick": quick,
+        }
+    report(out, played, schedule, about, console)
+    console.print(f"took {time.monotonic() - began:.0f} s", highlight=False)
+
+
+def describe(calibration: Calibration, schedule: Schedule) -> str:
+    """What is about to be played, and how it relates to what the machine can do."""
+    phases = "; ".join(
+        f"{phase.name.replace('_', ' ')} {phase.end_s - phase.begin_s:.0f} s at "
+        f"{phase.requests_per_s / calibration.capacity_requests_per_s:.0%} of capacity"
+        for phase in schedule.phases
+    )
+    return (
+        f"without speculation this machine serves {calibration.capacity_requests_per_s:.2f} "
+        f"requests/s ({calibration.capacity_tokens_per_s:.0f} tokens/s)\n"
+        f"{len(schedule.arrivals)} requests, the same for every arm: {phases}"
+    )
+
+
+def report(
+    out: Path,
+    played: Sequence[ArmPlayed],
+    schedule: Schedule,
+    about: dict[str, Any],
+    console: Console,
+) -> None:
+    """Print the table and the sentences; write summary, requests and plots."""
+    requests = {result.arm.name: result.played.requests for result in played}
+    comparisons = summary.compare(requests)
+    answers = summary.compare_answers(requests)
+
+    console.print(summary.table_of(requests))
+    for comparison in comparisons:
+        console.print(str(comparison), highlight=False, markup=False)
+    if answers.num_compared:
+        console.print(
+            f"{answers.num_identical} of {answers.num_compared} answers are identical in all arms.",
+            highlight=False,
+        )
+    for prompt, differing in answers.different.items():
+        console.print(f"  {prompt} differs in {', '.join(differing)}", highlight=False)
+    steered = [result for result in played if result.arm.length is None]
+    for result in steered:
+        shares = ", ".join(f"{n} by {source}" for source, n in result.steps_by_source.items())
+        console.print(f"SmartSpec's steps: {shares}", highlight=False)
+        for note in result.notes:
+            console.print(f"  the daemon noted: {note}", highlight=False, markup=False)
+
+    out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "arms": {name: summary.arm_summary(records) for name, records in requests.items()},
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "answers": asdict(answers),
+        "steps_by_source": {result.arm.name: result.steps_by_source for result in played},
+        **about,
+    }
+    (out / "summary.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_requests(out / "requests.jsonl", played)
+
+    from smartspec.lab.demo import plots
+
+    written = ["summary.json", "requests.jsonl", "latencies.png"]
+    plots.latencies(requests, out / "latencies.png")
+    for result in steered:
+        plots.lengths_over_time(result.played, schedule, out / "lengths.png")
+        written.append("lengths.png")
+    console.print(f"written to {out}: {', '.join(written)}", highlight=False, soft_wrap=True)
+
+
+def write_requests(path: Path, played: Sequence[ArmPlayed]) -> None:
+    """One line per request and arm, as measured."""
+    with path.open("w") as file:
+        for result in played:
+            for request in result.played.requests:
+                file.write(json.dumps({"arm": result.arm.name, **asdict(request)}) + "\n")
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the run like Ctrl-C: what was started is stopped."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Once is enough: a second one must not interrupt the clean-up.
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path("build/demo")))

@@ -1,0 +1,191 @@
+"""The worker, kept for all arms; and beside it a daemon, for as long as one arm needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from smartspec.lab.demo import calibration
+from smartspec.lab.demo.arms import Arm
+from smartspec.lab.demo.calibration import Calibration
+from smartspec.lab.demo.live import Display, view_of
+from smartspec.lab.demo.monitor import Decision, Monitor
+from smartspec.lab.demo.player import Played, burst, play
+from smartspec.lab.demo.processes import DaemonProcess, WorkerProcess, endpoints
+from smartspec.lab.demo.schedule import Prompt, Schedule, mixed
+
+MAX_NUM_RUNNING = 16
+MAX_LENGTH = 5
+NUM_THREADS = 2
+NUM_CALIBRATION_PROMPTS = 24  #: one and a half full batches
+NUM_WARM_UP_PROMPTS = 8
+WARM_UP_TOKENS = 40
+#: A Unix socket's path has at most 107 bytes; this leaves room for the names in the directory.
+MAX_RUNTIME_DIR = 85
+
+
+@dataclass(slots=True)
+class ArmPlayed:
+    """One arm's measurements."""
+
+    arm: Arm
+    played: Played
+    decisions: list[Decision] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def steps_by_source(self) -> dict[str, int]:
+        """Steps that decoded, by who chose their lengths."""
+        counts: dict[str, int] = {}
+        for step in self.played.steps:
+            if step.lengths:
+                counts[step.source] = counts.get(step.source, 0) + 1
+        return counts
+
+
+class Session:
+    """Starts the worker on entry; on exit nothing that was started is left.
+
+    Parameters
+    ----------
+    folder : for logs and sockets; created
+    display : where progress goes
+    """
+
+    def __init__(self, folder: Path, display: Display) -> None:
+        self._folder = folder
+        self._display = display
+        self._cleanup = contextlib.ExitStack()
+        self._num_plays = 0
+        self.ready: dict[str, Any] = {}  #: what the worker said of itself
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._runtime_dir = stack.enter_context(_runtime_dir(self._folder / "run"))
+            self._worker = self._start_worker(stack)
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._cleanup.close()
+
+    def _start_worker(self, stack: contextlib.ExitStack) -> WorkerProcess:
+        arguments = [
+            *("--proposer", "lookup", "--max-length", str(MAX_LENGTH)),
+            *("--speculation", "own", "--step-events", "--engine", "demo"),
+            *("--endpoint", endpoints(self._runtime_dir)[0]),
+            *("--max-num-running", str(MAX_NUM_RUNNING), "--threads", str(NUM_THREADS)),
+        ]
+        worker = WorkerProcess(arguments, self._folder / "worker.log")
+        stack.callback(worker.stop)
+        with self._display.waiting("starting the worker") as say:
+            self.ready = worker.wait_ready(say)
+        return worker
+
+    def calibrate(self, prompts: Sequence[Prompt], seed: int) -> Calibration:
+        """Measure what the machine serves without speculation. Takes some 10 to 20 s."""
+        chosen = mixed(prompts, np.random.default_rng(seed))[:NUM_CALIBRATION_PROMPTS]
+        with self._display.waiting("calibrating: a full batch without speculation") as say:
+            began = time.monotonic()
+
+            def progress(now_s: float, played: Played) -> None:
+                done = f"{played.num_finished} of {len(chosen)} answered"
+                say(time.monotonic() - began, done)
+
+            self._worker.set_speculation("static", 0)
+            # The first pass over a model touches its weights for the first time.
+            self._play_burst(chosen[:2], "touch", max_tokens=8)
+            played = self._play_burst(chosen, "calibration", on_tick=progress)
+        return calibration.calibrate(played.requests, played.steps, MAX_NUM_RUNNING)
+
+    def play(
+        self, arm: Arm, schedule: Schedule, warm_up: Sequence[Prompt], title: str
+    ) -> ArmPlayed:
+        """Warm up, then play the schedule until all is answered: the worker is idle again.
+
+        The daemon of a SmartSpec arm starts cold before the warm-up and is stopped after the arm:
+        it learns everything within the arm, and takes no processor time from the others.
+        """
+        with contextlib.ExitStack() as stack:
+            monitor = self._start_daemon(stack) if arm.length is None else None
+            if arm.length is None:
+                self._worker.set_speculation("smartspec")
+            else:
+                self._worker.set_speculation("static", arm.length)
+            with self._display.waiting(f"{title}: warming up, not measured"):
+                self._play_burst(warm_up, "warm_up", max_tokens=WARM_UP_TOKENS)
+
+            def show(now_s: float, played: Played) -> None:
+                if monitor is not None:
+                    monitor.drain()
+                if self._display.due:
+                    self._display.show(
+                        view_of(
+                            played,
+                            title=title,
+                            phase=schedule.phase_at(now_s),
+                            now_s=now_s,
+                            duration_s=schedule.duration_s,
+                            num=len(schedule.arrivals),
+                            why=arm.why if monitor is None else monitor.reason,
+                        )
+                    )
+
+            with self._display:
+                played = play(
+                    schedule.arrivals, self._worker, tag=self._tag(arm.name), on_tick=show
+                )
+            if monitor is None:
+                return ArmPlayed(arm, played)
+            return ArmPlayed(arm, played, monitor.decisions, monitor.notes)
+
+    def _play_burst(
+        self, prompts: Sequence[Prompt], phase: str, max_tokens: int | None = None, **how: Any
+    ) -> Played:
+        return play(
+            burst(prompts, phase), self._worker, tag=self._tag(phase), max_tokens=max_tokens, **how
+        )
+
+    def _tag(self, name: str) -> str:
+        self._num_plays += 1
+        return f"{self._num_plays}-{name}"
+
+    def _start_daemon(self, stack: contextlib.ExitStack) -> Monitor:
+        with self._display.waiting("starting the daemon, cold"):
+            daemon = DaemonProcess(self._runtime_dir, self._folder / "daemon.log")
+            stack.callback(daemon.stop)
+            monitor = Monitor(daemon.bus_endpoint)
+            stack.callback(monitor.close)
+            daemon.wait_ready()
+        return monitor
+
+
+@contextlib.contextmanager
+def _runtime_dir(wanted: Path) -> Iterator[Path]:
+    """``wanted``, or where its path is too long for sockets, a temporary directory."""
+    wanted = wanted.absolute()
+    if len(str(wanted).encode()) <= MAX_RUNTIME_DIR:
+        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield wanted
+    else:
+        with tempfile.TemporaryDirectory(prefix="smartspec-demo-") as folder:
+            yield Path(folder)
+
+
+def warm_up_prompts(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """One prompt of each kind or so, the same for every arm."""
+    return mixed(prompts, np.random.default_rng([seed, 1]))[:NUM_WARM_UP_PROMPTS]

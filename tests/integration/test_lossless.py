@@ -1,0 +1,180 @@
+"""Output never depends on speculation: token for token, for all proposers and model families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from smartspec.engine_adapter.reference import worker as worker_module
+from smartspec.engine_adapter.reference.draft_model import DraftModel
+from smartspec.engine_adapter.reference.model import without_layers
+from smartspec.engine_adapter.reference.model_runner import ModelRunner
+from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
+from smartspec.engine_adapter.reference.proposer import Proposer
+from smartspec.engine_adapter.reference.sampling import num_agreeing
+from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
+from smartspec.engine_adapter.reference.worker import Worker
+from tiny_models import FAMILIES, VOCABULARY, RandomLengths, RandomProposer, answers, tiny_model
+
+pytestmark = pytest.mark.integration
+
+MAX_RUNNING = 6
+MAX_LEN = 120
+MAX_LENGTH = 5
+NUM_REQUESTS = 48
+EOS = frozenset({7})
+
+PROPOSERS: dict[str, Callable[[str], Proposer]] = {
+    "lookup": lambda family: PromptLookup(MAX_LENGTH, min_ngram=1, max_ngram=4),
+    "other_weights": lambda family: _draft(tiny_model(family, seed=1)),
+    "fewer_layers": lambda family: _draft(without_layers(tiny_model(family), [1])),
+    "itself": lambda family: _draft(tiny_model(family)),
+    "random": lambda family: RandomProposer(MAX_LENGTH, seed=3),
+}
+
+
+def _draft(model: torch.nn.Module) -> DraftModel:
+    # Few tokens per pass: catching up with a prompt takes several passes.
+    return DraftModel(ModelRunner(model, MAX_RUNNING, MAX_LEN), MAX_LENGTH, max_pass_tokens=24)
+
+
+@cache
+def requests(sampled: bool) -> tuple[Request, ...]:
+    """Prompts of which half repeat themselves; every kind of sampling parameters."""
+    rng = np.random.default_rng(5)
+    made = []
+    for i in range(NUM_REQUESTS):
+        size = int(rng.integers(1, 50))
+        prompt = rng.integers(0, VOCABULARY, size).tolist()
+        if i % 2:
+            prompt = (prompt[:7] * 8)[:size]
+        sampling = SamplingParams()
+        if sampled:
+            sampling = SamplingParams(
+                temperature=(0.3, 0.8, 1.5)[i % 3],
+                top_k=(0, 0, 5, 20)[i % 4],
+                top_p=(1.0, 0.9, 0.6)[i % 5 % 3],
+                seed=i,
+            )
+        room = MAX_LEN - len(prompt)
+        tokens = min(room, int(rng.integers(20, 100)))
+        made.append(Request(prompt, tokens, sampling=sampling, ignore_eos=i % 3 > 0))
+    return tuple(made)
+
+
+@cache
+def alone(family: str, sampled: bool) -> tuple[tuple[int, ...], ...]:
+    """Each request by itself, one at a time, without speculation, its prompt in one piece."""
+    worker = Worker(
+        tiny_model(family),
+        max_num_running=1,
+        max_model_len=MAX_LEN,
+        max_prefill_tokens=MAX_LEN,
+        eos_token_ids=EOS,
+    )
+    ids = [worker.add_request(request) for request in requests(sampled)]
+    finished = answers(worker)
+    return tuple(tuple(finished[i].tokens) for i in ids)
+
+
+def speculative(
+    family: str, proposer: Proposer, sampled: bool
+) -> tuple[list[tuple[int, ...]], set[int], RandomLengths]:
+    """All requests, joining at random and some leaving early, with random lengths.
+
+    Returns the answers, the places of those that were cancelled, and the length source.
+    """
+    rng = np.random.default_rng(11)
+    source = RandomLengths(seed=13)
+    worker = Worker(
+        tiny_model(family),
+        proposer=proposer,
+        length_source=source,
+        max_num_running=MAX_RUNNING,
+        max_model_len=MAX_LEN,
+        max_prefill_tokens=17,
+        eos_token_ids=EOS,
+    )
+    todo = list(requests(sampled))
+    ids = [worker.add_request(todo.pop(0))]
+    cancelled: set[int] = set()
+
+    def between(step: int) -> None:
+        while todo and rng.random() < 0.6:
+            ids.append(worker.add_request(todo.pop(0)))
+        if rng.random() < 0.04:
+            place = int(rng.integers(len(ids)))
+            if worker.cancel(ids[place]):
+                cancelled.add(place)
+
+    finished = answers(worker, between)
+    assert not todo
+    assert worker.scheduler.kv_usage == 0
+    return [tuple(finished[i].tokens) for i in ids], cancelled, source
+
+
+def assert_same(found: list[tuple[int, ...]], cancelled: set[int], expected: tuple[tuple[int, ...], ...]) -> None:
+    for place, (tokens, whole) in enumerate(zip(found, expected, strict=True)):
+        if place in cancelled:
+            assert tokens == whole[: len(tokens)]
+        else:
+            assert tokens == whole
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_is_the_same_when_speculating(family: str, name: str, sampled: bool) -> None:
+    found, cancelled, source = speculative(family, PROPOSERS[name](family), sampled)
+    assert_same(found, cancelled, alone(family, sampled))
+    # Enough has happened for the comparison to mean something.
+    assert sum(map(len, found)) >= 2_000
+    assert cancelled
+    drafted = np.concatenate([facts.num_drafted for facts in source.facts])
+    accepted = np.concatenate([facts.num_accepted for facts in source.facts])
+    assert set(range(MAX_LENGTH + 1)) <= set(drafted.tolist())
+    assert accepted.sum() > 0
+    if name == "itself":
+        assert (accepted == drafted).all()
+    else:
+        assert (accepted < drafted).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_equals_generate_when_not_speculating(family: str) -> None:
+    model = tiny_model(family)
+    for request, tokens in zip(requests(False), alone(family, False), strict=True):
+        with torch.inference_mode():
+            expected = model.generate(
+                torch.tensor([request.prompt]),
+                attention_mask=torch.ones(1, len(request.prompt), dtype=torch.int64),
+                max_new_tokens=request.max_tokens,
+                do_sample=False,
+                eos_token_id=None if request.ignore_eos else list(EOS),
+                pad_token_id=0,
+            )
+        assert tokens == tuple(expected[0, len(request.prompt) :].tolist())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda drafts, drawn: len(drafts),
+        lambda drafts, drawn: min(num_agreeing(drafts, drawn) + 1, len(drafts)),
+    ],
+    ids=["accept_every_draft", "accept_one_too_many"],
+)
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "seeded"])
+def test_comparison_fails_when_the_acceptance_rule_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[list[int], list[int]], int],
+    sampled: bool,
+) -> None:
+    expected = alone("llama", sampled)
+    monkeypatch.setattr(worker_module, "num_agreeing", broken)
+    found, cancelled, _ = speculative("llama", PROPOSERS["other_weights"]("llama"), sampled)
+    with pytest.raises(AssertionError):
+        assert_same(found, cancelled, expected)

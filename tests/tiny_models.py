@@ -1,0 +1,144 @@
+"""Small random models and a small tokenizer, for tests of the reference worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from smartspec.engine_adapter.base import DecodeBatch, StepFacts
+from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.reference.events import Finished
+from smartspec.engine_adapter.reference.proposer import Availability, Proposal
+from smartspec.engine_adapter.reference.sequence import Sequence
+from smartspec.engine_adapter.reference.worker import Worker
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+FAMILIES = ("llama", "qwen2", "gpt2")
+VOCABULARY = 48
+MAX_POSITIONS = 256
+
+
+def tiny_model(family: str, seed: int = 0, num_layers: int = 2) -> PreTrainedModel:
+    """A model with random weights in fp64: rounding cannot decide which token is likeliest."""
+    torch.manual_seed(seed)
+    shared = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "initializer_range": 0.3,
+    }
+    if family == "gpt2":
+        model: PreTrainedModel = GPT2LMHeadModel(
+            GPT2Config(
+                n_positions=MAX_POSITIONS, n_embd=32, n_layer=num_layers, n_head=4, **shared
+            )
+        )
+    else:
+        config, kind = {
+            "llama": (LlamaConfig, LlamaForCausalLM),
+            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        }[family]
+        model = kind(
+            config(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=num_layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=MAX_POSITIONS,
+                **shared,
+            )
+        )
+    return model.to(torch.float64).eval()
+
+
+class LetterTokenizer:
+    """Token i is the i-th of some short strings, among them single bytes of a wider character."""
+
+    pieces = (*"abcdefghijklmnopqrstuvwxyz", " ", ".", "ab", "cde", "the", "stop", "!", "\n")
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        raw = b"".join(self._bytes(i) for i in ids)
+        return raw.decode("utf-8", errors="replace")
+
+    def _bytes(self, token: int) -> bytes:
+        extra = token - len(self.pieces)
+        if extra < 0:
+            return self.pieces[token].encode()
+        return bytes(["é".encode()[extra % 2]])
+
+
+class RandomLengths:
+    """A length source that asks for anything from 0 to the ceiling, and keeps what it hears."""
+
+    def __init__(self, seed: int, overshoot: int = 0) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._overshoot = overshoot
+        self.facts: list[StepFacts] = []
+
+    def choose(self, batch: DecodeBatch) -> Choice:
+        top = batch.ceiling.astype(np.int64) + self._overshoot
+        lengths = self._rng.integers(0, top + 1) if batch.size else np.empty(0, np.int64)
+        lengths[self._rng.random(batch.size) < 0.25] = 0
+        return Choice.fixed(lengths, source="policy")
+
+    def report(self, facts: StepFacts) -> None:
+        self.facts.append(facts)
+
+    def close(self) -> None:
+        pass
+
+
+class RandomProposer:
+    """Proposes anything, and sometimes less than it promised."""
+
+    name = "random"
+    features: tuple[str, ...] = ()
+    caches = ()
+
+    def __init__(self, max_length: int, seed: int, vocabulary: int = VOCABULARY) -> None:
+        self.max_length = max_length
+        self._rng = np.random.default_rng(seed)
+        self._vocabulary = vocabulary
+
+    def available(self, sequences: list[Sequence]) -> Availability:
+        ceiling = self._rng.integers(0, self.max_length + 1, len(sequences)).astype(np.uint8)
+        return Availability(ceiling, np.empty((0, len(sequences)), np.float32))
+
+    def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
+        sizes = [int(self._rng.integers(0, n + 1)) for n in lengths]
+        return Proposal([self._rng.integers(0, self._vocabulary, n).tolist() for n in sizes])
+
+    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+        pass
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+
+def answers(
+    worker: Worker, between: Callable[[int], None] = lambda step: None
+) -> dict[int, Finished]:
+    """Step until there is nothing left to do; ``between`` is called before each step."""
+    finished: dict[int, Finished] = {}
+    step = 0
+    while worker.has_work:
+        between(step)
+        step += 1
+        assert step < 20_000, "the worker does not come to an end"
+        for event in worker.step().events:
+            if isinstance(event, Finished):
+                assert event.id not in finished
+                finished[event.id] = event
+    return finished

@@ -1,0 +1,242 @@
+"""The command line: what it imports, how it fails, and how options reach the parts behind it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import time
+import tomllib
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from smartspec.daemon import config, inspect, service
+from smartspec.daemon.cli import app
+from smartspec.daemon.config import Settings
+
+COMMANDS = ["run", "worker", "telemetry", "inspect", "demo", "config"]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in config.keys().values():
+        monkeypatch.delenv(key.env, raising=False)
+    monkeypatch.delenv("SMARTSPEC_CONFIG", raising=False)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_command_is_listed_and_explains_itself() -> None:
+    listed = invoke("--help").output
+    for command in COMMANDS:
+        assert f"  {command} " in listed
+        assert "Usage:" in invoke(command, "--help").output
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    from importlib.metadata import version
+
+    assert invoke("--version").output == f"smartspec {version('smartspec')}\n"
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = """if True:
+        import sys, time
+        began = time.perf_counter()
+        from smartspec.daemon.cli import app
+        took_s = time.perf_counter() - began
+        heavy = {"torch", "transformers", "matplotlib", "river", "redis", "zmq", "numpy"}
+        print(took_s, *sorted(heavy & sys.modules.keys()))
+    """
+    attempts = [python(code).split() for _ in range(3)]  # the machine may be busy
+    assert attempts[0][1:] == []
+    assert min(float(attempt[0]) for attempt in attempts) < 0.5
+
+
+def test_run_imports_neither_torch_nor_plots() -> None:
+    loaded = python(
+        "import sys\n"
+        "import smartspec.daemon.service, smartspec.daemon.control_loop\n"
+        "import smartspec.daemon.transport, smartspec.daemon.cli\n"
+        "print(*sorted({'torch', 'transformers', 'matplotlib'} & sys.modules.keys()))"
+    )
+    assert loaded.split() == []
+
+
+def test_default_file_is_printed_and_good(tmp_path: Path) -> None:
+    path = tmp_path / "smartspec.toml"
+    path.write_text(invoke("config", "defaults").output, "utf-8")
+    result = invoke("config", "check", "-c", str(path))
+    assert (result.exit_code, result.output) == (0, f"{path}: good\n")
+
+
+def test_settings_in_force_are_shown_when_file_and_flags_are_given(tmp_path: Path) -> None:
+    path = tmp_path / "smartspec.toml"
+    path.write_text("mode = 'observe'\n[control]\nttl_s = 2.0\n", "utf-8")
+    shown = invoke("config", "show", "-c", str(path), "--set", "control.ttl_s=3")
+    values = tomllib.loads(shown.output)
+    assert (values["mode"], values["control"]["ttl_s"]) == ("observe", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["config", "check", "--set", "control.ttl=1"], "did you mean control.ttl_s?"),
+        (["config", "check", "--set", "control.ttl_s"], "expected KEY=VALUE"),
+        (["run", "--set", "control.ttl_s=never"], "control.ttl_s: got 'never'"),
+        (["run", "--log-level", "loud"], "log.level: got 'loud'"),
+        (["run", "-c", "/nowhere.toml"], "/nowhere.toml: cannot be read"),
+        (["run", "--endpoint", "tcp://10.0.0.1:5"], "loopback"),
+        (["inspect", "--redis-url", "db"], "redis.url"),
+        (["worker", "--speculation", "static", "--length", "9"], "--length 9"),
+        (["worker", "--draft-drop-layers", "a"], "--draft-drop-layers a"),
+        (["demo", "--arms", ","], "--arms"),
+    ],
+)
+def test_user_error_is_one_line_and_exit_code_2(arguments: list[str], part: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert part in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_daemon_that_cannot_start_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(settings: Settings, reload: Any) -> None:
+        raise service.ServiceError("another daemon (process 7) serves /x")
+
+    monkeypatch.setattr(service, "run", refuse)
+    result = invoke("run")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "smartspec: another daemon (process 7) serves /x\n",
+    )
+
+
+def test_flags_of_run_become_settings_again_when_reloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "smartspec.toml"
+    path.write_text("[control]\nttl_s = 2.0", "utf-8")
+    seen: list[Settings] = []
+
+    def capture(settings: Settings, reload: Any) -> None:
+        path.write_text("[control]\nttl_s = 4.0", "utf-8")
+        seen.extend([settings, reload()])
+
+    monkeypatch.setattr(service, "run", capture)
+    flags = ["--mode", "observe", "--runtime-dir", str(tmp_path), "--prometheus-port", "0"]
+    assert invoke("run", "-c", str(path), *flags).exit_code == 0
+    assert [s.control.ttl_s for s in seen] == [2.0, 4.0]
+    for settings in seen:
+        assert (settings.mode, settings.runtime_dir) == ("observe", str(tmp_path))
+        assert settings.telemetry.prometheus_port == 0
+
+
+def parameters_of(path: Path, function: str) -> set[str]:
+    """Names of a function's parameters, without importing it (and torch with it)."""
+    tree = ast.parse(path.read_text("utf-8"))
+    [found] = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function]
+    return {argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)}
+
+
+def stand_in_for(
+    monkeypatch: pytest.MonkeyPatch, name: str, function: str, seen: dict[str, Any]
+) -> None:
+    def capture(**options: Any) -> int:
+        seen.update(options)
+        return 0
+
+    module = types.ModuleType(name)
+    setattr(module, function, capture)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_options_of_worker_reach_the_engine(
+    monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    seen: dict[str, Any] = {}
+    stand_in_for(monkeypatch, "smartspec.engine_adapter.reference.service", "run_worker", seen)
+    options = ["--proposer", "draft", "--draft-drop-layers", "10,13", "--engine", "gpu-1"]
+    result = invoke("worker", *options, "--endpoint", "ipc:///run/x.sock", "--fetch-only")
+    assert result.exit_code == 0
+    assert seen["proposer"] == "draft"
+    assert seen["draft_drop_layers"] == (10, 13)
+    assert (seen["engine"], seen["endpoint"]) == ("gpu-1", "ipc:///run/x.sock")
+    assert seen["fetch_only"] is True
+    assert seen["speculation"] == "smartspec"
+    engine = repository / "engine_adapter" / "reference" / "service.py"
+    assert set(seen) <= parameters_of(engine, "run_worker")
+
+
+def test_options_of_demo_reach_it(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+    seen: dict[str, Any] = {}
+    stand_in_for(monkeypatch, "smartspec.lab.demo.run", "main", seen)
+    assert invoke("demo", "--arms", "none, smartspec", "--seed", "4", "--quick").exit_code == 0
+    assert seen == {
+        "out": Path("build/demo"),
+        "arms": ["none", "smartspec"],
+        "seed": 4,
+        "quick": True,
+    }
+    assert set(seen) <= parameters_of(repository / "lab" / "demo" / "run.py", "main")
+
+
+def test_missing_package_is_named_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("smartspec.daemon.cli.importlib.import_module", missing)
+    result = invoke("worker")
+    assert result.exit_code == 2
+    assert "pip install 'smartspec[worker]'" in result.stderr
+
+
+def test_inspect_exits_with_2_and_advice_when_no_redis_answers(tmp_path: Path) -> None:
+    began = time.monotonic()
+    result = invoke("inspect", "--json", "--runtime-dir", str(tmp_path))
+    assert result.exit_code == inspect.EXIT_NO_REDIS
+    assert "smartspec run" in result.stderr
+    assert result.stdout == ""
+    assert time.monotonic() - began < 5
+
+
+def test_inspect_json_is_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smartspec.daemon.telemetry.engine_state import EngineState
+
+    view = inspect.View(state=EngineState(engine="a"), age_s=0.5, daemon_age_s=0.1, events=[])
+    monkeypatch.setattr(inspect, "read", lambda settings, engine, now: [view])
+    shown = json.loads(invoke("inspect", "--json").stdout)
+    assert shown["engines"][0]["engine"] == "a"
+
+
+def test_inspect_shows_names_as_text_when_they_hold_markup_or_escapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from smartspec.daemon.telemetry.engine_state import EngineState
+
+    state = EngineState(engine="[red]x\x1b]0;y\x07", reason="[bold]2 running")
+    view = inspect.View(state=state, age_s=0.5, daemon_age_s=0.1, events=[])
+    for views in ([view], [view, view]):
+        monkeypatch.setattr(inspect, "read", lambda *_, views=views: views)
+        assert invoke("inspect").exit_code == 0
+        text = invoke("inspect").stdout
+        assert "[red]x" in text
+        assert "[bold]" in text
+        assert "\x1b]" not in text

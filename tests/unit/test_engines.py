@@ -1,0 +1,257 @@
+"""What is believed of an engine: checks, rosters, gaps, and what a restart keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from fakes import step_report
+from scripted_engine import hello
+
+from smartspec.daemon.engines import Engine, RosterGap
+from smartspec.engine_adapter import messages as wire
+
+NAN, INF = float("nan"), float("inf")
+
+
+def engine(previous: Engine | None = None, *, epoch: int = 1, **limits: Any) -> Engine:
+    greeting = hello(epoch=epoch)
+    changed = msgspec.structs.replace(greeting.limits, **limits)
+    return Engine(msgspec.structs.replace(greeting, limits=changed), previous)
+
+
+def roster(ids: list[int], version: int = 1, **more: Any) -> wire.Roster:
+    return wire.Roster(version=version, request_ids=wire.pack(ids, "u64"), **more)
+
+
+def column(*values: int) -> bytes:
+    return wire.pack(values, "u8")
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+BAD_REPORTS: dict[str, dict[str, Any]] = {
+    "epoch": {"epoch": 2},
+    "seq: 0 after 0": {"seq": 0},
+    "step_s: nan": {"step_s": NAN},
+    "step_s: inf": {"step_s": INF},
+    "step_s: -1": {"step_s": -1.0},
+    "step_s: 601": {"step_s": 601.0},
+    "step_s: 0, a step": {"step_s": 0.0, "target_s": None, "draft_s": None},
+    "target_s: nan": {"target_s": NAN},
+    "draft_s: -0.1": {"draft_s": -0.1},
+    "more than step_s": {"target_s": 0.029, "draft_s": 0.029},
+    "kv_usage": {"kv_usage": NAN},
+    "kv_usage: 1.5": {"kv_usage": 1.5},
+    "num_prefill_tokens": {"num_prefill_tokens": 2**23},
+    "context_tokens": {"context_tokens": 2**40},
+    "num_draft_forwards": {"num_draft_forwards": 2**63},
+    "num_draft_tokens": {"num_draft_tokens": 2**63},
+    "num_catch_up_tokens": {"num_catch_up_tokens": 2**63},
+    "num_waiting": {"num_waiting": 2**63},
+    "num_drafted: 2 bytes": {"num_drafted": column(1, 1)},
+    "num_accepted: 4 bytes": {"num_accepted": column(1, 1, 1, 1)},
+    "num_accepted: more than drafted": {"num_accepted": column(3, 0, 0)},
+    "num_drafted: over": {"num_drafted": column(6, 0, 0), "num_accepted": column(0, 0, 0)},
+    "num_emitted: more": {"num_emitted": column(3, 1, 1)},
+    "features: 4 bytes": {"features": wire.pack([1.0], "f32")},
+    "features: holds": {"features": wire.pack([[NAN] * 3, [1.0] * 3], "f32")},
+    "roster.version": {"roster": roster([1, 2, 3], 2)},
+    "request_ids: 9 bytes": {"roster": wire.Roster(version=1, request_ids=bytes(9))},
+    "request_ids: not unique": {"roster": roster([1, 2, 1])},
+    "request_ids: 513 requests": {"roster": roster(list(range(513)))},
+    "weight: must be": {"roster": roster([1, 2, 3], weight=wire.pack([1, 0, 1], "f32"))},
+    "weight: holds": {"roster": roster([1, 2, 3], weight=wire.pack([1, NAN, 1], "f32"))},
+    "weight: 4 bytes": {"roster": roster([1, 2, 3], weight=wire.pack([1], "f32"))},
+    "floor: 1 bytes": {"roster": roster([1, 2, 3], floor=column(1))},
+}
+
+
+@pytest.mark.parametrize("message", BAD_REPORTS)
+def test_report_is_refused_whole_when_a_field_cannot_be_true(message: str) -> None:
+    new = engine()
+    with pytest.raises(wire.MessageError, match=message):
+        new.observe(step_report(**({"seq": 1} | BAD_REPORTS[message])))
+    assert new.last is None and new.batch is None
+    assert (new.last_seq, new.num_reports, new.num_missed) == (0, 0, 0)
+    new.observe(step_report(1))  # the same engine, now honest
+
+
+BAD_HELLOS: dict[str, dict[str, Any]] = {
+    "graph_sizes: must rise": {"graph_sizes": (8, 4)},
+    "graph_sizes: must rise, from": {"graph_sizes": (0, 4)},
+    "graph_sizes: must": {"graph_sizes": (4, 4)},
+    "at most 4194304": {"graph_sizes": (4, 2**40)},
+    "graph_sizes: more than": {"graph_sizes": tuple(range(1, 2000))},
+    "modes: at least": {"modes": ()},
+    "modes: named twice": {"modes": ("ragged", "ragged")},
+    "modes: more than": {"modes": tuple(str(i) for i in range(100))},
+    "features: named twice": {"features": ("match_length",) * 2},
+    "features: more than": {"features": tuple(str(i) for i in range(100))},
+    "static_length": {"static_length": 6},
+}
+
+
+@pytest.mark.parametrize("message", BAD_HELLOS)
+def test_engine_is_refused_when_its_limits_contradict_themselves(message: str) -> None:
+    with pytest.raises(wire.MessageError, match=message):
+        engine(**BAD_HELLOS[message])
+
+
+@pytest.mark.parametrize("name", ["", "two\nlines", "\x1b[31mred"])
+def test_engine_is_refused_when_its_name_cannot_be_shown(name: str) -> None:
+    with pytest.raises(wire.MessageError, match="printable"):
+        Engine(hello(name))
+
+
+# -- rosters and sequence -------------------------------------------------------------------------
+
+
+def test_roster_holds_until_the_next_when_reports_leave_it_out() -> None:
+    new = engine()
+    first = new.observe(step_report(1, [5, 6, 7]))
+    second = new.observe(step_report(2, roster=False))
+    assert second.batch is first.batch
+    assert second.batch.ids.tolist() == [5, 6, 7]
+    third = new.observe(step_report(3, [7, 8], roster_version=2))
+    assert third.batch.ids.tolist() == [7, 8]
+
+
+def test_report_asks_for_the_roster_when_it_was_never_received() -> None:
+    new = engine()
+    with pytest.raises(RosterGap):
+        new.observe(step_report(1, roster=False))
+    new.observe(step_report(2))
+    with pytest.raises(RosterGap):
+        new.observe(step_report(3, roster_version=2, roster=False))
+    # Sent again, it is taken, and the steps without one count as missed.
+    assert new.observe(step_report(4, roster_version=2)).batch.version == 2
+    assert new.num_missed == 1
+
+
+def test_steps_are_counted_as_missed_when_numbers_are_skipped() -> None:
+    new = engine()
+    new.observe(step_report(1000))  # it ran long before we did: nothing was missed
+    assert new.num_missed == 0
+    for seq in (1001, 1005, 1006):
+        new.observe(step_report(seq, roster=False))
+    assert new.num_missed == 3
+
+
+def test_report_is_refused_and_counted_when_it_comes_twice_or_late() -> None:
+    new = engine()
+    for seq in (1, 2, 3):
+        new.observe(step_report(seq))
+    for seq in (3, 1):
+        with pytest.raises(wire.MessageError, match=f"seq: {seq} after 3"):
+            new.observe(step_report(seq))
+    assert (new.num_repeated, new.num_reports, new.last_seq) == (2, 3, 3)
+
+
+def test_staleness_is_steps_since_the_report_that_the_policy_knew() -> None:
+    new = engine()
+    new.observe(step_report(1))
+    policy_seq = new.next_policy_seq(1)
+    assert new.observe(step_report(2, roster=False)).staleness_steps is None
+    seen = new.observe(step_report(3, roster=False, policy_seq=policy_seq))
+    assert seen.staleness_steps == 2
+
+
+def test_bucket_is_that_of_the_newest_drafts_when_a_lookup_misses() -> None:
+    new = engine()
+    matched = wire.pack([[-1.0] * 3, [9.0] * 3], "f32")
+    missed = wire.pack([[-1.0] * 3, [0.0] * 3], "f32")
+    new.observe(step_report(1, features=matched))
+    bucket = new.last_bucket.copy()
+    new.observe(
+        step_report(
+            *(2, (3, 1, 4)),
+            features=missed,
+            num_available=column(0, 0, 0),
+            num_drafted=b"",
+            num_accepted=b"",
+            num_emitted=b"",
+            roster_version=2,
+        )
+    )
+    assert new.last_bucket[:2].tolist() == bucket[:2].tolist()
+    assert new.last_bucket[2] != bucket[0]  # a new request: nothing better is known of it
+
+
+def test_steps_without_requests_are_taken() -> None:
+    new = engine()
+    observation = new.observe(step_report(1, [], num_prefill_tokens=64))
+    assert observation.num_emitted == 0 and not observation.drafted_any
+    assert new.learn(observation) is not None
+    assert new.learn(new.observe(step_report(2, [], num_prefill_tokens=0))) is None
+
+
+# -- learning -------------------------------------------------------------------------------------
+
+
+def learned(previous: Engine | None = None, steps: int = 150, **more: Any) -> Engine:
+    """An engine whose drafts are all accepted at first, never at the second depth."""
+    new = engine(previous, **more)
+    for seq in range(1, steps + 1):
+        new.learn(new.observe(step_report(seq, roster=seq == 1, epoch=new.hello.epoch)))
+    return new
+
+
+def test_acceptance_is_learned_by_depth_from_reports() -> None:
+    hazards = learned().acceptance.pooled_hazards()
+    assert hazards[0] > 0.9 and hazards[1] < 0.1
+
+
+def test_cost_is_predicted_when_steps_repeat() -> None:
+    new = learned()
+    predicted = new.learn(new.observe(step_report(151, roster=False)))
+    assert predicted == pytest.approx(0.03, rel=0.05)
+
+
+def test_restart_keeps_what_was_learned_but_not_the_requests() -> None:
+    old = learned()
+    restarted = engine(old, epoch=2)
+    assert restarted.is_warm and restarted.num_reports == 0
+    assert restarted.acceptance.pooled_hazards()[0] > 0.9
+    rows = restarted.acceptance.rows(np.array([1, 2, 3], np.uint64))
+    assert restarted.acceptance.corrections(rows).tolist() == [1.0, 1.0, 1.0]
+    # Warmth lasts over a second restart, though little was reported in between.
+    assert engine(learned(restarted, steps=3, epoch=2), epoch=3).is_warm
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_length": 4},
+        {"features": ("match_length",)},
+        {"graph_sizes": (1, 2, 4)},
+        {"drafts_known_first": False},
+    ],
+)
+def test_restart_begins_anew_when_the_models_would_not_fit(limits: dict[str, Any]) -> None:
+    restarted = engine(learned(), epoch=2, **limits)
+    assert not restarted.is_warm
+    assert restarted.acceptance.pooled_hazards()[0] < 0.9
+
+
+def test_restart_begins_anew_when_the_fingerprint_differs() -> None:
+    old = learned()
+    other = msgspec.structs.replace(
+        hello(epoch=2), fingerprint=wire.Fingerprint(target="another", proposer="lookup")
+    )
+    assert Engine(other, old).acceptance.pooled_hazards()[0] < 0.9
+
+
+def test_policies_count_on_when_an_engine_returns() -> None:
+    """An engine that was lost while idle holds our last policy: a lower number would be stale."""
+    old = engine()
+    old.observe(step_report(7))
+    for _ in range(5):
+        old.next_policy_seq(7)
+    back = engine(old)
+    assert back.next_policy_seq(8) == 6
+    with pytest.raises(wire.MessageError, match="seq: 7 after 7"):
+        back.observe(step_report(7))
+    assert engine(old, epoch=2).observe(step_report(1, epoch=2)).report.seq == 1

@@ -1,0 +1,156 @@
+"""Probes: paid from a budget, silent while requests wait; the first sweep comes to an end."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import Steering
+from scripted_engine import Costs, ScriptedEngine, hello
+
+from smartspec.daemon.engines import Engine
+from smartspec.daemon.policy import Planner
+from smartspec.daemon.probing import MAX_TRIES, SWEEPS
+
+BUSY = Costs(base_s=0.004, token_s=0.002, noise=0.0)
+DRAFTING = Costs(base_s=0.03, token_s=0.001, draft_forward_s=0.03, draft_token_s=1e-4, noise=0.0)
+
+
+def steered(
+    acceptance: Any,
+    costs: Costs = BUSY,
+    *,
+    lookup: bool = True,
+    share: float = 0.005,
+    sweep: bool = True,
+    max_length: int = 5,
+    **more: Any,
+) -> tuple[ScriptedEngine, Steering]:
+    engine = Engine(hello(lookup=lookup, max_length=max_length))
+    planner = Planner(engine, daemon_epoch=1, probe_share=share, seed_sweep=sweep)
+    source = Steering(engine, planner)
+    scripted = ScriptedEngine(
+        source, np.array(acceptance), costs, max_length, lookup=lookup, **more
+    )
+    return scripted, source
+
+
+def expected_goodput(engine: ScriptedEngine, skip: int) -> float:
+    """Tokens per second of the steps after ``skip``, chance taken out of acceptance and time."""
+    tokens = seconds = 0.0
+    c = engine.costs
+    for choice in engine.choices[skip:]:
+        for k, a in zip(choice.lengths.tolist(), engine.acceptance.tolist(), strict=True):
+            tokens += sum(a**j for j in range(k + 1))
+        drafts = int(choice.lengths.sum())
+        seconds += c.base_s + c.token_s * (len(engine.acceptance) + drafts)
+        if not engine.lookup:
+            depth = int(choice.lengths.max())
+            seconds += c.draft_forward_s * depth + c.draft_token_s * drafts
+    return tokens / seconds
+
+
+@pytest.mark.parametrize("lookup", [True, False], ids=["lookup", "draft_model"])
+def test_probing_costs_no_more_than_its_share_of_goodput(lookup: bool) -> None:
+    costs = BUSY if lookup else DRAFTING
+    rng = np.random.default_rng(2)
+    acceptance = rng.uniform(0.1, 0.6, 12)
+    engines = {}
+    for share in (0.0, 0.005):
+        engine, source = steered(acceptance, costs, lookup=lookup, share=share)
+        for _ in range(1500):
+            engine.step()
+        engines[share] = engine
+        prober = source.planner.prober
+        assert prober.cost_s <= share * engine.seconds
+        assert (prober.num_probes > 5) == (share > 0)
+    with_probes, without = (expected_goodput(engines[share], 300) for share in (0.005, 0.0))
+    assert with_probes >= 0.985 * without
+
+
+def test_probes_are_few_when_the_budget_is_small() -> None:
+    counts = []
+    for share in (0.0005, 0.02):
+        engine, source = steered([0.1] * 8, share=share)
+        for _ in range(600):
+            engine.step()
+        assert source.planner.prober.cost_s <= share * engine.seconds
+        counts.append(source.planner.prober.num_probes)
+    assert counts[0] < counts[1]
+
+
+@pytest.mark.parametrize("sweep", [True, False])
+def test_nothing_is_probed_while_requests_wait(sweep: bool) -> None:
+    engine, source = steered([0.3] * 6, sweep=sweep, share=0.05)
+    engine.num_waiting = 4
+    for _ in range(100):
+        engine.step()
+    assert all(d.policy.num_probes == 0 for d in source.decisions)
+    engine.num_waiting = 0
+    for _ in range(100):
+        engine.step()
+    assert any(d.policy.num_probes > 0 for d in source.decisions)
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "lookup", "match_rate"),
+    list(itertools.product((0.1, 0.95), (True, False), (1.0, 0.3))),
+)
+def test_sweep_ends_soon_when_there_is_something_to_draft(
+    acceptance: float, lookup: bool, match_rate: float
+) -> None:
+    engine, source = steered([acceptance] * 3, lookup=lookup, match_rate=match_rate, share=0.0)
+    for _ in range(100):
+        engine.step()
+    assert not source.planner.prober.sweeping
+    assert all(d.policy.num_probes == 0 for d in source.decisions[-10:])
+
+
+def test_sweep_ends_when_a_lookup_never_matches() -> None:
+    engine, source = steered([0.5] * 3, match_rate=0.0, max_length=2, share=0.0)
+    for _ in range(2 * SWEEPS * MAX_TRIES + 10):
+        engine.step()
+    assert not source.planner.prober.sweeping
+
+
+def test_sweep_tries_every_length() -> None:
+    engine, source = steered([0.05] * 4, lookup=False, costs=DRAFTING, share=0.0)
+    tried = set()
+    for _ in range(60):
+        tried |= set(engine.step().num_drafted.tolist())
+    assert tried >= {1, 2, 3, 4, 5}
+    assert not source.planner.prober.sweeping
+
+
+def test_no_sweep_is_made_when_it_is_not_wanted_or_the_engine_is_warm() -> None:
+    engine, source = steered([0.05] * 4, sweep=False, share=0.0)
+    for _ in range(150):
+        engine.step()
+    assert all(d.policy.num_probes == 0 for d in source.decisions)
+    restarted = Engine(hello(epoch=2), source.engine)
+    assert not Planner(restarted, daemon_epoch=1).prober.sweeping
+
+
+@pytest.mark.parametrize("lookup", [True, False], ids=["lookup", "draft_model"])
+def test_way_back_is_found_when_acceptance_rises_after_speculation_was_off(lookup: bool) -> None:
+    costs = BUSY if lookup else Costs(0.03, 0.001, draft_forward_s=0.008, noise=0.0)
+    engine, source = steered([0.02] * 8, costs, lookup=lookup)
+    for _ in range(600):
+        engine.step()
+    assert max(int(c.lengths.max()) for c in engine.choices[-40:] if c.source == "policy") == 0
+    engine.acceptance = np.full(8, 0.95)
+    for _ in range(1500):
+        engine.step()
+    mean = np.mean([c.lengths.mean() for c in engine.choices[-40:]])
+    assert mean > 2.5
+
+
+def test_engine_that_cannot_speculate_is_left_alone() -> None:
+    engine = Engine(hello(max_length=0, static_length=0))
+    source = Steering(engine, Planner(engine, daemon_epoch=1), own_length=0)
+    scripted = ScriptedEngine(source, np.array([0.5]), max_length=0)
+    for _ in range(20):
+        scripted.step()
+    assert source.decisions == []

@@ -1,0 +1,218 @@
+"""A policy made ready to run: what it refuses, and what it does at step time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import decode_batch, policy
+
+from smartspec.engine_adapter import messages as wire
+from smartspec.engine_adapter.lengths import CostCurve, DraftCost, Ladder, choose_lengths
+from smartspec.engine_adapter.program import LARGEST, MAX_AXES, MAX_CURVES, Program
+
+FEATURES = ("last_accepted_share", "match_length")
+NAN, INF = float("nan"), float("inf")
+
+
+def program(roster: Any = None, features: tuple[str, ...] = FEATURES, **more: Any) -> Program:
+    ids = None if roster is None else np.array(roster, np.uint64)
+    return Program(policy(**more), features, ids)
+
+
+def curve(num_tokens: list[float], seconds: list[float]) -> wire.Curve:
+    return wire.Curve(
+        mode="ragged", num_tokens=wire.pack(num_tokens, "f32"), seconds=wire.pack(seconds, "f32")
+    )
+
+
+def axis(*edges: float, feature: str = "match_length") -> wire.BucketAxis:
+    return wire.BucketAxis(feature=feature, edges=edges)
+
+
+def table(*rows: list[float]) -> bytes:
+    return wire.pack(rows, "f32")
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "max_length": {"max_length": 65, "log_survival": table([-1.0] * 65)},
+    "probe_length": {"probe_length": 300},
+    "ttl_s: 0": {"ttl_s": 0.0},
+    "ttl_s: -1": {"ttl_s": -1.0},
+    "ttl_s: nan": {"ttl_s": NAN},
+    "ttl_s: inf": {"ttl_s": INF},
+    "fallback_s: nan": {"fallback_s": NAN},
+    "value_of_time: -1": {"value_of_time": -1.0},
+    "value_of_time: nan": {"value_of_time": NAN},
+    "value_of_time: 1e\\+300": {"value_of_time": 1e300},
+    "draft_fixed_s": {"draft_fixed_s": NAN},
+    "draft_per_forward_s": {"draft_per_forward_s": INF},
+    "draft_per_token_s": {"draft_per_token_s": -0.1},
+    "curves: 0 given": {"curves": ()},
+    "curves: 9 given": {"curves": (curve([1], [1]),) * (MAX_CURVES + 1)},
+    "curves: 0 breakpoints": {"curves": (curve([], []),)},
+    "num_tokens must rise": {"curves": (curve([1, 1], [1, 2]),)},
+    "num_tokens over": {"curves": (curve([1, 1e30], [1, 2]),)},
+    "seconds not in": {"curves": (curve([1, 2], [1, -2]),)},
+    "seconds: 4 bytes": {"curves": (curve([1, 2], [1]),)},
+    "num_tokens: holds": {"curves": (curve([1, NAN], [1, 2]),)},
+    "log_survival: must be": {"log_survival": table([0.1, 0, -1, -2, -3])},
+    "log_survival: must not rise": {"log_survival": table([-3, -2, -3, -3, -3])},
+    "log_survival: 16 bytes": {"log_survival": table([-3, -3, -3, -3])},
+    "log_survival: holds": {"log_survival": table([-1, -2, -3, -4, -INF])},
+    "-log_survival: 1": {"log_survival": table([-1, -2, -3, -4, -1e30])},
+    "axes: edges": {"axes": (axis(5.0, 4.0),)},
+    "axes: edges must be": {"axes": (axis(NAN),)},
+    "axes: more than 16": {"axes": (axis(),) * (MAX_AXES + 1)},
+    "more than 4096 buckets": {"axes": (axis(1, 2, 3, 4, 5, 6, 7),) * 5},
+    "correction: 8 bytes": {"correction": wire.pack([1, 1], "f32")},
+    "correction: must be": {"correction": wire.pack([1, 1, -1], "f32")},
+    "correction: 1": {"correction": wire.pack([1, 1, 1e30], "f32")},
+    "correction: holds": {"correction": wire.pack([1, 1, NAN], "f32")},
+    "fallback: one": {"fallback_batch": (1,)},
+    "fallback_batch: must rise": {"fallback_batch": (8, 1)},
+    "fallback_batch: over": {"fallback_batch": (1, 2**63)},
+    "fallback_length: over": {"fallback_length": (2**63, 1)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_policy_is_refused_by_field_when_it_cannot_be_run(message: str) -> None:
+    with pytest.raises(wire.MessageError, match=message):
+        program(roster=[1, 2, 3], **BAD[message])
+
+
+def test_extreme_but_allowed_numbers_give_lengths_without_warnings() -> None:
+    extreme = program(
+        roster=[1, 2, 3],
+        value_of_time=LARGEST,
+        draft_fixed_s=LARGEST,
+        curves=(curve([1, 2, 1e12], [0, LARGEST, 0]), curve([-1e12, 5], [1, 1])),
+        log_survival=table([0, 0, -1, -1e9, -9.9e11]),
+        correction=wire.pack([0, 1, 9.9e11], "f32"),
+        depth=2**60,
+        num_probes=2**60,
+        probe_length=64,
+    )
+    batch = decode_batch()
+    choice = extreme.with_probes(extreme.choose(batch), batch)
+    assert (choice.lengths == 5).all()  # the probe's 64, up to each ceiling
+
+
+def test_lengths_are_those_of_the_policy_s_numbers() -> None:
+    ready = program(
+        axes=(axis(3.0, 5.0),),
+        log_survival=table(*(np.log(a) * np.arange(1, 6) for a in (0.1, 0.6, 0.95))),
+        draft_fixed_s=0.001,
+        draft_per_forward_s=0.002,
+        draft_per_token_s=0.0001,
+        value_of_time=60.0,
+        depth=4,
+    )
+    batch = decode_batch(range(1, 7), num_prefill_tokens=40, weight=np.full(6, 2.0, np.float32))
+    batch.features[1] = [0, 3, 4, 5, 8, 2]
+    acceptance = np.array([0.1, 0.6, 0.6, 0.95, 0.95, 0.1])
+    survival = acceptance[:, None] ** np.arange(1, 6)
+    expected = choose_lengths(
+        Ladder(survival, np.full(6, 2.0), None, batch.ceiling),
+        60.0,
+        4,
+        [CostCurve("ragged", np.array([1.0, 1000.0]), np.array([0.02, 0.03]))],
+        DraftCost(0.001, 0.002, 0.0001),
+        40,
+    )
+    choice = ready.choose(batch)
+    assert choice.lengths.tolist() == expected.lengths.tolist()
+    assert len(set(choice.lengths.tolist())) > 1
+    assert choice.gain == pytest.approx(expected.gain, rel=1e-5)
+
+
+def test_feature_reads_zero_when_the_engine_lacks_it() -> None:
+    values = {"axes": (axis(1.0),), "log_survival": table([-9] * 5, [-0.01] * 5)}
+    batch = decode_batch(num_features=1)
+    assert (program(features=("last_accepted_share",), **values).survivals(batch) < 0.01).all()
+    assert (program(**values).survivals(decode_batch()) > 0.9).all()
+
+
+def test_corrections_follow_their_requests_when_the_batch_has_changed() -> None:
+    ready = program(
+        roster=[10, 11, 12],
+        correction=wire.pack([0.0, 2.0, 1.0], "f32"),
+        log_survival=wire.pack(np.log(0.5) * np.arange(1, 6), "f32"),
+    )
+    first = ready.survivals(decode_batch([12, 99, 10, 11]))[:, 0]
+    assert first == pytest.approx([0.5, 0.5, 1.0, 0.25])  # 99 is not known: as its bucket
+    assert ready.survivals(decode_batch([10, 11, 12]))[:, 0] == pytest.approx([1.0, 0.25, 0.5])
+
+
+def test_corrections_are_left_out_when_their_roster_is_forgotten() -> None:
+    ready = program(correction=wire.pack([0.0, 2.0], "f32"))
+    assert ready.survivals(decode_batch())[:, 0] == pytest.approx([0.9] * 3)
+
+
+def test_probes_go_to_the_shortest_lengths_within_their_ceilings() -> None:
+    ready = program(probe_length=4, num_probes=2)
+    batch = decode_batch([1, 2, 3, 4])
+    batch.ceiling[:] = [5, 0, 3, 5]
+    choice = ready.choose(batch)._replace(lengths=np.array([3, 0, 1, 2]))
+    probing = ready.with_probes(choice, batch)
+    assert probing.lengths.tolist() == [3, 0, 3, 4]  # request 2 has nothing to draft
+    assert probing.source == "probe"
+    assert choice.lengths.tolist() == [3, 0, 1, 2]
+    batch.ceiling[:] = choice.lengths
+    assert ready.with_probes(choice, batch).source == "policy"
+
+
+def test_fallback_length_is_that_of_the_batch_size() -> None:
+    ready = program(fallback_batch=(2, 8, 32), fallback_length=(5, 3, 0))
+    for size, length in ((1, 5), (2, 5), (7, 5), (8, 3), (31, 3), (32, 0), (500, 0)):
+        choice = ready.fallback(decode_batch(range(size)))
+        assert choice is not None
+        assert choice.source == "fallback"
+        assert choice.lengths.tolist() == [length] * size
+
+
+def test_fallback_keeps_ceilings_and_floors() -> None:
+    ready = program(fallback_batch=(1,), fallback_length=(2,))
+    batch = decode_batch(floor=np.array([4, 0, 4], np.uint8))
+    batch.ceiling[:] = [5, 1, 3]
+    choice = ready.fallback(batch)
+    assert choice is not None and choice.lengths.tolist() == [4, 1, 3]
+
+
+def test_there_is_no_fallback_when_the_policy_brought_no_table() -> None:
+    assert program(fallback_batch=(), fallback_length=()).fallback(decode_batch()) is None
+
+
+@pytest.mark.parametrize("ids", [[], [7]])
+def test_smallest_batches_get_lengths(ids: list[int]) -> None:
+    for ready in (program(), program(axes=(axis(1.0),), log_survival=table([-1] * 5, [-1] * 5))):
+        assert len(ready.choose(decode_batch(ids)).lengths) == len(ids)
+
+
+def test_lengths_are_zero_when_the_engine_cannot_speculate() -> None:
+    ready = program(max_length=0, log_survival=b"")
+    assert ready.choose(decode_batch()).lengths.tolist() == [0, 0, 0]
+
+
+def test_successor_chooses_as_if_made_alone() -> None:
+    """What is taken over from the previous program must not leak into a different policy."""
+    first = program()
+    roster = np.array([1, 2, 3], np.uint64)
+    for more in (
+        {},
+        {"log_survival": wire.pack(np.log(0.2) * np.arange(1, 6), "f32")},
+        {"fallback_length": (5, 5)},
+        {"axes": (axis(1.0),), "log_survival": table([-9] * 5, [-0.01] * 5)},
+        {"value_of_time": 1e6, "correction": wire.pack([0, 1, 2], "f32")},
+    ):
+        alone = Program(policy(2, **more), FEATURES, roster)
+        after = Program(policy(2, **more), FEATURES, roster, first)
+        batch = decode_batch(range(1, 12))
+        for a, b in (
+            (alone.choose(batch), after.choose(batch)),
+            (alone.fallback(batch), after.fallback(batch)),
+        ):
+            assert a is not None and b is not None
+            assert a.lengths.tolist() == b.lengths.tolist()

@@ -1,0 +1,111 @@
+"""Prompt lookup finds what a plain search over all the tokens finds."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from smartspec.engine_adapter.reference.prompt_lookup import (
+    NO_MATCH,
+    Match,
+    NgramIndex,
+    PromptLookup,
+)
+from smartspec.engine_adapter.reference.sequence import Request, Sequence
+
+
+def plain_search(tokens: list[int], shortest: int, longest: int) -> Match:
+    for length in range(min(longest, len(tokens) - 1), shortest - 1, -1):
+        for end in range(len(tokens) - 1, length - 1, -1):
+            if tokens[end - length : end] == tokens[-length:]:
+                return Match(length, end)
+    return NO_MATCH
+
+
+def sequence_of(tokens: list[int], sequence_id: int = 1) -> Sequence:
+    return Sequence(sequence_id, Request(tokens), max_tokens=50, seed=0, added_s=0.0)
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    st.integers(1, 3),
+    st.integers(0, 5),
+    st.lists(st.integers(1, 4), min_size=60, max_size=60),
+)
+def test_match_is_the_longest_and_latest_when_tokens_arrive_in_pieces(
+    tokens: list[int], shortest: int, more: int, pieces: list[int]
+) -> None:
+    index = NgramIndex(shortest, shortest + more)
+    size = 0
+    for piece in pieces:
+        size = min(size + piece, len(tokens))
+        seen = tokens[:size]
+        assert index.find(seen) == plain_search(seen, shortest, shortest + more)
+
+
+def test_lookup_takes_microseconds_when_the_context_is_long() -> None:
+    tokens = np.random.default_rng(0).integers(0, 200, 20_000).tolist()
+    index = NgramIndex(2, 8)
+    index.find(tokens)
+    took = []
+    for _ in range(300):
+        tokens.append(tokens[-500])
+        begin = time.perf_counter()
+        index.find(tokens)
+        took.append(time.perf_counter() - begin)
+    assert np.median(took) < 100e-6
+
+
+def test_lookup_is_bounded_when_the_text_repeats_itself() -> None:
+    tokens = [1, 2] * 10_000 + [3, 2] * 20
+    index = NgramIndex(1, 8)
+    index.find(tokens)
+    tokens += [1]  # thousands of occurrences, none of the whole 8 tokens
+    begin = time.perf_counter()
+    index.find(tokens)
+    assert time.perf_counter() - begin < 5e-3
+
+
+def test_copy_follows_the_match_when_there_is_one() -> None:
+    proposer = PromptLookup(max_length=3)
+    sequence = sequence_of([1, 2, 3, 4, 5, 6, 1, 2, 3])
+    offer = proposer.available([sequence])
+    assert offer.ceiling.tolist() == [3]
+    assert offer.features.tolist() == [[3.0]]
+    assert proposer.propose([sequence], np.array([2])).drafts == [[4, 5]]
+
+
+def test_nothing_can_be_drafted_when_nothing_matches() -> None:
+    proposer = PromptLookup(max_length=3)
+    sequence = sequence_of([1, 2, 3])
+    offer = proposer.available([sequence])
+    assert offer.ceiling.tolist() == [0]
+    assert offer.features.tolist() == [[0.0]]
+    assert proposer.propose([sequence], np.array([0])).drafts == [[]]
+
+
+def test_copy_runs_on_into_itself_when_the_match_is_a_repetition() -> None:
+    proposer = PromptLookup(max_length=7)
+    sequence = sequence_of([9, 1, 2, 3, 1, 2, 3])
+    proposer.available([sequence])
+    assert proposer.propose([sequence], np.array([7])).drafts == [[1, 2, 3, 1, 2, 3, 1]]
+
+
+def test_nothing_is_remembered_when_a_sequence_has_left() -> None:
+    proposer = PromptLookup()
+    first = sequence_of([1, 2, 3, 1, 2])
+    proposer.available([first])
+    proposer.forget(first)
+    again = sequence_of([5, 6, 7])  # the same id
+    assert proposer.available([again]).ceiling.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_length": 0}, {"max_length": 256}, {"min_ngram": 0}, {"min_ngram": 9}]
+)
+def test_settings_are_refused_when_out_of_range(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        PromptLookup(**bad)

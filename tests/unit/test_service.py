@@ -1,0 +1,382 @@
+"""The daemon as a process: one per directory, its signals, its child, and the systemd unit."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.main import get_command
+
+from smartspec.daemon import config, service
+from smartspec.daemon.cli import app
+from smartspec.daemon.config import ConfigError, Settings
+from smartspec.daemon.event_bus import BusEvent, NoteEvent
+from smartspec.daemon.service import InstanceLock, ServiceError, TelemetryChild
+
+UNIT = Path(__file__).parents[2] / "systemd" / "smartspec.service"
+
+
+@pytest.fixture
+def runtime_dir() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="ss-") as directory:
+        yield Path(directory)
+
+
+class ListBus:
+    def __init__(self) -> None:
+        self.events: list[BusEvent] = []
+
+    def publish(self, event: BusEvent) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        pass
+
+
+class FakeProcess:
+    """As much of Popen as TelemetryChild uses."""
+
+    def __init__(self) -> None:
+        self.pid = 1
+        self.returncode: int | None = None
+        self.terminated = False
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def terminate(self) -> None:
+        self.terminated = True
+
+    def wait(self, timeout: float | None = None) -> int:
+        return 0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def settings_for(runtime_dir: Path, **overrides: Any) -> Settings:
+    named = {name.replace("__", "."): value for name, value in overrides.items()}
+    return config.load(env={}, overrides={"runtime_dir": str(runtime_dir), **named})
+
+
+# -- the runtime directory ----------------------------------------------------------------------
+
+
+def test_runtime_dir_is_created_for_its_owner_only(runtime_dir: Path) -> None:
+    path = runtime_dir / "a" / "b"
+    service.prepare_runtime_dir(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    service.prepare_runtime_dir(path)
+
+
+def test_runtime_dir_is_refused_when_everyone_may_write_it(runtime_dir: Path) -> None:
+    runtime_dir.chmod(0o777)
+    with pytest.raises(ServiceError, match="written by everyone"):
+        service.prepare_runtime_dir(runtime_dir)
+
+
+def test_runtime_dir_is_refused_when_it_is_a_link_or_a_file(runtime_dir: Path) -> None:
+    target, link, file = runtime_dir / "t", runtime_dir / "l", runtime_dir / "f"
+    target.mkdir()
+    link.symlink_to(target)
+    file.touch()
+    for path in (link, file):
+        with pytest.raises(ServiceError, match="runtime_dir"):
+            service.prepare_runtime_dir(path)
+
+
+def test_second_holder_is_refused_and_told_the_first_when_the_lock_is_held(
+    runtime_dir: Path,
+) -> None:
+    first, second = (InstanceLock(runtime_dir / "daemon.lock") for _ in range(2))
+    first.acquire()
+    with pytest.raises(ServiceError, match=f"process {os.getpid()}"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+# -- the telemetry child ------------------------------------------------------------------------
+
+
+def test_telemetry_is_restarted_with_growing_delays_when_it_dies() -> None:
+    clock, bus, started = Clock(), ListBus(), list[FakeProcess]()
+
+    def start() -> Any:
+        started.append(FakeProcess())
+        return started[-1]
+
+    child = TelemetryChild(start, bus, clock)
+    delays = []
+    for _ in range(8):
+        child.check()
+        started[-1].returncode = -9
+        child.check()
+        died_at, count = clock.now, len(started)
+        while len(started) == count:
+            clock.now += 0.125
+            child.check()
+        delays.append(clock.now - died_at)
+    assert delays == [0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 30.0, 30.0]
+    notes = [event for event in bus.events if isinstance(event, NoteEvent)]
+    assert len(notes) == 8
+    assert notes[0].kind == "telemetry_down"
+    assert "signal 9" in notes[0].text
+    clock.now += service.STABLE_S + 1
+    started[-1].returncode = 1
+    child.check()
+    clock.now += 0.5
+    child.check()
+    assert child.pid is not None, "after a long life the next restart is quick again"
+    child.close()
+    assert started[-1].terminated
+
+
+def test_steering_goes_on_when_telemetry_cannot_be_started() -> None:
+    clock, bus = Clock(), ListBus()
+
+    def start() -> Any:
+        raise OSError("no more processes")
+
+    child = TelemetryChild(start, bus, clock)
+    for _ in range(20):
+        child.check()
+    assert len(bus.events) == 1
+    child.close()
+
+
+# -- reloading ----------------------------------------------------------------------------------
+
+
+def test_reload_names_settings_that_need_a_restart(
+    runtime_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = settings_for(runtime_dir)
+    caplog.set_level("INFO")
+    new = settings_for(runtime_dir, control__ttl_s=3.0)
+    assert service.reload_settings(old, lambda: new) == old
+    assert "control.ttl_s" in caplog.text
+    assert "restart" in caplog.text
+
+
+def test_settings_stay_when_the_reloaded_file_is_wrong(
+    runtime_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = settings_for(runtime_dir)
+
+    def load() -> Settings:
+        raise ConfigError("control.ttl_s: got -1")
+
+    assert service.reload_settings(old, load) is old
+    assert "control.ttl_s: got -1" in caplog.text
+
+
+# -- the process --------------------------------------------------------------------------------
+
+# A daemon whose loop only waits: what is tested here is everything around the loop.
+_DAEMON = """
+    import sys, time
+    from smartspec.daemon import config, logs, service
+
+    class IdleLoop:
+        def cycle(self, timeout_s):
+            time.sleep(timeout_s)
+        def close(self):
+            print("closed", flush=True)
+
+    def load():
+        return config.load(sys.argv[1])
+
+    settings = load()
+    logs.configure(settings.log)
+    try:
+        service.run(settings, load, lambda settings, bus: IdleLoop())
+    except service.ServiceError as error:
+        sys.exit(f"refused: {error}")
+"""
+
+
+class Daemon:
+    """The process, with what it prints and logs collected."""
+
+    def __init__(self, runtime_dir: Path, text: str) -> None:
+        self.config = runtime_dir / "smartspec.toml"
+        self.config.write_text(f"runtime_dir = '{runtime_dir}'\n{text}", "utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(_DAEMON), str(self.config)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout:
+            self.lines.extend(iter(self.process.stdout.readline, ""))
+
+    def says(self, part: str) -> bool:
+        return any(part in line for line in self.lines)
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self) -> int:
+        self.process.terminate()
+        code = self.process.wait(15)
+        self._reader.join(5)
+        return code
+
+
+@pytest.fixture
+def daemons(runtime_dir: Path) -> Iterator[Callable[[str], Daemon]]:
+    started: list[Daemon] = []
+
+    def start(text: str) -> Daemon:
+        started.append(Daemon(runtime_dir, text))
+        return started[-1]
+
+    yield start
+    for daemon in started:
+        daemon.process.kill()
+        daemon.process.wait()
+        daemon._reader.join(5)
+
+
+def eventually(what: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := what():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"did not happen within {timeout_s} s")
+
+
+QUIET = "[telemetry]\nenabled = false\n"
+WITH_TELEMETRY = "[telemetry]\nprometheus_port = 0\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_daemon_closes_and_exits_with_0_when_asked_to_stop(
+    daemons: Callable[[str], Daemon], number: signal.Signals
+) -> None:
+    daemon = daemons(QUIET)
+    eventually(lambda: daemon.says("control mode"))
+    daemon.process.send_signal(number)
+    assert daemon.process.wait(5) == 0
+    eventually(lambda: daemon.says("closed"))
+
+
+def test_second_daemon_is_refused_when_one_serves_the_directory(
+    daemons: Callable[[str], Daemon],
+) -> None:
+    first = daemons(QUIET)
+    eventually(lambda: first.says("control mode"))
+    second = daemons(QUIET)
+    assert second.process.wait(10) == 1
+    eventually(lambda: second.says("refused: another daemon"))
+    assert second.says(f"process {first.process.pid}")
+    first.process.kill()
+    first.process.wait()
+    third = daemons(QUIET)
+    eventually(lambda: third.says("control mode"))
+
+
+def test_daemon_says_what_needs_a_restart_when_sent_sighup(
+    daemons: Callable[[str], Daemon],
+) -> None:
+    daemon = daemons(QUIET)
+    eventually(lambda: daemon.says("control mode"))
+    text = daemon.config.read_text("utf-8")
+    daemon.config.write_text(f"{text}\n[control]\nttl_s = 9\n[log]\nlevel = 'debug'", "utf-8")
+    daemon.process.send_signal(signal.SIGHUP)
+    eventually(lambda: daemon.says("control.ttl_s has changed"))
+    assert daemon.says("log settings applied")
+    assert daemon.stop() == 0
+
+
+def test_telemetry_comes_back_when_killed_and_goes_with_the_daemon(
+    daemons: Callable[[str], Daemon], runtime_dir: Path
+) -> None:
+    daemon = daemons(WITH_TELEMETRY)
+    valkey = runtime_dir / "valkey.sock"
+    eventually(valkey.exists)
+    [first] = psutil.Process(daemon.process.pid).children()
+    first.kill()
+    eventually(lambda: daemon.says("telemetry process ended (signal 9)"))
+    eventually(lambda: any(c.pid != first.pid for c in daemon.children()))
+    eventually(lambda: len(daemon.children()) == 2)
+    children = daemon.children()
+    assert daemon.stop() == 0
+    eventually(lambda: not any(child.is_running() for child in children))
+
+
+def test_no_process_is_left_when_the_daemon_is_killed(
+    daemons: Callable[[str], Daemon],
+) -> None:
+    daemon = daemons(WITH_TELEMETRY)
+    eventually(lambda: len(daemon.children()) == 2)
+    children = daemon.children()
+    daemon.process.kill()
+    eventually(lambda: not any(child.is_running() for child in children))
+
+
+# -- systemd ------------------------------------------------------------------------------------
+
+
+def unit() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=False, interpolation=None, comment_prefixes=("#",))
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(UNIT, "utf-8")
+    return parser
+
+
+def test_unit_runs_a_command_that_exists() -> None:
+    path, *arguments = shlex.split(unit()["Service"]["ExecStart"])
+    assert Path(path).name == "smartspec"
+    command = get_command(app)
+    context = command.make_context("smartspec", arguments, resilient_parsing=True)
+    name, found, rest = command.resolve_command(context, arguments)  # type: ignore[attr-defined]
+    assert (name, rest) == ("run", [])
+    assert found is not None
+
+
+def test_unit_gives_the_directory_that_the_settings_expect() -> None:
+    section = unit()["Service"]
+    name = section["RuntimeDirectory"]
+    settings = config.load(env={"RUNTIME_DIRECTORY": f"/run/{name}"})
+    assert settings.endpoint == f"ipc:///run/{name}/engines.sock"
+    assert section["RestartPreventExitStatus"] == "2"
+    assert section["Type"] == "exec"
+    for hardening in ("NoNewPrivileges", "DynamicUser", "ProtectHome", "PrivateTmp"):
+        assert section[hardening] == "yes"
+
+
+def test_unit_names_only_variables_that_exist() -> None:
+    known = {key.env for key in config.keys().values()} | {"SMARTSPEC_CONFIG"}
+    words = UNIT.read_text("utf-8").replace("=", " ").replace(",", " ").split()
+    named = {w for w in words if w.startswith("SMARTSPEC_") and "<" not in w}
+    assert named
+    assert named <= known
