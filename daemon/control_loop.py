@@ -377,7 +377,7 @@ class ControlLoop:
             num_prefill_tokens=report.num_prefill_tokens,
             context_tokens=report.context_tokens,
             source=report.source,
-            staleness_steps=observation.staleness_steps or 0,
+            staleness_steps=observation.staleness_steps,
             predicted_step_s=predicted_s,
         )
 

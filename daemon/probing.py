@@ -52,11 +52,16 @@ class Prober:
         """Earn from a step, and cross off what it tried of the sweep."""
         earned_s = self._purse_s + self.share * observation.report.step_s
         self._purse_s = min(earned_s, self.share * SAVINGS_S)
-        if self._sweep and observation.report.source == "probe":
-            self._tries += 1
-            if observation.drafted_any or self._tries >= MAX_TRIES:
-                self._sweep.pop(0)
-                self._tries = 0
+        if not self._sweep or observation.report.num_waiting:
+            return
+        tried = int(observation.num_drafted.max(initial=0))
+        self._tries += 1
+        if tried in self._sweep:
+            self._sweep.remove(tried)
+            self._tries = 0
+        elif self._tries >= MAX_TRIES:
+            self._sweep.pop(0)
+            self._tries = 0
 
     def plan(
         self,
@@ -72,8 +77,11 @@ class Prober:
             return 0, 0
         if observation.report.num_waiting:
             return 0, 0
-        if self._sweep:
-            return self._sweep[0], ladder.size
+        for length in self._sweep:
+            if (np.minimum(ladder.ceiling, length) > optimum.choice.lengths).any():
+                return length, ladder.size
+        # Lengths below those that are chosen anyway cannot be probed, and need not be.
+        self._sweep.clear()
         self._since_last += 1
         if self._since_last < SPACING or self._purse_s <= 0:
             return 0, 0

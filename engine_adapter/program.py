@@ -185,11 +185,15 @@ class Program:
         )
 
     def with_probes(self, choice: Choice, batch: DecodeBatch) -> Choice:
-        """``choice`` with the policy's probes put on the requests of the shortest lengths."""
+        """``choice`` with the policy's probes put on the requests of the shortest lengths.
+
+        Among equals they take turns, policy by policy: else the first in the batch got them all.
+        """
         wanted = np.minimum(batch.ceiling, self.policy.probe_length)
         able = np.flatnonzero(wanted > choice.lengths)
         if not len(able):
             return choice
+        able = np.roll(able, -(self.policy.seq * 7919 % len(able)))  # prime: no turn is skipped
         shortest = able[np.argsort(choice.lengths[able], kind="stable")[: self.policy.num_probes]]
         probing = choice.lengths.copy()
         probing[shortest] = wanted[shortest]

@@ -29,11 +29,12 @@ def calibrate(
     """Capacity from one burst of requests, decoded at length 0.
 
     A burst fills the batch and then empties it, so its own throughput is below what a steady stream
-    would get. Its steps say what a step costs, ``c_0 + c_batch B + c_prefill P`` (least squares);
-    in a steady full batch of B, each request decodes ``a - 1`` steps (the first of its a tokens
-    comes with its prompt), so r = B / (a - 1) requests join per step and bring r p prompt tokens:
+    would get. Its steps say what a step costs, ``c_0 + c_batch D + c_prefill P``, with D requests
+    that decode and P prompt tokens (least squares). In a steady stream with all B places taken, a
+    request has its place for a steps, one for its prompt (and first token) and a - 1 to decode;
+    so r = B / a requests join per step, bring r p prompt tokens, and B - r decode:
 
-        capacity = r / (c_0 + c_batch B + c_prefill r p)
+        capacity = r / (c_0 + c_batch (B - r) + c_prefill r p)
 
     Raises ValueError when there are too few steps to tell.
     """
@@ -49,8 +50,8 @@ def calibrate(
 
     answer = num_tokens / len(requests)
     prompt = float(prefill.sum()) / len(requests)
-    joining = max_num_running / (answer - 1)
-    full_s = fixed + per_request * max_num_running + per_prefill * joining * prompt
+    joining = max_num_running / answer
+    full_s = fixed + per_request * (max_num_running - joining) + per_prefill * joining * prompt
     if not full_s > 0:
         raise ValueError(f"step times make no sense: a full step would take {full_s:.3g} s")
     capacity = joining / full_s

@@ -79,10 +79,10 @@ class Comparison:
         where = "Overall" if self.group == OVERALL else f"In the phase '{self.group}'"
         percent = abs(self.ratio - 1)
         if percent < 0.005:
-            return f"{where}, SmartSpec was as fast as the best other ({self.best_other})."
+            return f"{where}, SmartSpec was as fast as the best other, {self.best_other}."
         how = "faster" if self.ratio < 1 else "slower"
         return (
-            f"{where}, SmartSpec was {percent:.0%} {how} than the best other ({self.best_other})."
+            f"{where}, SmartSpec was {percent:.0%} {how} than the best other, {self.best_other}."
         )
 
 

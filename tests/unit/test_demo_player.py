@@ -8,7 +8,7 @@ import pytest
 from virtual_engine import VirtualEngine
 
 from smartspec.lab.demo import calibration
-from smartspec.lab.demo.player import PlayError, Played, RequestRecord, burst, play
+from smartspec.lab.demo.player import Played, PlayError, RequestRecord, burst, play
 from smartspec.lab.demo.schedule import Arrival, Prompt
 
 
@@ -70,7 +70,7 @@ def test_events_of_another_play_are_ignored_when_they_come_late() -> None:
 def test_play_fails_when_a_request_is_not_answered(said: dict[str, str]) -> None:
     engine = VirtualEngine()
     engine.fail = said
-    with pytest.raises(PlayError, match="no room|cancelled"):
+    with pytest.raises(PlayError, match=r"no room|cancelled"):
         play_on(engine, burst([prompt(0)], "burst"))
 
 

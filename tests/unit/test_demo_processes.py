@@ -14,8 +14,9 @@ from smartspec.lab.demo.processes import DaemonProcess, Process, ProcessFailed, 
 def test_last_words_are_reported_when_a_process_ends(tmp_path: Path) -> None:
     process = Process("worker", ["worker", "--max-length", "many"], tmp_path / "log")
     process.popen.wait(30)
-    with pytest.raises(ProcessFailed, match=r"the worker ended with exit code 2.*'many'") as caught:
+    with pytest.raises(ProcessFailed, match="the worker ended with exit code 2") as caught:
         process.check()
+    assert "--max-length" in str(caught.value)
     assert str(tmp_path / "log") in str(caught.value)
     process.stop()
 

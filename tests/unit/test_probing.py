@@ -28,7 +28,8 @@ def steered(
     max_length: int = 5,
     **more: Any,
 ) -> tuple[ScriptedEngine, Steering]:
-    engine = Engine(hello(lookup=lookup, max_length=max_length))
+    greeting = hello(lookup=lookup, max_length=max_length, static_length=min(3, max_length))
+    engine = Engine(greeting)
     planner = Planner(engine, daemon_epoch=1, probe_share=share, seed_sweep=sweep)
     source = Steering(engine, planner)
     scripted = ScriptedEngine(
@@ -60,12 +61,12 @@ def test_probing_costs_no_more_than_its_share_of_goodput(lookup: bool) -> None:
     engines = {}
     for share in (0.0, 0.005):
         engine, source = steered(acceptance, costs, lookup=lookup, share=share)
-        for _ in range(1500):
+        for _ in range(800):
             engine.step()
         engines[share] = engine
         prober = source.planner.prober
         assert prober.cost_s <= share * engine.seconds
-        assert (prober.num_probes > 5) == (share > 0)
+        assert (prober.num_probes > 0) == (share > 0)
     with_probes, without = (expected_goodput(engines[share], 300) for share in (0.005, 0.0))
     assert with_probes >= 0.985 * without
 
@@ -74,7 +75,7 @@ def test_probes_are_few_when_the_budget_is_small() -> None:
     counts = []
     for share in (0.0005, 0.02):
         engine, source = steered([0.1] * 8, share=share)
-        for _ in range(600):
+        for _ in range(400):
             engine.step()
         assert source.planner.prober.cost_s <= share * engine.seconds
         counts.append(source.planner.prober.num_probes)
@@ -137,11 +138,11 @@ def test_no_sweep_is_made_when_it_is_not_wanted_or_the_engine_is_warm() -> None:
 def test_way_back_is_found_when_acceptance_rises_after_speculation_was_off(lookup: bool) -> None:
     costs = BUSY if lookup else Costs(0.03, 0.001, draft_forward_s=0.008, noise=0.0)
     engine, source = steered([0.02] * 8, costs, lookup=lookup)
-    for _ in range(600):
+    for _ in range(300):
         engine.step()
     assert max(int(c.lengths.max()) for c in engine.choices[-40:] if c.source == "policy") == 0
     engine.acceptance = np.full(8, 0.95)
-    for _ in range(1500):
+    for _ in range(1000):
         engine.step()
     mean = np.mean([c.lengths.mean() for c in engine.choices[-40:]])
     assert mean > 2.5
