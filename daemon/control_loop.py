@@ -184,12 +184,13 @@ class ControlLoop:
         began = self._clock()
         predicted: list[float | None] = []
         for observation in observations:
+            seconds = None
             try:
-                predicted.append(session.engine.learn(observation))
+                seconds = session.engine.learn(observation)
                 session.planner.prober.account(observation)
             except Exception:
-                predicted.append(None)
                 self._count_failure("learning", session)
+            predicted.append(seconds)
         session.learn_s = (self._clock() - began) / len(observations)
         for observation, seconds in zip(observations, predicted, strict=True):
             self._bus.publish(self._step_event(session, observation, seconds))

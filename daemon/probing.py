@@ -38,6 +38,7 @@ class Prober:
         self.max_length = max_length
         self._sweep = list(range(max_length, 0, -1)) * SWEEPS if sweep else []
         self._tries = 0
+        self._settled = 0
         self._turn = 0
         self.num_probes = 0
         self._since_last = 0
@@ -80,8 +81,13 @@ class Prober:
         for length in self._sweep:
             if (np.minimum(ladder.ceiling, length) > optimum.choice.lengths).any():
                 return length, ladder.size
-        # Lengths below those that are chosen anyway cannot be probed, and need not be.
-        self._sweep.clear()
+        if self._sweep:
+            # Lengths below those that are chosen anyway cannot be probed. If it stays so, they
+            # need not be.
+            self._settled += 1
+            if self._settled >= MAX_TRIES:
+                self._sweep.clear()
+            return 0, 0
         self._since_last += 1
         if self._since_last < SPACING or self._purse_s <= 0:
             return 0, 0

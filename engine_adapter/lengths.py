@@ -151,14 +151,16 @@ class Ladder:
         self.worth = survival if weight is None else survival * np.asarray(weight)[:, None]
         self.presence = None if presence is None else np.asarray(presence, np.float64)
         self.weight_sum = float(size if weight is None else np.sum(weight))
-        self.floor, self.ceiling = _NO_FLOOR, np.full(size, max_length)
+        self.floor = _NO_FLOOR
+        self.ceiling = np.full(size, max_length) if ceiling is None else np.minimum(ceiling, max_length)
         self.deepest_floor = 0
         self._forced_gain = 0.0
         key, count = self.worth, size * max_length
         if ceiling is not None:
-            self.ceiling = np.minimum(ceiling, max_length).astype(np.int64)
-            free = _DEPTHS[:max_length] < self.ceiling[:, None]
-            key, count = np.where(free, key, -1.0), int(self.ceiling.sum())
+            count = int(self.ceiling.sum())
+            if count < size * max_length:
+                free = _DEPTHS[:max_length] < self.ceiling[:, None]
+                key = np.where(free, key, key.dtype.type(-1))
         if floor is not None:
             self.floor = np.minimum(floor, self.ceiling).astype(np.int64)
             self.deepest_floor = int(self.floor.max(initial=0))

@@ -267,20 +267,18 @@ def unpack(
     Raises `MessageError` when the size is wrong or a float is not finite.
     """
     kind = _DTYPES[dtype]
-    size = 1
-    for n in shape:
-        size *= n
     if not column and default is not None:
         return np.full(shape, default, kind)
+    size = math.prod(shape)
     if len(column) != size * kind.itemsize:
         raise MessageError(
             f"{name}: {len(column)} bytes, expected {size * kind.itemsize} ({dtype} {list(shape)})"
         )
-    array = np.frombuffer(column, kind).reshape(shape)
+    array = np.frombuffer(column, kind)
     # The sum is finite only if all are (it may overflow when all are: then look at each).
     if dtype == "f32" and not math.isfinite(array.sum()) and not np.isfinite(array).all():
         raise MessageError(f"{name}: holds a value that is not finite")
-    return array
+    return array if len(shape) == 1 else array.reshape(shape)
 
 
 def align(known: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> npt.NDArray[np.intp]:

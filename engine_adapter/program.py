@@ -6,6 +6,7 @@ step depends on nothing but its own arrays.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -85,11 +86,15 @@ class Program:
         require(1 <= len(policy.curves) <= MAX_CURVES, f"curves: {len(policy.curves)} given")
         self.curves = [_curve(curve) for curve in policy.curves]
         # What seldom changes is taken over, checked as it is.
-        if previous is not None and previous._same_buckets(policy):
+        if previous is not None and previous.policy.axes == policy.axes:
             self.edges, self.rows = previous.edges, previous.rows
+            self.num_buckets = previous.num_buckets
+        else:
+            self._read_axes(policy, features)
+        if previous is not None and previous._same_table(policy):
             self.log_survival = previous.log_survival
         else:
-            self._read_buckets(policy, features)
+            self._read_table(policy)
         if previous is not None and previous._same_fallback(policy):
             self._fallback_batch = previous._fallback_batch
             self._fallback_length = previous._fallback_length
@@ -103,40 +108,29 @@ class Program:
             _number(float(self.correction.max(initial=0.0)), "correction")
             self.roster = roster
 
-    def _same_buckets(self, policy: Policy) -> bool:
-        mine = self.policy
-        return (
-            mine.log_survival == policy.log_survival
-            and mine.max_length == policy.max_length
-            and mine.axes == policy.axes
-        )
-
-    def _read_buckets(self, policy: Policy, features: tuple[str, ...]) -> None:
+    def _read_axes(self, policy: Policy, features: tuple[str, ...]) -> None:
         require(len(policy.axes) <= MAX_AXES, f"axes: more than {MAX_AXES}")
-        for axis in policy.axes:
-            require(
-                all(-LARGEST <= edge <= LARGEST for edge in axis.edges)
-                and list(axis.edges) == sorted(axis.edges),
-                "axes: edges must be numbers that rise",
-            )
+        require(all(list(a.edges) == sorted(a.edges) for a in policy.axes), "axes: edges must rise")
         self.edges = [np.array(axis.edges, np.float32) for axis in policy.axes]
         self.rows = [
             features.index(axis.feature) if axis.feature in features else None
             for axis in policy.axes
         ]
-        num_buckets = 1
-        for edges in self.edges:
-            num_buckets *= len(edges) + 1
-            require(num_buckets <= MAX_BUCKETS, f"axes: more than {MAX_BUCKETS} buckets")
-        self.log_survival = unpack(
-            policy.log_survival, "f32", (num_buckets, policy.max_length), "log_survival"
-        )
-        require(bool((self.log_survival <= 0).all()), "log_survival: must be <= 0")
-        _number(-float(self.log_survival.min(initial=0.0)), "-log_survival")
-        require(
-            bool((np.diff(self.log_survival, axis=1) <= 0).all()),
-            "log_survival: must not rise with depth",
-        )
+        self.num_buckets = math.prod(len(edges) + 1 for edges in self.edges)
+        require(self.num_buckets <= MAX_BUCKETS, f"axes: more than {MAX_BUCKETS} buckets")
+
+    def _same_table(self, policy: Policy) -> bool:
+        mine = self.policy
+        return mine.log_survival == policy.log_survival and mine.max_length == policy.max_length
+
+    def _read_table(self, policy: Policy) -> None:
+        shape = (self.num_buckets, policy.max_length)
+        table = unpack(policy.log_survival, "f32", shape, "log_survival")
+        require(float(table.max(initial=0.0)) <= 0, "log_survival: must be <= 0")
+        require(float(table.min(initial=0.0)) >= -LARGEST, f"log_survival: under {-LARGEST:g}")
+        falls = (table[:, 1:] <= table[:, :-1]).all()
+        require(bool(falls), "log_survival: must not rise with depth")
+        self.log_survival = table
 
     def _same_fallback(self, policy: Policy) -> bool:
         mine = self.policy

@@ -7,12 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import torch
-from smartspec.engine_adapter.base import DecodeBatch, StepFacts
-from smartspec.engine_adapter.lengths import Choice
-from smartspec.engine_adapter.reference.events import Finished
-from smartspec.engine_adapter.reference.proposer import Availability, Proposal
-from smartspec.engine_adapter.reference.sequence import Sequence
-from smartspec.engine_adapter.reference.worker import Worker
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,6 +16,13 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from smartspec.engine_adapter.base import DecodeBatch, StepFacts
+from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.reference.events import Finished
+from smartspec.engine_adapter.reference.proposer import Availability, Proposal
+from smartspec.engine_adapter.reference.sequence import Sequence
+from smartspec.engine_adapter.reference.worker import Worker
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 VOCABULARY = 48
@@ -40,9 +41,7 @@ def tiny_model(family: str, seed: int = 0, num_layers: int = 2) -> PreTrainedMod
     }
     if family == "gpt2":
         model: PreTrainedModel = GPT2LMHeadModel(
-            GPT2Config(
-                n_positions=MAX_POSITIONS, n_embd=32, n_layer=num_layers, n_head=4, **shared
-            )
+            GPT2Config(n_positions=MAX_POSITIONS, n_embd=32, n_layer=num_layers, n_head=4, **shared)
         )
     else:
         config, kind = {

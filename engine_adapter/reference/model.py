@@ -73,7 +73,7 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ModelNotAvailable(f"cannot load {path!r}: {error}") from error
     if drop_layers:
         model = without_layers(model, drop_layers)

@@ -81,9 +81,7 @@ class Comparison:
         if percent < 0.005:
             return f"{where}, SmartSpec was as fast as the best other, {self.best_other}."
         how = "faster" if self.ratio < 1 else "slower"
-        return (
-            f"{where}, SmartSpec was {percent:.0%} {how} than the best other, {self.best_other}."
-        )
+        return f"{where}, SmartSpec was {percent:.0%} {how} than the best other, {self.best_other}."
 
 
 def compare(arms: Mapping[str, Sequence[RequestRecord]]) -> list[Comparison]:

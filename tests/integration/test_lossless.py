@@ -8,6 +8,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from tiny_models import FAMILIES, VOCABULARY, RandomLengths, RandomProposer, answers, tiny_model
+
 from smartspec.engine_adapter.reference import worker as worker_module
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.model import without_layers
@@ -17,14 +19,13 @@ from smartspec.engine_adapter.reference.proposer import Proposer
 from smartspec.engine_adapter.reference.sampling import num_agreeing
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
 from smartspec.engine_adapter.reference.worker import Worker
-from tiny_models import FAMILIES, VOCABULARY, RandomLengths, RandomProposer, answers, tiny_model
 
 pytestmark = pytest.mark.integration
 
-MAX_RUNNING = 6
+MAX_RUNNING = 12
 MAX_LEN = 120
 MAX_LENGTH = 5
-NUM_REQUESTS = 48
+NUM_REQUESTS = 44
 EOS = frozenset({7})
 
 PROPOSERS: dict[str, Callable[[str], Proposer]] = {
@@ -38,7 +39,7 @@ PROPOSERS: dict[str, Callable[[str], Proposer]] = {
 
 def _draft(model: torch.nn.Module) -> DraftModel:
     # Few tokens per pass: catching up with a prompt takes several passes.
-    return DraftModel(ModelRunner(model, MAX_RUNNING, MAX_LEN), MAX_LENGTH, max_pass_tokens=24)
+    return DraftModel(ModelRunner(model, MAX_RUNNING, MAX_LEN), MAX_LENGTH, max_pass_tokens=40)
 
 
 @cache
@@ -47,7 +48,7 @@ def requests(sampled: bool) -> tuple[Request, ...]:
     rng = np.random.default_rng(5)
     made = []
     for i in range(NUM_REQUESTS):
-        size = int(rng.integers(1, 50))
+        size = int(rng.integers(1, 40))
         prompt = rng.integers(0, VOCABULARY, size).tolist()
         if i % 2:
             prompt = (prompt[:7] * 8)[:size]
@@ -60,8 +61,8 @@ def requests(sampled: bool) -> tuple[Request, ...]:
                 seed=i,
             )
         room = MAX_LEN - len(prompt)
-        tokens = min(room, int(rng.integers(20, 100)))
-        made.append(Request(prompt, tokens, sampling=sampling, ignore_eos=i % 3 > 0))
+        tokens = min(room, int(rng.integers(40, 100)))
+        made.append(Request(prompt, tokens, sampling=sampling, ignore_eos=i % 4 > 0))
     return tuple(made)
 
 
@@ -95,7 +96,7 @@ def speculative(
         length_source=source,
         max_num_running=MAX_RUNNING,
         max_model_len=MAX_LEN,
-        max_prefill_tokens=17,
+        max_prefill_tokens=31,
         eos_token_ids=EOS,
     )
     todo = list(requests(sampled))
@@ -103,7 +104,7 @@ def speculative(
     cancelled: set[int] = set()
 
     def between(step: int) -> None:
-        while todo and rng.random() < 0.6:
+        while todo and rng.random() < 0.7:
             ids.append(worker.add_request(todo.pop(0)))
         if rng.random() < 0.04:
             place = int(rng.integers(len(ids)))
@@ -116,7 +117,9 @@ def speculative(
     return [tuple(finished[i].tokens) for i in ids], cancelled, source
 
 
-def assert_same(found: list[tuple[int, ...]], cancelled: set[int], expected: tuple[tuple[int, ...], ...]) -> None:
+def assert_same(
+    found: list[tuple[int, ...]], cancelled: set[int], expected: tuple[tuple[int, ...], ...]
+) -> None:
     for place, (tokens, whole) in enumerate(zip(found, expected, strict=True)):
         if place in cancelled:
             assert tokens == whole[: len(tokens)]

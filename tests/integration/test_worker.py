@@ -6,15 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
-from smartspec.engine_adapter.base import FixedLength
-from smartspec.engine_adapter.reference import worker as worker_module
-from smartspec.engine_adapter.reference.draft_model import DraftModel
-from smartspec.engine_adapter.reference.events import Finished, Refused, Tokens
-from smartspec.engine_adapter.reference.model_runner import ModelRunner
-from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
-from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
-from smartspec.engine_adapter.reference.worker import Worker
 from tiny_models import (
     VOCABULARY,
     LetterTokenizer,
@@ -23,6 +16,15 @@ from tiny_models import (
     answers,
     tiny_model,
 )
+
+from smartspec.engine_adapter.base import FixedLength
+from smartspec.engine_adapter.reference import worker as worker_module
+from smartspec.engine_adapter.reference.draft_model import DraftModel
+from smartspec.engine_adapter.reference.events import Finished, Refused, Tokens
+from smartspec.engine_adapter.reference.model_runner import ModelRunner
+from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
+from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
+from smartspec.engine_adapter.reference.worker import Worker
 
 pytestmark = pytest.mark.integration
 
@@ -224,7 +226,7 @@ def test_batch_tells_what_is_known_before_drafting() -> None:
         assert batch.features.dtype == np.float32
         matched = batch.features[1] > 0
         assert (batch.ceiling[~matched] == 0).all()
-    assert batches[1].features[0, 0] == -1.0
+    assert both.features[0, 1] == -1.0
 
 
 def test_last_accepted_share_is_that_of_the_last_drafts() -> None:
@@ -317,8 +319,6 @@ def sampled_pairs(worker: Worker, num_requests: int) -> np.ndarray:
 
 def pairs_p_value(counts: np.ndarray, num_requests: int) -> float:
     """Chi-square p-value of the pairs against the model's exact probabilities."""
-    import torch
-
     model = tiny_model("llama")
 
     def distribution(tokens: list[int]) -> np.ndarray:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from smartspec.engine_adapter.reference.detokenizer import Detokenizer
 from tiny_models import VOCABULARY, LetterTokenizer
+
+from smartspec.engine_adapter.reference.detokenizer import Detokenizer
 
 TOKENIZER = LetterTokenizer()
 PIECES = {piece: i for i, piece in enumerate(LetterTokenizer.pieces)}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from smartspec.engine_adapter.reference.prompt_lookup import (
     NO_MATCH,
     Match,

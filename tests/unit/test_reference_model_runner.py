@@ -7,13 +7,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from smartspec.engine_adapter.reference.attention import ModelNotSupported
-from smartspec.engine_adapter.reference.model import without_layers
-from smartspec.engine_adapter.reference.model_runner import (
-    MAX_PADDED_TOKENS,
-    ModelRunner,
-    Segment,
-)
 from tiny_models import FAMILIES, VOCABULARY, tiny_model
 from torch import nn
 from transformers import (
@@ -23,6 +16,14 @@ from transformers import (
     Gemma2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+)
+
+from smartspec.engine_adapter.reference.attention import ModelNotSupported
+from smartspec.engine_adapter.reference.model import without_layers
+from smartspec.engine_adapter.reference.model_runner import (
+    MAX_PADDED_TOKENS,
+    ModelRunner,
+    Segment,
 )
 
 NUM_ROWS = 10
@@ -56,7 +57,9 @@ def test_logits_equal_the_models_own_when_rows_are_ragged(family: str) -> None:
             segments.append(Segment(row, len(texts[row]), tokens, wanted))
             texts[row] = texts[row] + tokens
         logits = runner.forward(segments)
-        expected = [plain_logits(plain, texts[s.row])[-s.num_logits :] for s in segments if s.num_logits]
+        expected = [
+            plain_logits(plain, texts[s.row])[-s.num_logits :] for s in segments if s.num_logits
+        ]
         assert len(logits) == sum(segment.num_logits for segment in segments)
         if expected:
             torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-5, atol=1e-5)
@@ -79,9 +82,7 @@ def test_logits_are_right_when_a_row_has_moved() -> None:
     runner.forward([Segment(3, 0, prompt, 0)])
     runner.cache.move(3, 1, len(prompt))
     logits = runner.forward([Segment(1, 30, [5], 1)])
-    torch.testing.assert_close(
-        logits, plain_logits(plain, [*prompt, 5])[-1:], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(logits, plain_logits(plain, [*prompt, 5])[-1:], rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_on_the_device_take_the_place_of_the_segments_own() -> None:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from scipy import stats
+
 from smartspec.engine_adapter.reference import sampling
 from smartspec.engine_adapter.reference.sampling import (
     Draws,
@@ -40,7 +41,9 @@ def exact_probabilities(logits: F64, params: SamplingParams) -> F64:
     return result / result.sum()
 
 
-def draw(logits: F64, params: SamplingParams, seeds: range, position: int = 5) -> npt.NDArray[np.int64]:
+def draw(
+    logits: F64, params: SamplingParams, seeds: range, position: int = 5
+) -> npt.NDArray[np.int64]:
     rows = torch.from_numpy(logits).expand(len(seeds), -1)
     draws = Draws.of((params, seed, range(position, position + 1)) for seed in seeds)
     return sample(rows, draws).numpy()

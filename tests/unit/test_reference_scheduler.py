@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from smartspec.engine_adapter.reference.scheduler import Scheduler
 from smartspec.engine_adapter.reference.sequence import Request, Sequence
 

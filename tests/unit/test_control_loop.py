@@ -1,0 +1,443 @@
+"""The loop on a fake transport and clock: order, counting, who may connect, what may fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from fakes import Clock, FakeTransport, RecordingBus, step_report
+from scripted_engine import hello
+
+from smartspec.daemon import config
+from smartspec.daemon.control_loop import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT, ControlLoop
+from smartspec.daemon.event_bus import DecisionEvent, EngineEvent, LoopEvent, NoteEvent, StepEvent
+from smartspec.engine_adapter import messages as wire
+
+
+class Rig:
+    """A loop and what it is connected to."""
+
+    def __init__(self, mode: str = "control", **control: Any) -> None:
+        overrides = {"mode": mode, **{f"control.{k}": v for k, v in control.items()}}
+        self.clock = Clock()
+        self.transport = FakeTransport()
+        self.bus = RecordingBus()
+        self.settings = config.load(None, {}, overrides)
+        self.loop = ControlLoop(
+            self.settings, self.transport, self.bus, self.clock, wall=lambda: 7.0
+        )
+
+    def cycle(self, peer: bytes = b"a", *messages: wire.Message | bytes) -> str | None:
+        self.transport.put(peer, *messages)
+        return self.loop.cycle(0.1)
+
+    def connect(self, peer: bytes = b"a", name: str = "gpu0", epoch: int = 1) -> None:
+        self.cycle(peer, hello(name, epoch))
+        self.transport.sent.clear()
+
+    def policies(self, peer: bytes = b"a") -> list[wire.Policy]:
+        return self.transport.take(peer, wire.Policy)
+
+    def session(self, name: str = "gpu0") -> Any:
+        return self.loop._by_name[name]
+
+
+@pytest.fixture
+def rig() -> Rig:
+    made = Rig()
+    made.connect()
+    return made
+
+
+# -- decide, publish, learn -----------------------------------------------------------------------
+
+
+def test_policy_goes_out_before_anything_is_learned_or_published(rig: Rig) -> None:
+    order: list[str] = []
+    session, send, publish = rig.session(), rig.transport.send, rig.bus.publish
+    learn = session.engine.learn
+
+    def noted(name: str, call: Any) -> Any:
+        def wrapper(*arguments: Any) -> Any:
+            order.append(name)
+            return call(*arguments)
+
+        return wrapper
+
+    rig.transport.send = noted("send", send)  # type: ignore[method-assign]
+    rig.bus.publish = noted("publish", publish)  # type: ignore[method-assign]
+    session.engine.learn = noted("learn", learn)
+    rig.cycle(b"a", step_report(1))
+    assert order[:2] == ["send", "learn"]
+    assert "publish" not in order[: order.index("learn")]
+
+
+def test_policy_rests_on_what_was_known_before_the_report(rig: Rig) -> None:
+    """Decided with the models as they were: the report's own lesson counts in the next policy."""
+    rig.cycle(b"a", step_report(1))
+    rig.cycle(b"a", step_report(2, roster=False))
+    first, second = rig.policies()
+    fresh = Rig()
+    fresh.connect()
+    fresh.cycle(b"a", step_report(1, num_accepted=b"", num_emitted=b""))
+    (other,) = fresh.policies()
+    assert first.log_survival == other.log_survival
+    assert second.log_survival != first.log_survival
+
+
+def test_one_decision_is_made_per_engine_however_many_reports(rig: Rig) -> None:
+    rig.connect(b"b", "gpu1")
+    for seq in range(1, 21):
+        rig.transport.put(b"a", step_report(seq, roster=seq == 1))
+        rig.transport.put(b"b", step_report(seq + 100, roster=seq == 1))
+    rig.loop.cycle(0.1)
+    for peer, newest in ((b"a", 20), (b"b", 120)):
+        (policy,) = rig.policies(peer)
+        assert policy.report_seq == newest
+    assert rig.loop.counters["decisions"] == 2
+    assert rig.loop.counters["reports"] == 40
+    assert all(rig.session(name).engine.num_reports == 20 for name in ("gpu0", "gpu1"))
+    assert len(rig.bus.of(StepEvent)) == 40  # all were learned from
+    assert len(rig.bus.of(DecisionEvent)) == 2
+
+
+def test_cycle_returns_the_reason_of_what_was_decided(rig: Rig) -> None:
+    reason = rig.cycle(b"a", step_report(1))
+    assert reason is not None and reason.startswith("3 running: ")
+    (policy,) = rig.policies()
+    assert policy.reason == reason
+    assert rig.cycle() is None
+
+
+def test_engines_of_one_daemon_do_not_mix(rig: Rig) -> None:
+    rig.connect(b"b", "gpu1")
+    for seq in range(1, 80):
+        good = {"num_accepted": wire.pack([2] * 3, "u8"), "num_emitted": wire.pack([3] * 3, "u8")}
+        bad = {"num_accepted": b"", "num_emitted": b""}
+        rig.transport.put(b"a", step_report(seq, roster=seq == 1, **good))
+        rig.transport.put(b"b", step_report(seq, roster=seq == 1, **bad))
+        rig.loop.cycle(0.1)
+    a, b = (rig.session(n).engine.acceptance.pooled_hazards()[0] for n in ("gpu0", "gpu1"))
+    assert a > 0.9 and b < 0.1
+
+
+def test_steering_is_left_out_when_observing() -> None:
+    rig = Rig("observe")
+    rig.connect()
+    for seq in range(1, 10):
+        assert rig.cycle(b"a", step_report(seq, roster=seq == 1)) is not None
+        rig.clock.now += 0.1
+    assert rig.policies() == []
+    assert rig.transport.take(b"a", wire.Heartbeat)  # the engine goes on reporting
+    decisions = rig.bus.of(DecisionEvent)
+    assert len(decisions) == 9
+    assert all(not event.steering and event.num_probes == 0 for event in decisions)
+    assert rig.session().engine.acceptance.num_observed().sum() > 0
+
+
+def test_events_tell_what_happened(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(5, num_waiting=2))
+    (policy,) = rig.policies()
+    rig.cycle(b"a", step_report(6, roster=False, policy_seq=policy.seq, source="policy"))
+    first, second = rig.bus.of(StepEvent)
+    assert (first.engine, first.seq, first.num_running, first.num_waiting) == ("gpu0", 5, 3, 2)
+    assert (first.num_drafted, first.num_accepted, first.num_emitted) == (6, 3, 6)
+    assert first.staleness_steps is None and second.staleness_steps == 1
+    decision = rig.bus.of(DecisionEvent)[0]
+    assert (decision.policy_seq, decision.report_seq, decision.t_s) == (policy.seq, 5, 7.0)
+    assert sum(decision.length_counts) == 3
+    assert decision.predicted_goodput > 0 and decision.reason == policy.reason
+
+
+# -- gaps, repetition, rosters --------------------------------------------------------------------
+
+
+def test_gaps_repetition_and_disorder_are_counted(rig: Rig) -> None:
+    for seq in (1, 2, 5, 5, 4, 6):
+        rig.transport.put(b"a", step_report(seq))
+    rig.loop.cycle(0.1)
+    engine = rig.session().engine
+    assert (engine.num_reports, engine.num_missed, engine.num_repeated) == (4, 2, 2)
+    assert rig.loop.counters["steps_missed"] == 2
+    assert rig.loop.counters["frames_refused"] == 2
+    (policy,) = rig.policies()
+    assert policy.report_seq == 6
+
+
+def test_roster_is_asked_for_when_it_is_missing_but_not_at_every_report(rig: Rig) -> None:
+    for seq in range(1, 6):
+        rig.cycle(b"a", step_report(seq, roster=False))
+    (resync,) = rig.transport.take(b"a", wire.Resync)
+    assert "roster" in resync.reason
+    assert rig.policies() == []
+    rig.clock.now += ANSWER_EVERY_S + 0.01
+    rig.cycle(b"a", step_report(6, roster=False))
+    assert len(rig.transport.take(b"a", wire.Resync)) == 1
+    rig.cycle(b"a", hello("gpu0"), step_report(7))
+    assert len(rig.policies()) == 1
+
+
+def test_hello_is_asked_for_when_an_unknown_engine_reports() -> None:
+    rig = Rig()
+    rig.cycle(b"x", step_report(1))
+    (resync,) = rig.transport.take(b"x", wire.Resync)
+    assert resync.daemon_epoch == rig.loop.epoch
+    rig.connect(b"x")
+    rig.cycle(b"x", step_report(2, epoch=99))
+    rig.clock.now += 1
+    rig.cycle(b"x", step_report(3, epoch=99))
+    assert rig.transport.take(b"x", wire.Resync)
+    assert rig.loop.counters["reports"] == 0
+
+
+def test_bad_frame_is_counted_and_told_now_and_then(rig: Rig) -> None:
+    for _ in range(50):
+        rig.cycle(b"a", b"\xc1", step_report(1, step_s=float("nan")))
+    assert rig.loop.counters["frames_refused"] == 100
+    assert rig.session().engine.num_refused == 100
+    (note,) = rig.bus.of(NoteEvent)
+    assert (note.kind, note.engine) == ("bad_frame", "gpu0")
+    rig.clock.now += NOTE_EVERY_S + 0.01
+    rig.cycle(b"a", b"\xc1")
+    assert len(rig.bus.of(NoteEvent)) == 2
+    rig.cycle(b"a", step_report(1))
+    assert len(rig.policies()) == 1
+
+
+def test_peer_of_another_version_is_told_so() -> None:
+    rig = Rig()
+    plain = msgspec.msgpack.decode(wire.encode(hello()))
+    newer = msgspec.msgpack.encode(plain | {"version": 2})
+    for _ in range(10):
+        rig.cycle(b"new", newer)
+    (refused,) = rig.transport.take(b"new", wire.Refused)
+    assert "version 2 is not spoken here" in refused.reason
+    assert rig.loop.counters["frames_refused"] == 10
+
+
+def test_flood_of_one_cycle_is_bounded(rig: Rig) -> None:
+    rig.transport.put(b"x", *[b"\xc1"] * 10_000)
+    rig.transport.put(b"a", step_report(1))
+    rig.loop.cycle(0.0)
+    assert 0 < len(rig.transport.inbox) <= 10_001 - 4096
+    while rig.transport.inbox:
+        rig.loop.cycle(0.0)
+    assert len(rig.policies()) == 1
+
+
+# -- engines come and go --------------------------------------------------------------------------
+
+
+def test_engine_hears_a_heartbeat_when_it_is_welcome() -> None:
+    rig = Rig()
+    rig.cycle(b"a", hello("gpu0"))
+    (beat,) = rig.transport.take(b"a", wire.Heartbeat)[:1]
+    assert beat.daemon_epoch == rig.loop.epoch
+    (event,) = rig.bus.of(EngineEvent)
+    assert (event.engine, event.state, event.epoch) == ("gpu0", "connected", 1)
+
+
+def test_name_is_refused_while_another_engine_of_that_name_is_connected(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    rig.clock.now += 30  # silent for long, in a prefill perhaps, but connected
+    rig.cycle(b"b", hello("gpu0", epoch=2))
+    (refused,) = rig.transport.take(b"b", wire.Refused)
+    assert refused.reason == "another engine is called 'gpu0'"
+    rig.cycle(b"a", step_report(2, roster=False))
+    assert len(rig.policies(b"a")) == 2
+    assert rig.loop.counters["engines_refused"] == 1
+
+
+def test_name_is_refused_when_somebody_repeats_an_engine_s_own_words(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    rig.cycle(b"b", hello("gpu0"), step_report(2))
+    assert rig.transport.take(b"b", wire.Refused) and not rig.policies(b"b")
+    rig.cycle(b"a", step_report(2, roster=False))
+    assert rig.policies(b"a")[-1].report_seq == 2
+
+
+def test_restarted_engine_keeps_what_was_learned(rig: Rig) -> None:
+    for seq in range(1, 150):
+        rig.cycle(b"a", step_report(seq, roster=seq == 1))
+    before = rig.session().engine.acceptance.pooled_hazards().tolist()
+    last = rig.policies()[-1].seq
+    rig.transport.gone.add(b"a")  # killed: no goodbye, but the connection is gone
+    rig.cycle(b"b", hello("gpu0", epoch=2))
+    assert not rig.transport.take(b"b", wire.Refused)
+    engine = rig.session().engine
+    assert engine.hello.epoch == 2 and engine.is_warm
+    assert engine.acceptance.pooled_hazards().tolist() == before
+    rig.cycle(b"b", step_report(1, epoch=2))
+    (policy,) = rig.policies(b"b")
+    assert policy.epoch == 2 and policy.seq > last
+    assert policy.num_probes == 0  # no second sweep
+    assert [e.state for e in rig.bus.of(EngineEvent)] == ["connected", "replaced", "connected"]
+
+
+def test_engine_that_says_goodbye_is_remembered(rig: Rig) -> None:
+    for seq in range(1, 150):
+        rig.cycle(b"a", step_report(seq, roster=seq == 1))
+    rig.cycle(b"a", wire.Goodbye(epoch=2))  # of another epoch: not this one
+    assert "gpu0" in rig.loop._by_name
+    rig.cycle(b"a", wire.Goodbye(epoch=1))
+    assert "gpu0" not in rig.loop._by_name
+    rig.connect(b"b", "gpu0", epoch=2)
+    assert rig.session().engine.is_warm
+
+
+def test_engine_is_lost_after_long_silence_and_returns_where_it_was(rig: Rig) -> None:
+    for seq in range(1, 150):
+        rig.cycle(b"a", step_report(seq, roster=seq == 1))
+    last = rig.policies()[-1].seq
+    rig.clock.now += rig.settings.control.engine_timeout_s + 1
+    rig.cycle()
+    assert [e.state for e in rig.bus.of(EngineEvent)][-1] == "lost"
+    rig.transport.sent.clear()
+    rig.cycle(b"a", step_report(150, roster=False))
+    assert rig.transport.take(b"a", wire.Resync)
+    rig.cycle(b"a", hello("gpu0"), step_report(151))
+    (policy,) = rig.policies()
+    assert policy.seq > last  # or the engine would take it for an old one
+    assert rig.session().engine.is_warm
+
+
+def test_idle_engine_is_kept_when_it_repeats_its_hello(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    for _ in range(20):
+        rig.clock.now += rig.settings.control.engine_timeout_s / 2
+        rig.cycle(b"a", hello("gpu0"))
+    assert rig.session().engine.num_reports == 1
+
+
+def test_engine_over_a_new_connection_goes_on(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    rig.transport.gone.add(b"a")
+    rig.cycle(b"b", hello("gpu0"), step_report(2, roster=False))
+    (policy,) = rig.policies(b"b")
+    assert policy.report_seq == 2
+    assert rig.session().engine.num_reports == 2
+
+
+def test_one_connection_is_one_engine(rig: Rig) -> None:
+    for i in range(RETIRED_KEPT + 10):
+        rig.cycle(b"a", hello(f"name{i}"))
+    assert len(rig.loop._by_name) == len(rig.loop._by_peer) == 1
+    assert len(rig.loop._retired) <= RETIRED_KEPT
+
+
+def test_engines_are_refused_beyond_the_allowed_number() -> None:
+    rig = Rig(max_engines=2)
+    for i in range(3):
+        rig.connect(b"%d" % i, f"gpu{i}")
+    rig.cycle(b"2", hello("gpu2"))
+    (refused,) = rig.transport.take(b"2", wire.Refused)
+    assert "max_engines" in refused.reason
+    rig.cycle(b"0", hello("gpu0"), step_report(1))  # those within go on
+    assert len(rig.policies(b"0")) == 1
+    rig.cycle(b"1", wire.Goodbye(epoch=1))
+    rig.cycle(b"2", hello("gpu2"))
+    assert not rig.transport.take(b"2", wire.Refused)
+
+
+def test_engine_is_told_why_when_its_hello_contradicts_itself(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    limits = msgspec.structs.replace(hello().limits, graph_sizes=(8, 4))
+    rig.cycle(b"b", msgspec.structs.replace(hello("gpu1"), limits=limits))
+    (refused,) = rig.transport.take(b"b", wire.Refused)
+    assert "graph_sizes" in refused.reason
+    # Nor does it cost an engine of that name what it has.
+    rig.transport.gone.add(b"a")
+    rig.cycle(b"b", msgspec.structs.replace(hello("gpu0", 2), limits=limits))
+    assert rig.session().engine.hello.epoch == 1
+
+
+def test_refusal_fits_the_wire_when_the_name_is_long() -> None:
+    rig = Rig()
+    name = "\u00e9" * 256
+    rig.connect(b"a", name)
+    rig.cycle(b"a", step_report(1))
+    rig.cycle(b"b", hello(name, epoch=2))
+    assert len(rig.transport.take(b"b", wire.Refused)) == 1
+
+
+# -- failures and time ----------------------------------------------------------------------------
+
+
+def fail(*arguments: Any) -> None:
+    raise ZeroDivisionError("a fault of ours")
+
+
+def test_failing_planner_costs_its_engine_the_decision_and_nobody_else(rig: Rig) -> None:
+    rig.connect(b"b", "gpu1")
+    rig.session().planner.decide = fail
+    for seq in range(1, 4):
+        rig.transport.put(b"b", step_report(seq, roster=seq == 1))
+        rig.cycle(b"a", step_report(seq, roster=seq == 1))
+    assert rig.loop.counters["failures_deciding"] == 3
+    assert not rig.policies(b"a") and len(rig.policies(b"b")) == 3
+    assert rig.session().engine.acceptance.num_observed().sum() > 0  # it still learns
+
+
+@pytest.mark.parametrize("part", ["engine.learn", "planner.prober.account"])
+def test_failing_lesson_is_counted_and_the_loop_goes_on(rig: Rig, part: str) -> None:
+    target = rig.session()
+    *path, name = part.split(".")
+    for step in path:
+        target = getattr(target, step)
+    setattr(target, name, fail)
+    for seq in range(1, 4):
+        assert rig.cycle(b"a", step_report(seq, roster=seq == 1)) is not None
+    assert rig.loop.counters["failures_learning"] == 3
+    assert len(rig.policies()) == 3 and len(rig.bus.of(StepEvent)) == 3
+
+
+def test_failing_welcome_is_counted_and_the_loop_goes_on(rig: Rig) -> None:
+    rig.session().engine.observe = fail
+    rig.cycle(b"a", step_report(1))
+    assert rig.loop.counters["failures_receiving"] == 1
+    rig.connect(b"b", "gpu1")
+    rig.cycle(b"b", step_report(1))
+    assert len(rig.policies(b"b")) == 1
+
+
+def test_heartbeats_go_to_all_engines_at_their_pace(rig: Rig) -> None:
+    rig.connect(b"b", "gpu1")
+    rig.clock.now += 1.0
+    rig.cycle()
+    rig.transport.sent.clear()
+    for _ in range(1000):
+        rig.clock.now += 0.01
+        rig.cycle()
+    for peer in (b"a", b"b"):
+        beats = rig.transport.take(peer, wire.Heartbeat)
+        assert 40 <= len(beats) <= 51  # every 200 ms, in 10 s
+
+
+def test_wait_ends_in_time_for_the_next_heartbeat(rig: Rig) -> None:
+    rig.clock.now += 1.0
+    rig.cycle()
+    for passed in (0.0, 0.15, 0.18):
+        start = rig.clock.now
+        rig.clock.now += passed
+        rig.loop.cycle(5.0)
+        assert rig.transport.waits[-1] == pytest.approx(0.2 - passed)
+        rig.clock.now = start
+    rig.loop.cycle(0.01)
+    assert rig.transport.waits[-1] == pytest.approx(0.01)
+
+
+def test_counters_are_published_every_second(rig: Rig) -> None:
+    rig.bus.events.clear()
+    for _ in range(50):
+        rig.clock.now += 0.1
+        rig.cycle()
+    events = rig.bus.of(LoopEvent)
+    assert 4 <= len(events) <= 6
+    assert events[-1].num_engines == 1
+    assert events[-1].counters["engines_connected"] == 1
+
+
+def test_transport_is_closed_with_the_loop(rig: Rig) -> None:
+    rig.loop.close()
+    assert rig.transport.closed

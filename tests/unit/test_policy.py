@@ -1,0 +1,203 @@
+"""From estimates to a policy: that the engine runs it as meant, and that the reason says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from fakes import Steering, decode_batch, step_report
+from scripted_engine import Costs, ScriptedEngine, hello
+
+from smartspec.daemon.engines import Engine
+from smartspec.daemon.policy import Decision, Planner
+from smartspec.engine_adapter import messages as wire
+from smartspec.engine_adapter.program import Program
+
+
+def planned(
+    acceptance: Any, costs: Costs | None = None, steps: int = 200, **more: Any
+) -> tuple[ScriptedEngine, Steering]:
+    """An engine after some steps under its planner, without probes."""
+    lookup = more.get("lookup", True)
+    engine = Engine(hello(lookup=lookup))
+    planner = Planner(engine, daemon_epoch=9, probe_share=0.0, seed_sweep=True)
+    source = Steering(engine, planner)
+    scripted = ScriptedEngine(source, np.array(acceptance), costs or Costs(), **more)
+    for _ in range(steps):
+        scripted.step()
+    return scripted, source
+
+
+def decision_for(engine: Engine, **more: Any) -> Decision:
+    engine.learn(engine.observe(step_report(engine.last_seq + 1, **more)))
+    decision = Planner(engine, daemon_epoch=9, seed_sweep=False, probe_share=0.0).decide()
+    assert decision is not None
+    return decision
+
+
+# -- when there is nothing to decide --------------------------------------------------------------
+
+
+def test_nothing_is_decided_before_the_engine_decodes() -> None:
+    engine = Engine(hello())
+    planner = Planner(engine, daemon_epoch=9)
+    assert planner.decide() is None
+    engine.observe(step_report(1, [], num_prefill_tokens=100))
+    assert planner.decide() is None
+
+
+def test_nothing_is_decided_when_the_engine_cannot_speculate() -> None:
+    engine = Engine(hello(max_length=0, static_length=0))
+    none = {"num_drafted": b"", "num_accepted": b"", "num_emitted": b"", "num_available": b""}
+    engine.observe(step_report(1, **none))
+    assert Planner(engine, daemon_epoch=9).decide() is None
+
+
+# -- the engine runs what was meant ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lookup", [True, False], ids=["lookup", "draft_model"])
+def test_engine_and_daemon_choose_alike_when_nothing_has_changed(lookup: bool) -> None:
+    costs = Costs(base_s=0.01, token_s=0.001, draft_forward_s=0.0 if lookup else 0.0005)
+    acceptance = [0.95] * 4 + [0.5] * 4 + [0.05] * 4
+    scripted, source = planned(acceptance, costs, lookup=lookup)
+    decision = source.decisions[-1]
+    engine = source.engine
+    assert engine.last is not None
+    program = Program(decision.policy, engine.hello.limits.features, scripted.ids)
+    batch = decode_batch(scripted.ids, num_features=len(engine.hello.limits.features))
+    # The features as they were when the step that was reported last was chosen.
+    columns = wire.unpack(
+        engine.last.report.features, "f32", batch.features.shape, "features"
+    )
+    batch.features[:] = columns
+    assert program.choose(batch).lengths.tolist() == decision.lengths.tolist()
+    assert len(set(decision.lengths.tolist())) > 1
+
+
+def test_policy_survives_the_wire_for_many_shapes_of_batch() -> None:
+    rng = np.random.default_rng(0)
+    engine = Engine(hello(max_num_running=64))
+    planner = Planner(engine, daemon_epoch=9)
+    for seq in range(1, 60):
+        size = int(rng.integers(1, 65))
+        ids = rng.permutation(1000)[:size]
+        weight = wire.pack(rng.uniform(0.1, 9, size), "f32") if seq % 2 else b""
+        floor = wire.pack(rng.integers(0, 9, size), "u8") if seq % 3 else b""
+        roster = wire.Roster(
+            version=seq, request_ids=wire.pack(ids, "u64"), weight=weight, floor=floor
+        )
+        report = step_report(
+            *(seq, ids),
+            roster=roster,
+            roster_version=seq,
+            num_prefill_tokens=int(rng.integers(0, 3000)),
+            step_s=10.0,
+            num_waiting=int(rng.integers(0, 2)),
+        )
+        observation = engine.observe(report)
+        decision = planner.decide()
+        assert decision is not None
+        received = wire.decode_daemon_message(wire.encode(decision.policy))
+        assert received == decision.policy
+        program = Program(decision.policy, engine.hello.limits.features, ids.astype(np.uint64))
+        lengths = program.choose(decode_batch(ids)).lengths
+        assert lengths.max() <= 5
+        engine.learn(observation)
+
+
+def test_policy_names_the_report_that_it_knew_and_how_long_it_holds() -> None:
+    engine = Engine(hello())
+    engine.observe(step_report(41, roster_version=3))
+    planner = Planner(engine, daemon_epoch=9, ttl_s=2.5, fallback_s=7.0)
+    first, second = planner.decide(), planner.decide()
+    assert first is not None and second is not None
+    policy = first.policy
+    assert (policy.report_seq, policy.roster_version) == (41, 3)
+    assert (policy.ttl_s, policy.fallback_s) == (2.5, 7.0)
+    assert (policy.epoch, policy.daemon_epoch) == (1, 9)
+    assert second.policy.seq == policy.seq + 1
+
+
+@pytest.mark.parametrize("modes", [("ragged",), ("uniform",), ("ragged", "uniform")])
+def test_every_mode_of_the_engine_gets_a_curve(modes: tuple[str, ...]) -> None:
+    greeting = hello()
+    limits = msgspec.structs.replace(greeting.limits, modes=modes)
+    decision = decision_for(Engine(msgspec.structs.replace(greeting, limits=limits)))
+    assert tuple(curve.mode for curve in decision.policy.curves) == modes
+
+
+def test_lengths_keep_to_what_was_available_when_drafts_are_not_known_first() -> None:
+    decision = decision_for(
+        Engine(hello(lookup=False)),
+        features=wire.pack([0.9] * 3, "f32"),
+        num_available=wire.pack([5, 2, 0], "u8"),
+        num_drafted=wire.pack([2, 2, 0], "u8"),
+        num_accepted=wire.pack([2, 2, 0], "u8"),
+        num_emitted=wire.pack([3, 3, 1], "u8"),
+    )
+    assert decision.lengths[1] <= 2 and decision.lengths[2] == 0
+
+
+# -- what it promises -----------------------------------------------------------------------------
+
+
+def test_goodput_is_that_of_the_engine_when_models_have_settled() -> None:
+    costs = Costs(base_s=0.02, token_s=0.001, noise=0.0)
+    scripted, source = planned([0.8] * 6, costs, steps=300)
+    decision = source.decisions[-1]
+
+    def goodput(length: int) -> float:
+        tokens = sum(0.8**j for j in range(length + 1))
+        return 6 * tokens / (costs.base_s + costs.token_s * 6 * (1 + length) + 1e-4)
+
+    best = max(goodput(k) for k in range(6))
+    assert decision.goodput == pytest.approx(best, rel=0.08)
+    # Of lengths that are not chosen less is known.
+    assert decision.goodput_none == pytest.approx(goodput(0), rel=0.15)
+    assert decision.goodput_static == pytest.approx(goodput(3), rel=0.15)
+    assert decision.goodput >= max(decision.goodput_none, decision.goodput_static) * (1 - 1e-9)
+
+
+def test_lengths_shrink_when_the_batch_grows() -> None:
+    costs = Costs(base_s=0.02, token_s=0.0015, noise=0.0)
+    means = [
+        float(np.mean([c.lengths.mean() for c in planned([0.6] * size, costs)[0].choices[-20:]]))
+        for size in (1, 16, 64)
+    ]
+    assert means[0] > means[1] > means[2]
+    assert means[0] > 2 and means[2] < 0.5
+
+
+def test_fallback_table_has_shorter_lengths_for_larger_batches() -> None:
+    costs = Costs(base_s=0.02, token_s=0.0015, noise=0.0)
+    scripted, source = planned([0.6] * 8, costs)
+    for size in (2, 30, 8):
+        scripted.set_batch(np.full(size, 0.6))
+        for _ in range(60):
+            scripted.step()
+    policy = source.decisions[-1].policy
+    assert policy.fallback_batch[0] == 1 and policy.fallback_batch[-1] == 512
+    assert list(policy.fallback_length) == sorted(policy.fallback_length, reverse=True)
+    assert policy.fallback_length[0] >= 3 and policy.fallback_length[-1] == 0
+
+
+# -- and why --------------------------------------------------------------------------------------
+
+
+def test_reason_says_what_was_decided() -> None:
+    cheap = Costs(base_s=0.05, token_s=1e-5, noise=0.0)
+    dear = Costs(base_s=0.001, token_s=0.01, noise=0.0)
+    reason = planned([0.97] * 3, cheap)[1].decisions[-1].policy.reason
+    assert reason.startswith("3 running: length 5 for all; ")
+    assert "over none" in reason
+    scripted, source = planned([0.02] * 3, dear)
+    assert "no speculation: drafts would cost more" in source.decisions[-1].policy.reason
+    scripted.num_waiting = 12
+    scripted.step()
+    assert source.decisions[-1].policy.reason.startswith("3 running, 12 waiting: ")
+    mixed = planned([0.98] * 4 + [0.02] * 4, Costs(base_s=0.01, token_s=0.002))[1]
+    assert "lengths 0-5 (mean " in mixed.decisions[-1].policy.reason
+    assert any("seed sweep: length " in d.policy.reason for d in source.decisions)
