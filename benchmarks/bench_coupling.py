@@ -44,10 +44,7 @@ PROMPTS = (
     "Rewrite politely: send me the report now, I have waited long enough.",
     "Translate to French: The train leaves at nine from platform two.",
     "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
-    (
-        "Summarise: The council met on Tuesday. It agreed to repair the bridge before winter, to close "
-        "the old car park, and to plant forty trees along the river. The cost is shared by the state."
-    ),
+    "Summarise: The council met on Tuesday. It agreed to repair the bridge before winter.",
     "A shop sells pens at 3 for 2 dollars. How much do 12 pens cost? Think step by step.",
     "List five unusual uses of a paper clip.",
 )

@@ -265,6 +265,8 @@ class ControlLoop:
 
     def _refuse_engine(self, peer: bytes, hello: Hello, why: str) -> None:
         self.counters["engines_refused"] += 1
+        if not self._may_answer(peer):
+            return
         log.warning("engine %s refused: %s", hello.engine, why)
         self._send_refusal(peer, why)
         self._bus.publish(NoteEvent(engine=hello.engine, level="warning", kind="refused", text=why))

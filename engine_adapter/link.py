@@ -112,7 +112,8 @@ class EngineLink:
             (zmq.IMMEDIATE, 1),  # queue nothing for a daemon that is not there
             (zmq.RECONNECT_IVL, 50),
             (zmq.RECONNECT_IVL_MAX, 1000),
-            (zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES),
+            # No MAXMSGSIZE: a connecting socket that meets a frame over it never connects again.
+            # Such frames are refused by their decoder.
         ):
             self._socket.setsockopt(option, value)
         self._socket.connect(endpoint)

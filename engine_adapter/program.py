@@ -91,7 +91,8 @@ class Program:
             self.num_buckets = previous.num_buckets
         else:
             self._read_axes(policy, features)
-        if previous is not None and previous._same_table(policy):
+        same_shape = previous is not None and previous.num_buckets == self.num_buckets
+        if previous is not None and same_shape and previous._same_table(policy):
             self.log_survival = previous.log_survival
         else:
             self._read_table(policy)
@@ -110,7 +111,10 @@ class Program:
 
     def _read_axes(self, policy: Policy, features: tuple[str, ...]) -> None:
         require(len(policy.axes) <= MAX_AXES, f"axes: more than {MAX_AXES}")
-        require(all(list(a.edges) == sorted(a.edges) for a in policy.axes), "axes: edges must rise")
+        for axis in policy.axes:
+            rising = all(a < b for a, b in pairwise(axis.edges))
+            finite = all(abs(edge) <= LARGEST for edge in axis.edges)
+            require(rising and finite, "axes: edges must be finite and rise")
         self.edges = [np.array(axis.edges, np.float32) for axis in policy.axes]
         self.rows = [
             features.index(axis.feature) if axis.feature in features else None

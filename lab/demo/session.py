@@ -141,7 +141,9 @@ class Session:
                             now_s=now_s,
                             duration_s=schedule.duration_s,
                             num=len(schedule.arrivals),
-                            why=arm.why if monitor is None else monitor.reason,
+                            why=arm.why
+                            if monitor is None
+                            else monitor.reason or "nothing heard yet",
                         )
                     )
 

@@ -80,8 +80,11 @@ class Comparison:
         percent = abs(self.ratio - 1)
         if percent < 0.005:
             return f"{where}, SmartSpec was as fast as the best other, {self.best_other}."
-        how = "faster" if self.ratio < 1 else "slower"
-        return f"{where}, SmartSpec was {percent:.0%} {how} than the best other, {self.best_other}."
+        how, side = ("faster", "lower") if self.ratio < 1 else ("slower", "higher")
+        return (
+            f"{where}, SmartSpec was {how} than the best other, {self.best_other}: "
+            f"mean latency {percent:.0%} {side}."
+        )
 
 
 def compare(arms: Mapping[str, Sequence[RequestRecord]]) -> list[Comparison]:
@@ -137,11 +140,16 @@ def compare_answers(arms: Mapping[str, Sequence[RequestRecord]]) -> Answers:
 
 def table_of(arms: Mapping[str, Sequence[RequestRecord]]) -> Table:
     """Every figure by phase and arm; SmartSpec's latency also as a ratio to the best other."""
-    table = Table(title="latency from scheduled arrival to last token", title_justify="left")
-    for name in ("phase", "arm", "requests"):
-        table.add_column(name)
-    for name in ("mean s", "p50 s", "p99 s", "TTFT s", "TPOT ms", "goodput tok/s", "vs best other"):
-        table.add_column(name, justify="right")
+    table = Table(
+        title="request latency (s, from scheduled arrival to last token) and goodput (tok/s)",
+        title_justify="left",
+        padding=(0, 0),
+        collapse_padding=True,
+    )
+    for name in ("phase", "arm"):
+        table.add_column(name, no_wrap=True)
+    for name in ("n", "mean", "p50", "p99 s", "TTFT s", "TPOT ms", "tok/s", "vs best"):
+        table.add_column(name, justify="right", no_wrap=True)
     ratios = {comparison.group: comparison.ratio for comparison in compare(arms)}
     groups = [*dict.fromkeys(r.phase for requests in arms.values() for r in requests), OVERALL]
     for group in groups:

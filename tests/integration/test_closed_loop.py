@@ -156,8 +156,8 @@ def test_lengths_are_long_when_the_engine_is_idle() -> None:
 
 def test_mixed_batch_beats_every_uniform_length() -> None:
     with closed([0.95] * 8 + [0.1] * 8, Costs(base_s=0.03, token_s=0.0013)) as pair:
-        pair.run(200)
-        assert pair.run(150) > 1.05 * best_uniform(pair.engine)
+        pair.run(700)  # long enough for bad luck to lock a good request out, if anything does
+        assert pair.run(100) > 1.2 * best_uniform(pair.engine)
         lengths = np.mean([c.lengths for c in pair.engine.choices[-50:]], axis=0)
         assert lengths[:8].min() > lengths[8:].max() + 1
 
@@ -179,11 +179,11 @@ def test_lengths_follow_within_ten_steps_when_the_load_changes() -> None:
         pair.run(100)
         for size in (48, 2, 48):  # sizes met before: what is tested is following, not learning
             pair.engine.set_batch(np.full(size, 0.6))
-            pair.run(60)
+            pair.run(100)
         for size in (2, 48, 2):
             pair.engine.set_batch(np.full(size, 0.6))
             pair.run(10)
-            assert pair.run(10) >= 0.93 * best_uniform(pair.engine), f"batch {size}"
+            assert pair.run(10) >= 0.9 * best_uniform(pair.engine), f"batch {size}"
 
 
 def test_new_requests_cost_little_when_a_fifth_is_replaced_every_step() -> None:
@@ -191,11 +191,13 @@ def test_new_requests_cost_little_when_a_fifth_is_replaced_every_step() -> None:
     costs = Costs(base_s=0.03, token_s=0.0013)
     with closed(rng.choice([0.9, 0.3], 20), costs) as pair:
         pair.run(150)
-        shares = []
-        for _ in range(100):
+        steered, fixed = [], []
+        for _ in range(150):
             pair.engine.replace(4, rng.choice([0.9, 0.3], 4))
-            shares.append(pair.run(1) / best_uniform(pair.engine))
-        assert np.mean(shares) > 0.93
+            fixed.append([uniform(pair.engine, length) for length in range(6)])
+            steered.append(pair.run(1))
+        # Nobody lives long enough to become known, so the best single length is hard to beat.
+        assert np.mean(steered) > 0.95 * np.mean(fixed, axis=0).max()
         assert pair.link.stats.state in ("policy", "probe")
 
 

@@ -22,10 +22,10 @@ from smartspec.engine_adapter.reference.worker import Worker
 
 pytestmark = pytest.mark.integration
 
-MAX_RUNNING = 12
+MAX_RUNNING = 20
 MAX_LEN = 120
-MAX_LENGTH = 5
-NUM_REQUESTS = 44
+MAX_LENGTH = 4
+NUM_REQUESTS = 40
 EOS = frozenset({7})
 
 PROPOSERS: dict[str, Callable[[str], Proposer]] = {
@@ -96,7 +96,7 @@ def speculative(
         length_source=source,
         max_num_running=MAX_RUNNING,
         max_model_len=MAX_LEN,
-        max_prefill_tokens=31,
+        max_prefill_tokens=47,
         eos_token_ids=EOS,
     )
     todo = list(requests(sampled))
@@ -106,7 +106,7 @@ def speculative(
     def between(step: int) -> None:
         while todo and rng.random() < 0.7:
             ids.append(worker.add_request(todo.pop(0)))
-        if rng.random() < 0.04:
+        if rng.random() < 0.06:
             place = int(rng.integers(len(ids)))
             if worker.cancel(ids[place]):
                 cancelled.add(place)
@@ -149,7 +149,8 @@ def test_output_is_the_same_when_speculating(family: str, name: str, sampled: bo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_output_equals_generate_when_not_speculating(family: str) -> None:
     model = tiny_model(family)
-    for request, tokens in zip(requests(False), alone(family, False), strict=True):
+    pairs = list(zip(requests(False), alone(family, False), strict=True))
+    for request, tokens in pairs[::3]:
         with torch.inference_mode():
             expected = model.generate(
                 torch.tensor([request.prompt]),

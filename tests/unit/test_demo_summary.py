@@ -70,9 +70,12 @@ def test_best_other_is_chosen_per_phase_when_compared(arms: dict[str, list[Reque
 def test_sentence_says_slower_when_smartspec_lost(arms: dict[str, list[RequestRecord]]) -> None:
     quiet, busy, _ = map(str, summary.compare(arms))
     assert quiet == (
-        "In the phase 'quiet', SmartSpec was 10% slower than the best other, static_3."
+        "In the phase 'quiet', SmartSpec was slower than the best other, static_3: "
+        "mean latency 10% higher."
     )
-    assert busy == "In the phase 'busy', SmartSpec was 25% faster than the best other, none."
+    assert busy == (
+        "In the phase 'busy', SmartSpec was faster than the best other, none: mean latency 25% lower."
+    )
 
 
 def test_nothing_is_compared_when_smartspec_was_left_out() -> None:
@@ -115,7 +118,7 @@ def test_report_holds_what_was_measured_when_written(
     for name in ("lengths.png", "latencies.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     shown = console.export_text()
-    assert "10% slower" in shown
+    assert "10% higher" in shown
     assert "3 of 3 answers are identical" in shown
 
 

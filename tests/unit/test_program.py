@@ -61,7 +61,7 @@ BAD: dict[str, dict[str, Any]] = {
     "log_survival: must not rise": {"log_survival": table([-3, -2, -3, -3, -3])},
     "log_survival: 16 bytes": {"log_survival": table([-3, -3, -3, -3])},
     "log_survival: holds": {"log_survival": table([-1, -2, -3, -4, -INF])},
-    "-log_survival: 1": {"log_survival": table([-1, -2, -3, -4, -1e30])},
+    "log_survival: under": {"log_survival": table([-1, -2, -3, -4, -1e30])},
     "axes: edges": {"axes": (axis(5.0, 4.0),)},
     "axes: edges must be": {"axes": (axis(NAN),)},
     "axes: more than 16": {"axes": (axis(),) * (MAX_AXES + 1)},

@@ -45,7 +45,7 @@ def draw(
     logits: F64, params: SamplingParams, seeds: range, position: int = 5
 ) -> npt.NDArray[np.int64]:
     rows = torch.from_numpy(logits).expand(len(seeds), -1)
-    draws = Draws.of((params, seed, range(position, position + 1)) for seed in seeds)
+    draws = Draws.of((params, seed, range(5, 6)) for seed in seeds)
     return sample(rows, draws).numpy()
 
 
