@@ -113,7 +113,9 @@ def main() -> None:
     lookup = measure(True, args.requests, args.steps, args.seed)
     # The draft model is the dearer case (it searches depths) and the one that counts.
     record(
-        "decision", draft | {f"lookup_{name}": value for name, value in lookup.items()}, seed=args.seed
+        "decision",
+        draft | {f"lookup_{name}": value for name, value in lookup.items()},
+        seed=args.seed,
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -138,7 +139,8 @@ def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "num_repetitions": len(rows),
         "num_different_answers": sum(row["num_different_answers"] for row in rows),
     }
-    return worst | figures
+    # One repetition has no bound, and JSON no NaN.
+    return {name: value for name, value in (worst | figures).items() if math.isfinite(value)}
 
 
 def mean_latencies(rows: Sequence[dict[str, Any]], arm: str, group: str) -> list[float]:

@@ -403,7 +403,7 @@ class ControlLoop:
             predicted_goodput=decision.goodput,
             predicted_goodput_none=decision.goodput_none,
             predicted_goodput_static=decision.goodput_static,
-            acceptance=tuple(session.engine.acceptance.pooled_hazards()),
+            acceptance=tuple(session.engine.acceptance.pooled_hazards().tolist()),
             num_probes=policy.num_probes,
             decide_s=session.decide_s,
             learn_s=session.learn_s,

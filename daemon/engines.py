@@ -46,6 +46,9 @@ MOST = {
     "num_waiting": MAX_TOKENS,
 }
 POLICIES_KEPT = 64  #: to tell how late a report's policy was
+#: Where a step's cost may bend: a CPU's first few tokens differ from the rest, a GPU's roofline
+#: shows in the hundreds.
+COST_KNOTS = (2, 4, 16, 64, 256)
 SMOOTHING = 0.1  #: of load between reports
 
 
@@ -120,7 +123,9 @@ class Engine:
             num_buckets = math.prod(len(edges) + 1 for edges in self._edges)
             self.acceptance = AcceptanceEstimator(num_buckets, max(1, self.max_length))
             self.step_cost = StepCost(
-                graph_sizes=limits.graph_sizes, draft_forwards=not limits.drafts_known_first
+                knots=COST_KNOTS,
+                graph_sizes=limits.graph_sizes,
+                draft_forwards=not limits.drafts_known_first,
             )
 
         self.batch: Batch | None = None

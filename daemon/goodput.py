@@ -103,4 +103,5 @@ def best_by_batch(
     num_tokens = batches[:, None] + drafts
     speculating = draft.fixed_s + draft.per_forward_s * lengths + draft.per_token_s * drafts
     seconds = curve.at(num_tokens) + np.where(lengths > 0, speculating, 0.0)
-    return np.argmax(batches[:, None] * tokens / seconds, axis=1)
+    best: I64 = np.argmax(batches[:, None] * tokens / seconds, axis=1)
+    return best

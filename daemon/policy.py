@@ -136,13 +136,14 @@ class Planner:
     def _curves(self, shape: StepShape) -> list[CostCurve]:
         """Seconds by tokens in the pass, wide enough for a batch that has since doubled."""
         limits = self.engine.hello.limits
-        most = min(2 * shape.batch + 8, limits.max_num_running) * (1 + limits.max_length)
+        most = min(2 * round(shape.batch) + 8, limits.max_num_running) * (1 + limits.max_length)
         prefill = round(shape.prefill_tokens)
         num_tokens = self.engine.step_cost.breakpoints(1, most + 2 * prefill)
         if prefill > 1:
             num_tokens = np.union1d(num_tokens, [prefill])  # the curve's own kink
         seconds = self.engine.step_cost.target_curve(shape, num_tokens)
-        return [CostCurve(mode, num_tokens, seconds) for mode in limits.modes]
+        tokens = num_tokens.astype(np.float64)
+        return [CostCurve(mode, tokens, seconds) for mode in limits.modes]
 
     def _alternatives(
         self, ladder: Ladder, curve: CostCurve, draft: DraftCost, other: int
@@ -153,9 +154,7 @@ class Planner:
         presence = 1.0 if ladder.presence is None else ladder.presence
         drafts = np.array(float((lengths * presence).sum()))
         depth = int(lengths.max(initial=0))
-        static_s = float(
-            step_seconds(curve, draft, ladder.size + other + drafts, drafts, depth)
-        )
+        static_s = float(step_seconds(curve, draft, ladder.size + other + drafts, drafts, depth))
         return ladder.weight_sum / none_s, gain / static_s
 
     def _fallback_table(

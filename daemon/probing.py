@@ -8,13 +8,11 @@ wait.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from smartspec.daemon.engines import Engine, Observation
 from smartspec.daemon.goodput import Optimum
-from smartspec.engine_adapter.lengths import CostCurve, DraftCost, Ladder, step_seconds
+from smartspec.engine_adapter.lengths import I64, CostCurve, DraftCost, Ladder, step_seconds
 
 SWEEPS = 2  #: times that the first start tries every length
 MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
@@ -113,9 +111,9 @@ class Prober:
         length: int,
         count: int,
     ) -> float | None:
-        """Expected time lost by the probe, its gain counted at the value of time; None: no probe."""
+        """Expected time lost by the probe, less its gain at the value of time; None: no probe."""
         lengths = optimum.choice.lengths
-        able: Sequence[int] | np.ndarray = np.flatnonzero(np.minimum(ladder.ceiling, length) > lengths)
+        able = np.flatnonzero(np.minimum(ladder.ceiling, length) > lengths)
         if not len(able):
             return None
         probed = able[np.argsort(lengths[able], kind="stable")[:count]]
@@ -125,7 +123,7 @@ class Prober:
         added = (depths >= lengths[:, None]) & (depths < after[:, None])
         gain = float(ladder.worth[added].sum())
 
-        def seconds(k: np.ndarray) -> float:
+        def seconds(k: I64) -> float:
             drafts = np.array(float(k.sum()))
             depth = int(k.max(initial=0))
             return float(step_seconds(curve, draft, ladder.size + drafts, drafts, depth))

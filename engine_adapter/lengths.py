@@ -73,7 +73,7 @@ class CostCurve(NamedTuple):
 
 
 class DraftCost(NamedTuple):
-    """Seconds of speculating: ``fixed_s + per_forward_s * D + per_token_s * sum(k)``, 0 at k = 0."""
+    """Seconds of drafting: ``fixed_s + per_forward_s * D + per_token_s * sum(k)``; 0 at k = 0."""
 
     fixed_s: float = 0.0
     per_forward_s: float = 0.0
@@ -103,7 +103,8 @@ def request_survivals(log_survival: Any, buckets: Any, correction: Any) -> F64:
     Parameters: ``log_survival`` [num_buckets, K] <= 0; ``buckets`` [B] ints; ``correction`` [B]
     >= 0. Returns [B, K] in [0, 1].
 
-    >>> request_survivals(np.log([[0.5, 0.25]]), np.array([0, 0]), np.array([1.0, 2.0])).round(4).tolist()
+    >>> table = np.log([[0.5, 0.25]])
+    >>> request_survivals(table, np.array([0, 0]), np.array([1.0, 2.0])).round(4).tolist()
     [[0.5, 0.25], [0.25, 0.0625]]
     """
     return np.exp(log_survival[buckets] * correction[:, None])  # type: ignore[no-any-return]
@@ -115,8 +116,9 @@ def bucket_index(edges: Sequence[npt.NDArray[Any]], features: Sequence[npt.NDArr
     A digit is the number of an axis' ``edges`` that the request's feature reaches.
     ``edges``: per axis, rising; ``features``: per axis, [B]. Returns [B] (a single 0 without axes).
 
-    >>> bucket_index([np.array([0.5]), np.array([2.0, 4.0])], [np.array([0.1, 0.9]), np.array([4, 3])])
-    array([2, 4])
+    >>> edges = [np.array([0.5]), np.array([2.0, 4.0])]
+    >>> bucket_index(edges, [np.array([0.1, 0.9]), np.array([4, 3])]).tolist()
+    [2, 4]
     """
     index: Any = 0
     for axis, feature in zip(edges, features, strict=True):
@@ -152,7 +154,9 @@ class Ladder:
         self.presence = None if presence is None else np.asarray(presence, np.float64)
         self.weight_sum = float(size if weight is None else np.sum(weight))
         self.floor = _NO_FLOOR
-        self.ceiling = np.full(size, max_length) if ceiling is None else np.minimum(ceiling, max_length)
+        self.ceiling = (
+            np.full(size, max_length) if ceiling is None else np.minimum(ceiling, max_length)
+        )
         self.deepest_floor = 0
         self._forced_gain = 0.0
         key, count = self.worth, size * max_length
@@ -240,7 +244,7 @@ class Ladder:
 def step_seconds(
     curve: CostCurve, draft: DraftCost, num_tokens: npt.ArrayLike, drafts: F64, depth: int
 ) -> F64:
-    """Seconds of steps that verify ``num_tokens`` of which ``drafts`` were drafted, to ``depth``."""
+    """Seconds of steps that verify ``num_tokens``, ``drafts`` of them drafted, to ``depth``."""
     speculating = draft.fixed_s + draft.per_forward_s * depth + draft.per_token_s * drafts
     return curve.at(num_tokens) + np.where(drafts > 0, speculating, 0.0)
 

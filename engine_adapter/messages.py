@@ -68,7 +68,7 @@ class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     drafts_known_first: bool = False  #: drafts exist before lengths are chosen (prompt lookup)
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """An engine has started, or was asked to introduce itself again."""
 
     engine: Text  #: its name, unique on this daemon
@@ -86,7 +86,7 @@ class Roster(Struct, frozen=True, kw_only=True, omit_defaults=True):
     floor: bytes = b""  #: u8 [B]; default 0
 
 
-class StepReport(Message, tag="step"):
+class StepReport(Message, frozen=True, tag="step"):
     """What one step did and took. Times in seconds, measured by the engine's monotonic clock."""
 
     epoch: UInt
@@ -114,7 +114,7 @@ class StepReport(Message, tag="step"):
     num_dropped: UInt = 0  #: reports not sent since the epoch began
 
 
-class Goodbye(Message, tag="goodbye"):
+class Goodbye(Message, frozen=True, tag="goodbye"):
     """The engine stops; its state may be dropped."""
 
     epoch: UInt
@@ -138,7 +138,7 @@ class BucketAxis(Struct, frozen=True, kw_only=True, omit_defaults=True):
     edges: tuple[float, ...]  #: rising
 
 
-class Policy(Message, tag="policy"):
+class Policy(Message, frozen=True, tag="policy"):
     """A small program: how to choose lengths until a newer one comes, or it expires.
 
     At step time the engine takes bucket and correction of each request of its *present* batch,
@@ -170,20 +170,20 @@ class Policy(Message, tag="policy"):
     reason: Annotated[str, Meta(max_length=1024)] = ""
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """The daemon lives; policies stay in force."""
 
     daemon_epoch: UInt
 
 
-class Resync(Message, tag="resync"):
+class Resync(Message, frozen=True, tag="resync"):
     """The daemon lacks this engine's Hello or roster: send both again."""
 
     daemon_epoch: UInt
     reason: Text = ""
 
 
-class Refused(Message, tag="refused"):
+class Refused(Message, frozen=True, tag="refused"):
     """The daemon will not serve this engine, and says why. The engine runs on as configured."""
 
     daemon_epoch: UInt
@@ -247,7 +247,11 @@ def _check_version(version: int) -> None:
 
 # -- columns ------------------------------------------------------------------------------------
 
-_DTYPES = {"u8": np.dtype("<u1"), "u64": np.dtype("<u8"), "f32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "u8": np.dtype("<u1"),
+    "u64": np.dtype("<u8"),
+    "f32": np.dtype("<f4"),
+}
 
 
 def pack(values: npt.ArrayLike, dtype: str) -> bytes:

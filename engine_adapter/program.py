@@ -59,6 +59,7 @@ class Program:
 
     edges: list[F32]
     rows: list[int | None]
+    num_buckets: int
     log_survival: F32
     _fallback_batch: lengths.I64
     _fallback_length: lengths.I64

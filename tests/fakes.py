@@ -289,5 +289,8 @@ class Steering:
         self.engine.learn(observation)
         self.planner.prober.account(observation)
 
+    def idle(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

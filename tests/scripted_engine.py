@@ -51,7 +51,9 @@ def hello(
             max_length=max_length,
             max_num_running=max_num_running,
             static_length=static_length,
-            features=(FEATURE_LAST_SHARE, FEATURE_MATCH_LENGTH) if lookup else (FEATURE_LAST_SHARE,),
+            features=(FEATURE_LAST_SHARE, FEATURE_MATCH_LENGTH)
+            if lookup
+            else (FEATURE_LAST_SHARE,),
             drafts_known_first=lookup,
         ),
     )

@@ -67,16 +67,20 @@ def lengths_over_time(played: Played, schedule: Schedule, path: Path) -> None:
     lengths.set_ylabel("share of requests")
     lengths.set_xlabel("seconds since the start")
     mean = lengths.twinx()
-    seen = totals > 0
     mean.plot(
-        edges[seen] + BIN_S / 2,
-        (np.arange(longest + 1) @ counts)[seen] / totals[seen],
+        edges + BIN_S / 2,
+        np.where(totals > 0, np.arange(longest + 1) @ counts / np.maximum(totals, 1), np.nan),
         color=COLOURS["smartspec"],
         label="mean length",
     )
     mean.set_ylim(0, max(longest, 1))
     mean.set_ylabel("mean length", color=COLOURS["smartspec"])
-    lengths.legend(loc="lower right", ncols=longest + 1, fontsize="small")
+    figure.legend(
+        *lengths.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=longest + 1,
+        fontsize="small",
+    )
     figure.suptitle("SmartSpec: load, and the speculation lengths chosen")
     figure.savefig(path, dpi=110)
 

@@ -1,4 +1,4 @@
-"""What every adapter must keep to, whatever the daemon does: the contract of engine_adapter/base.py.
+"""What every adapter must keep to, whatever the daemon does: the rules of engine_adapter/base.py.
 
 To add an engine, add a factory to ADAPTERS: it takes a function that makes the engine's length
 source from its Hello, and returns something that steps.
@@ -93,6 +93,9 @@ class Dice:
         self.steps.append((*self.pending, facts))
         self.pending = None
 
+    def idle(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -155,7 +158,12 @@ def test_daemon_believes_every_report_and_misses_none(
     adapter = make_adapter(lambda greeting: EngineLink(endpoint, greeting))
     link = adapter.source
     assert isinstance(link, EngineLink)
-    until(lambda: link.stats.num_connections, lambda: (link.idle(), loop.cycle(0.0)))
+
+    def turn() -> None:
+        link.idle()
+        loop.cycle(0.0)
+
+    until(lambda: link.stats.num_connections, turn)
     for _ in range(STEPS):
         adapter.step()
         loop.cycle(0.01)
@@ -246,7 +254,7 @@ def test_engine_does_not_wait_when_the_daemon_stops_reading(linked: Linked) -> N
     linked.start_daemon()
     linked.obey(policy())
     assert linked.step(3000) < STALL_S
-    assert linked.link.stats.num_reports_dropped >= 0
+    assert linked.link.stats.num_reports_dropped > 0
 
 
 def test_engine_goes_on_when_the_daemon_dies_and_another_comes(linked: Linked) -> None:

@@ -6,6 +6,7 @@ reckoned, and goodput is that of the lengths chosen with chance taken out.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -229,6 +230,9 @@ def test_engine_falls_back_then_runs_as_configured_when_the_daemon_is_gone() -> 
         pair.run(150)
         clock, engine = pair.clock, pair.engine
         assert clock is not None
+        for _ in range(5):  # until nothing of the daemon's is under way
+            engine.step()
+            time.sleep(0.01)
         assert engine.choices[-1].source == "policy"
         control = pair.settings.control
         clock.now += control.ttl_s * 0.9

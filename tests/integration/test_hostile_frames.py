@@ -48,8 +48,20 @@ LINK_EXAMPLES = 120  # 1,920 frames
 numbers = st.sampled_from(
     [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, -0.0, 1e-320, 1e-9, 0.5, 1e9, 1e300]
 )
-counts = st.sampled_from([-1, 0, 1, 2, 5, 6, 64, 65, 255, 256, 4096, 2**31, 2**53, 2**63, 2**64 - 1])
-f32_bits = [0, 1, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F7FFFFF, 0xFF7FFFFF, 0xBF800000, 0x3F800000]
+counts = st.sampled_from(
+    [-1, 0, 1, 2, 5, 6, 64, 65, 255, 256, 4096, 2**31, 2**53, 2**63, 2**64 - 1]
+)
+f32_bits = [
+    0,
+    1,
+    0x7F800000,
+    0xFF800000,
+    0x7FC00000,
+    0x7F7FFFFF,
+    0xFF7FFFFF,
+    0xBF800000,
+    0x3F800000,
+]
 
 
 @st.composite
@@ -169,9 +181,7 @@ UP: list[wire.Message] = [
     wire.Goodbye(epoch=7),
     wire.Goodbye(epoch=1),
 ]
-hostile_frames = st.lists(
-    frames(UP), min_size=FRAMES_PER_EXAMPLE, max_size=FRAMES_PER_EXAMPLE
-)
+hostile_frames = st.lists(frames(UP), min_size=FRAMES_PER_EXAMPLE, max_size=FRAMES_PER_EXAMPLE)
 
 
 def test_honest_engine_is_decided_for_bit_by_bit_as_if_alone() -> None:
@@ -274,13 +284,14 @@ def connected() -> Iterator[tuple[FakeDaemon, EngineLink, Callable[[], None]]]:
 def test_link_serves_the_engine_whatever_the_daemon_sends(
     connected: tuple[FakeDaemon, EngineLink, Callable[[], None]],
 ) -> None:
-    daemon, link, turn = connected
+    daemon, link, _ = connected
     down: list[wire.Message] = [
         *DOWN,
         wire.Heartbeat(daemon_epoch=99),
         wire.Resync(daemon_epoch=99, reason="no roster"),
         wire.Refused(daemon_epoch=99, reason="full"),
     ]
+
     @settings(max_examples=LINK_EXAMPLES)
     @given(st.lists(frames(down), min_size=FRAMES_PER_EXAMPLE, max_size=FRAMES_PER_EXAMPLE))
     def attack(frames: list[bytes]) -> None:
@@ -333,7 +344,12 @@ def test_daemon_survives_an_oversized_frame() -> None:
         hostile = context.socket(zmq.DEALER)
         hostile.linger = 0
         hostile.connect(endpoint)
-        until(lambda: link.stats.num_connections, lambda: (link.idle(), loop.cycle(0.0)))
+
+        def turn() -> None:
+            link.idle()
+            loop.cycle(0.0)
+
+        until(lambda: link.stats.num_connections, turn)
         hostile.send(bytes(wire.MAX_FRAME_BYTES + 1))
         for _ in range(20):
             link.choose(BATCH)

@@ -74,7 +74,8 @@ def test_sentence_says_slower_when_smartspec_lost(arms: dict[str, list[RequestRe
         "mean latency 10% higher."
     )
     assert busy == (
-        "In the phase 'busy', SmartSpec was faster than the best other, none: mean latency 25% lower."
+        "In the phase 'busy', SmartSpec was faster than the best other, none: "
+        "mean latency 25% lower."
     )
 
 

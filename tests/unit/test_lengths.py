@@ -48,7 +48,7 @@ def test_choice_equals_brute_force_when_batches_are_small() -> None:
     rng = np.random.default_rng(3)
     for case in range(1500):
         size, longest = int(rng.integers(1, 5)), int(rng.integers(1, 4))
-        survival = np.cumprod(rng.uniform(0, 1, (size, longest)), axis=1)
+        survival = np.cumprod(rng.uniform(0, 1, (size, longest)), axis=1, dtype=np.float64)
         weight = rng.uniform(0.2, 3.0, size)
         ceiling = rng.integers(0, longest + 1, size)
         floor = rng.integers(0, 3, size) * (rng.random() < 0.3)

@@ -115,6 +115,9 @@ def test_own_source_is_asked_when_one_is_given(pair: Pair) -> None:
         def report(self, facts: Any) -> None:
             raise AssertionError("reports are the daemon's")
 
+        def idle(self) -> None:
+            pass
+
         def close(self) -> None:
             pass
 
@@ -389,7 +392,7 @@ def test_step_takes_in_a_bounded_number_of_frames_when_flooded(pair: Pair) -> No
     flood = link_module.MAX_FRAMES_PER_STEP
     heard = 0
 
-    def count(epoch: int) -> None:
+    def count(daemon_epoch: int) -> None:
         nonlocal heard
         heard += 1
 

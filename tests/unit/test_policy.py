@@ -50,7 +50,12 @@ def test_nothing_is_decided_before_the_engine_decodes() -> None:
 
 def test_nothing_is_decided_when_the_engine_cannot_speculate() -> None:
     engine = Engine(hello(max_length=0, static_length=0))
-    none = {"num_drafted": b"", "num_accepted": b"", "num_emitted": b"", "num_available": b""}
+    none: dict[str, Any] = {
+        "num_drafted": b"",
+        "num_accepted": b"",
+        "num_emitted": b"",
+        "num_available": b"",
+    }
     engine.observe(step_report(1, **none))
     assert Planner(engine, daemon_epoch=9).decide() is None
 
@@ -69,9 +74,7 @@ def test_engine_and_daemon_choose_alike_when_nothing_has_changed(lookup: bool) -
     program = Program(decision.policy, engine.hello.limits.features, scripted.ids)
     batch = decode_batch(scripted.ids, num_features=len(engine.hello.limits.features))
     # The features as they were when the step that was reported last was chosen.
-    columns = wire.unpack(
-        engine.last.report.features, "f32", batch.features.shape, "features"
-    )
+    columns = wire.unpack(engine.last.report.features, "f32", batch.features.shape, "features")
     batch.features[:] = columns
     assert program.choose(batch).lengths.tolist() == decision.lengths.tolist()
     assert len(set(decision.lengths.tolist())) > 1
@@ -146,7 +149,7 @@ def test_lengths_keep_to_what_was_available_when_drafts_are_not_known_first() ->
 
 def test_goodput_is_that_of_the_engine_when_models_have_settled() -> None:
     costs = Costs(base_s=0.02, token_s=0.001, noise=0.0)
-    scripted, source = planned([0.8] * 6, costs, steps=300)
+    _, source = planned([0.8] * 6, costs, steps=300)
     decision = source.decisions[-1]
 
     def goodput(length: int) -> float:

@@ -138,7 +138,7 @@ def test_no_sweep_is_made_when_it_is_not_wanted_or_the_engine_is_warm() -> None:
 def test_way_back_is_found_when_acceptance_rises_after_speculation_was_off(lookup: bool) -> None:
     forward_s = 0.0 if lookup else 0.002
     costs = Costs(0.012, 0.002, draft_forward_s=forward_s, noise=0.0)
-    engine, source = steered([0.02] * 8, costs, lookup=lookup)
+    engine, _ = steered([0.02] * 8, costs, lookup=lookup)
     for _ in range(300):
         engine.step()
     assert max(int(c.lengths.max()) for c in engine.choices[-40:] if c.source == "policy") == 0

@@ -113,7 +113,7 @@ def test_lengths_are_those_of_the_policy_s_numbers() -> None:
     batch = decode_batch(range(1, 7), num_prefill_tokens=40, weight=np.full(6, 2.0, np.float32))
     batch.features[1] = [0, 3, 4, 5, 8, 2]
     acceptance = np.array([0.1, 0.6, 0.6, 0.95, 0.95, 0.1])
-    survival = acceptance[:, None] ** np.arange(1, 6)
+    survival = acceptance[:, None] ** np.arange(1.0, 6.0)
     expected = choose_lengths(
         Ladder(survival, np.full(6, 2.0), None, batch.ceiling),
         60.0,
@@ -129,7 +129,7 @@ def test_lengths_are_those_of_the_policy_s_numbers() -> None:
 
 
 def test_feature_reads_zero_when_the_engine_lacks_it() -> None:
-    values = {"axes": (axis(1.0),), "log_survival": table([-9] * 5, [-0.01] * 5)}
+    values: dict[str, Any] = {"axes": (axis(1.0),), "log_survival": table([-9] * 5, [-0.01] * 5)}
     batch = decode_batch(num_features=1)
     assert (program(features=("last_accepted_share",), **values).survivals(batch) < 0.01).all()
     assert (program(**values).survivals(decode_batch()) > 0.9).all()
