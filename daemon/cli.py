@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -240,6 +241,10 @@ def worker(
         dropped = tuple(int(part) for part in (draft_drop_layers or "").split(",") if part.strip())
     except ValueError:
         _fail(f"--draft-drop-layers {draft_drop_layers}: expected layer numbers, e.g. 10,13,16")
+    # OpenMP's threads spin while they wait for each other; where another process wants the core (on
+    # a small machine the daemon does), the one waited for gets no turn. 20,000 turns are as fast as
+    # the default on an idle machine, and let go before harm is done. Read once, by torch's import.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     service = _optional("smartspec.engine_adapter.reference.service", "worker")
     raise typer.Exit(
         service.run_worker(

@@ -46,9 +46,9 @@ MOST = {
     "num_waiting": MAX_TOKENS,
 }
 POLICIES_KEPT = 64  #: to tell how late a report's policy was
-#: Where a step's cost may bend: a CPU's first few tokens differ from the rest, a GPU's roofline
-#: shows in the hundreds.
-COST_KNOTS = (2, 4, 16, 64, 256)
+#: Where a step's cost may bend. On a CPU one token (matrix times vector) is far cheaper than two;
+#: a GPU's roofline shows in the hundreds.
+COST_KNOTS = (2, 16, 64, 256)
 SMOOTHING = 0.1  #: of load between reports
 
 

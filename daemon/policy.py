@@ -99,14 +99,19 @@ class Planner:
             self._fallback = self._fallback_table(ladder, curves[0], draft)
         self._num_decisions += 1
         reason = self._reason(optimum, none, num_probes, probe_length)
+        value_of_time, depth = optimum.value_of_time, optimum.depth
+        if (length := self.prober.sweep_length(observation)) is not None:
+            # At no value of time every request takes all that the depth allows.
+            value_of_time, depth = 0.0, length
+            reason = f"{len(batch.ids)} running: seed sweep, length {length} for all"
         policy = Policy(
             epoch=engine.hello.epoch,
             daemon_epoch=self._daemon_epoch,
             seq=engine.next_policy_seq(observation.report.seq),
             report_seq=observation.report.seq,
             ttl_s=self._ttl_s,
-            value_of_time=optimum.value_of_time,
-            depth=optimum.depth,
+            value_of_time=value_of_time,
+            depth=depth,
             curves=tuple(
                 Curve(
                     mode=curve.mode,
@@ -182,6 +187,5 @@ class Planner:
         gain = optimum.value_of_time / none - 1 if none > 0 else 0.0
         reason = f"{load}: {what}; {optimum.value_of_time:.0f} tok/s, {gain:+.0%} over none"
         if num_probes:
-            kind = "seed sweep" if self.prober.sweeping else "probe"
-            reason += f"; {kind}: length {probe_length} for {num_probes}"
+            reason += f"; probe: length {probe_length} for {num_probes}"
         return reason

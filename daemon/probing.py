@@ -34,9 +34,8 @@ class Prober:
     def __init__(self, max_length: int, share: float, sweep: bool) -> None:
         self.share = share
         self.max_length = max_length
-        self._sweep = list(range(max_length, 0, -1)) * SWEEPS if sweep else []
+        self._sweep = list(range(max_length, -1, -1)) * SWEEPS if sweep and max_length else []
         self._tries = 0
-        self._settled = 0
         self._turn = 0
         self.num_probes = 0
         self._since_last = 0
@@ -51,7 +50,7 @@ class Prober:
         """Earn from a step, and cross off what it tried of the sweep."""
         earned_s = self._purse_s + self.share * observation.report.step_s
         self._purse_s = min(earned_s, self.share * SAVINGS_S)
-        if not self._sweep or observation.report.num_waiting:
+        if not self._sweep or observation.report.num_waiting or not len(observation.batch.ids):
             return
         tried = int(observation.num_drafted.max(initial=0))
         self._tries += 1
@@ -61,6 +60,12 @@ class Prober:
         elif self._tries >= MAX_TRIES:
             self._sweep.pop(0)
             self._tries = 0
+
+    def sweep_length(self, observation: Observation) -> int | None:
+        """The length that all requests should try next to seed the models; None: no sweep now."""
+        if not self._sweep or observation.report.num_waiting:
+            return None
+        return self._sweep[0]
 
     def plan(
         self,
@@ -74,17 +79,7 @@ class Prober:
         observation = engine.last
         if self.max_length == 0 or ladder.size == 0 or observation is None:
             return 0, 0
-        if observation.report.num_waiting:
-            return 0, 0
-        for length in self._sweep:
-            if (np.minimum(ladder.ceiling, length) > optimum.choice.lengths).any():
-                return length, ladder.size
-        if self._sweep:
-            # Lengths below those that are chosen anyway cannot be probed. If it stays so, they
-            # need not be.
-            self._settled += 1
-            if self._settled >= MAX_TRIES:
-                self._sweep.clear()
+        if observation.report.num_waiting or self._sweep:
             return 0, 0
         self._since_last += 1
         if self._since_last < SPACING or self._purse_s <= 0:

@@ -21,11 +21,6 @@ STOP_TIMEOUT_S = 8.0
 WORKER_GRACE_S = 2.0  #: a worker asked to stop answers what it has first; we do not wait for that
 LOG_TAIL_LINES = 12
 
-# OpenMP's threads wait for each other spinning, for milliseconds, hundreds of times a step. Where
-# any other process wants one of the cores (on two cores the daemon does, or an editor), the one
-# that is waited for gets no turn: steps measured 15 times as long. Asleep, they wait as little.
-WORKER_ENV = {} if "OMP_WAIT_POLICY" in os.environ else {"OMP_WAIT_POLICY": "PASSIVE"}
-
 # A child must not outlive us, even where we are killed and can say nothing.
 _START = (
     "import sys; from smartspec.daemon import cli, parent_death; "
@@ -134,7 +129,7 @@ class WorkerProcess:
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         arguments = ["worker", *arguments]
-        self.process = Process("worker", arguments, log, WORKER_ENV, pipes=True)
+        self.process = Process("worker", arguments, log, pipes=True)
         self._encoder = msgspec.json.Encoder()
         self._events: queue.SimpleQueue[tuple[float, dict[str, Any]] | None] = queue.SimpleQueue()
         stdout = self.process.popen.stdout

@@ -203,4 +203,4 @@ def test_reason_says_what_was_decided() -> None:
     assert source.decisions[-1].policy.reason.startswith("3 running, 12 waiting: ")
     mixed = planned([0.98] * 4 + [0.02] * 4, Costs(base_s=0.01, token_s=0.002))[1]
     assert "lengths 0-5 (mean " in mixed.decisions[-1].policy.reason
-    assert any("seed sweep: length " in d.policy.reason for d in source.decisions)
+    assert any("seed sweep, length " in d.policy.reason for d in source.decisions)
