@@ -206,7 +206,7 @@ def worker(
         str | None,
         typer.Option(metavar="I,J,...", help="Draft with the model itself less these layers."),
     ] = None,
-    max_length: Annotated[int, typer.Option(min=0, max=64, help="Longest speculation.")] = 5,
+    max_length: Annotated[int, typer.Option(min=0, max=64, help="Longest speculation.")] = 8,
     speculation: Annotated[
         Speculation,
         typer.Option(help="own: always --max-length; static: always --length; smartspec: steered."),

@@ -48,7 +48,7 @@ MOST = {
 POLICIES_KEPT = 64  #: to tell how late a report's policy was
 #: Where a step's cost may bend. On a CPU one token (matrix times vector) is far cheaper than two;
 #: a GPU's roofline shows in the hundreds.
-COST_KNOTS = (2, 16, 64, 256)
+COST_KNOTS = (2, 16, 32, 64, 256)
 SMOOTHING = 0.1  #: of load between reports
 
 

@@ -283,6 +283,13 @@ def _next(lines: queue.SimpleQueue[bytes | None], wait_s: float) -> bytes | None
 
 
 def _read(source: BinaryIO, lines: queue.SimpleQueue[bytes | None]) -> None:
-    for line in source:
-        lines.put(line)
+    # Past the buffer: its lock, held by a thread that waits for input, would break the exit.
+    raw = getattr(source, "raw", source)
+    rest = b""
+    while chunk := raw.read(1 << 16):
+        *complete, rest = (rest + chunk).split(b"\n")
+        for line in complete:
+            lines.put(line)
+    if rest:
+        lines.put(rest)
     lines.put(None)

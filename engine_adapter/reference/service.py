@@ -91,7 +91,7 @@ def run_worker(
     proposer: ProposerName = "lookup",
     draft_model: str | None = None,
     draft_drop_layers: Sequence[int] = (),
-    max_length: int = 5,
+    max_length: int = 8,
     speculation: Mode = "own",
     length: int = 3,
     engine: str = "worker-0",

@@ -23,7 +23,7 @@ from smartspec.lab.demo.processes import DaemonProcess, WorkerProcess, endpoints
 from smartspec.lab.demo.schedule import Prompt, Schedule, mixed
 
 MAX_NUM_RUNNING = 16
-MAX_LENGTH = 5
+MAX_LENGTH = 8  #: what SmartSpec may choose up to; the static arms are what they are called
 NUM_THREADS = 2
 NUM_CALIBRATION_PROMPTS = 24  #: one and a half full batches
 NUM_WARM_UP_PROMPTS = 8

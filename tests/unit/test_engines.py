@@ -225,7 +225,7 @@ def test_restart_keeps_what_was_learned_but_not_the_requests() -> None:
     "limits",
     [
         {"max_length": 4},
-        {"features": ("match_length",)},
+        {"features": ("last_accepted_share",)},
         {"graph_sizes": (1, 2, 4)},
         {"drafts_known_first": False},
     ],
