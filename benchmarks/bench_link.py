@@ -1,8 +1,15 @@
-"""What the engine pays per step for being steered: choose lengths, take in the policy, report.
+"""What the engine pays per step for being steered: take in the policy, choose lengths, report.
 
-Scripted batches (no model) at 64 and 256 requests, unchanged from step to step, against a real
-daemon process. A step's pause lets the policy arrive, as decoding would. Then the daemon is
-stopped (SIGSTOP) and killed: the extra over an engine with a fixed length is what remains.
+Scripted batches (no model) at 64 and 256 requests, unchanged from step to step; every step has a
+new policy of the real daemon code. Two settings:
+
+* *warm* (``link_*``): daemon and engine take turns in this process, a step right after a policy;
+* *paused* (``paused_*``): the daemon is a process of its own, and the engine's thread is busy with
+  other things between steps, so that caches have gone cold, as they have in an engine. What a fixed
+  length costs in the same setting is given beside it.
+
+Then the daemon is stopped (SIGSTOP) and killed, in both settings: what an engine pays over a fixed
+length while it is not steered.
 """
 
 from __future__ import annotations
@@ -23,6 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from figures import record
 from scripted_engine import hello
 
+from smartspec.daemon.config import load
+from smartspec.daemon.control_loop import ControlLoop
+from smartspec.daemon.event_bus import NullBus
+from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, LengthSource, StepFacts
 from smartspec.engine_adapter.link import EngineLink
 
@@ -62,6 +73,32 @@ def time_steps(source: LengthSource, size: int, num_steps: int, pause_s: float) 
     return taken
 
 
+def take_turns(size: int, num_steps: int) -> list[float]:
+    """Seconds of `choose` plus `report`, each with a policy just arrived, warm."""
+    batch, facts = scripted_step(size)
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        endpoint = f"ipc://{folder}/engines.sock"
+        settings = load(None, {"SMARTSPEC_RUNTIME_DIR": folder}, {})
+        loop = ControlLoop(settings, Server(endpoint), NullBus())
+        link = EngineLink(endpoint, hello("turns", size))
+        while not link.stats.num_connections:
+            link.idle()
+            loop.cycle(0.01)
+        for _ in range(num_steps):
+            seen = link.stats.num_policies
+            began = time.perf_counter()
+            link.choose(batch)
+            link.report(facts)
+            seconds = time.perf_counter() - began
+            if link.stats.num_policies > seen:
+                taken.append(seconds)
+            loop.cycle(0.1)
+        link.close()
+        loop.close()
+    return taken[len(taken) // 10 :]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1500)
@@ -69,6 +106,11 @@ def main() -> None:
     args = parser.parse_args()
     pause_s = args.pause_ms / 1e3
     figures: dict[str, float] = {}
+    for size in (64, 256):
+        warm = np.array(take_turns(size, args.steps)) * 1e6
+        figures[f"link_{size}_p50_us"] = float(np.median(warm))
+        figures[f"link_{size}_p99_us"] = float(np.percentile(warm, 99))
+    figures["fixed_length_us"] = float(np.median(time_steps(FixedLength(3), 256, 500, 0.0))) * 1e6
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"SMARTSPEC_RUNTIME_DIR": folder}
         command = [sys.executable, "-m", "smartspec.daemon.cli", "run"]
@@ -83,22 +125,20 @@ def main() -> None:
                     if time.monotonic() > deadline:
                         raise SystemExit("no policy came from the daemon within 20 s")
                 taken = np.array(time_steps(link, size, args.steps, pause_s)) * 1e6
-                figures[f"link_{size}_p50_us"] = float(np.median(taken))
-                figures[f"link_{size}_p99_us"] = float(np.percentile(taken, 99))
-                figures[f"link_{size}_policies_per_step"] = link.stats.num_policies / (
-                    link.stats.num_reports_sent or 1
-                )
+                figures[f"paused_{size}_p50_us"] = float(np.median(taken))
                 if size == 64:
                     link.close()
             own = float(np.median(time_steps(FixedLength(3), 256, args.steps, pause_s))) * 1e6
+            figures["paused_fixed_length_us"] = own
             for what, kill in (("stopped", signal.SIGSTOP), ("dead", signal.SIGKILL)):
                 daemon.send_signal(kill)
                 time.sleep(1.2)
                 link.choose(scripted_step(256)[0])  # past the time to live
                 link._program = None  # and past the fallback, which lasts a minute
-                taken = np.array(time_steps(link, 256, args.steps, pause_s)) * 1e6
-                figures[f"{what}_daemon_extra_us"] = float(np.median(taken)) - own
-            figures["fixed_length_us"] = own
+                warm = np.median(time_steps(link, 256, args.steps, 0.0)) * 1e6
+                figures[f"{what}_daemon_extra_us"] = float(warm) - figures["fixed_length_us"]
+                cold = np.median(time_steps(link, 256, args.steps, pause_s)) * 1e6
+                figures[f"paused_{what}_daemon_extra_us"] = float(cold) - own
             link.close()
         finally:
             daemon.kill()

@@ -56,20 +56,26 @@ def solve(
     """
     # Without a price per forward a smaller depth only takes candidates away.
     deepest = ladder.max_length
-    depths = np.arange(deepest + 1) if draft.per_forward_s > 0 else np.array([deepest])
+    depths = range(deepest + 1) if draft.per_forward_s > 0 else (deepest,)
     best_goodput, best_depth = -np.inf, 0
-    gains, drafts = ladder.prefixes(depths)
+    _, most_drafts = ladder.prefixes(deepest)
     for curve in curves:
         if curve.mode == UNIFORM:
             continue
-        times = ladder.seconds(curve, draft, depths, drafts, num_other_tokens)
-        if not times.min() > 0:
-            raise ValueError("a step must take time: cost curve <= 0")
-        goodputs = gains / times
-        at = int(np.argmax(goodputs))
-        if goodputs.flat[at] > best_goodput + 1e-12:
-            best_goodput = float(goodputs.flat[at])
-            best_depth = int(depths[at // goodputs.shape[1]])
+        all_target_s = ladder.target_seconds(curve, most_drafts, num_other_tokens)
+        for depth in depths:
+            gains, drafts = ladder.prefixes(depth)
+            if ladder.presence is None:
+                # Drafts are counted 0, 1, 2, ... at every depth: their cost was looked up once.
+                target_s = all_target_s[: len(drafts)]
+            else:
+                target_s = ladder.target_seconds(curve, drafts, num_other_tokens)
+            times = ladder.seconds(draft, depth, drafts, target_s)
+            if not times.min() > 0:
+                raise ValueError("a step must take time: cost curve <= 0")
+            goodput = float((gains / times).max())
+            if goodput > best_goodput + 1e-12:
+                best_goodput, best_depth = goodput, depth
     for curve in curves:
         if curve.mode != UNIFORM:
             continue

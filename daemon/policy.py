@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from smartspec.daemon import goodput
 from smartspec.daemon.engines import Engine
@@ -22,6 +23,8 @@ from smartspec.engine_adapter.lengths import (
 from smartspec.engine_adapter.messages import Curve, Policy, pack
 from smartspec.estimators.step_cost import StepShape
 
+TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew
+YOUNG = 200  #: decisions in which the table is still moving fast
 FALLBACK_EVERY = 50  #: decisions between two fallback tables: it changes slowly
 
 
@@ -64,6 +67,7 @@ class Planner:
         self._ttl_s = ttl_s
         self._fallback_s = fallback_s
         self._fallback: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        self._table: npt.NDArray[np.float32] | None = None
         self._num_decisions = 0
 
     def decide(self) -> Decision | None:
@@ -73,7 +77,10 @@ class Planner:
             return None
         batch = observation.batch
         rows = engine.rows(batch)
-        table = engine.acceptance.log_survival()
+        fresh = self._num_decisions < YOUNG or self._num_decisions % TABLE_EVERY == 0
+        if self._table is None or fresh:
+            self._table = engine.acceptance.log_survival()
+        table = self._table
         correction = engine.acceptance.corrections(rows)
         known_first = engine.hello.limits.drafts_known_first
         ladder = Ladder(

@@ -107,7 +107,7 @@ def request_survivals(log_survival: Any, buckets: Any, correction: Any) -> F64:
     >>> request_survivals(table, np.array([0, 0]), np.array([1.0, 2.0])).round(4).tolist()
     [[0.5, 0.25], [0.25, 0.0625]]
     """
-    return np.exp(log_survival[buckets] * correction[:, None])  # type: ignore[no-any-return]
+    return np.exp(log_survival.take(buckets, 0) * correction[:, None])  # type: ignore[no-any-return]
 
 
 def bucket_index(edges: Sequence[npt.NDArray[Any]], features: Sequence[npt.NDArray[Any]]) -> I64:
@@ -120,10 +120,11 @@ def bucket_index(edges: Sequence[npt.NDArray[Any]], features: Sequence[npt.NDArr
     >>> bucket_index(edges, [np.array([0.1, 0.9]), np.array([4, 3])]).tolist()
     [2, 4]
     """
-    index: Any = 0
+    index: Any = None
     for axis, feature in zip(edges, features, strict=True):
-        index = index * (len(axis) + 1) + np.searchsorted(axis, feature, side="right")
-    return index if len(edges) else np.zeros(1, np.int64)
+        digit = axis.searchsorted(feature, side="right")
+        index = digit if index is None else index * (len(axis) + 1) + digit
+    return np.zeros(1, np.int64) if index is None else index
 
 
 class Ladder:
@@ -171,68 +172,77 @@ class Ladder:
             forced = _DEPTHS[:max_length] < self.floor[:, None]
             self._forced_gain = float(self._expected(self.worth)[forced].sum())
             key, count = np.where(forced, -1.0, key), count - int(self.floor.sum())
+        self._forced_drafts = 0.0
+        if self.deepest_floor:
+            share = 1.0 if self.presence is None else self.presence
+            self._forced_drafts = float((self.floor * share).sum())
+        self._depth: I64 | None = None
         key = key.ravel()
-        self._order = np.argsort(key)[::-1][:count]  # what may not be drafted sorts last
+        self._order = key.argsort()[::-1][:count]  # what may not be drafted sorts last
         self._worth = key[self._order]
 
     def _expected(self, worth: F64) -> F64:
         return worth if self.presence is None else worth * self.presence[:, None]
 
-    def prefixes(self, depths: I64) -> tuple[F64, F64]:
-        """Gain and drafted tokens of the best 0, 1, 2, ... items, of those within each depth.
+    def prefixes(self, depth: int) -> tuple[F64, F64]:
+        """Gain and drafted tokens of the best 0, 1, 2, ... items within ``depth``, floors included.
 
-        ``depths`` [D] -> gain [D, M + 1] and drafts [D, M + 1], floors included; M is the number
-        of items. An item beyond a row's depth leaves that row as it was.
+        Returns two arrays [M + 1], M being the number of items within.
         """
-        shape = (len(depths), len(self._order) + 1)
-        gain, drafts = np.zeros(shape), np.zeros(shape)
-        if self.presence is None and int(depths.min()) >= self.max_length:
-            np.cumsum(self._worth, out=gain[0, 1:])
-            gain[1:] = gain[0]
-            drafts[:] = np.arange(shape[1])
+        within = self._within(depth)
+        worth = self._worth if within is None else self._worth[within]
+        gain, drafts = np.zeros(len(worth) + 1), np.zeros(len(worth) + 1)
+        if self.presence is None:
+            worth.cumsum(out=gain[1:])
+            drafts[:] = np.arange(self._forced_drafts, self._forced_drafts + len(drafts))
         else:
-            row, depth = np.divmod(self._order, max(1, self.max_length))
-            share = (depth < depths[:, None]).astype(np.float64)
-            if self.presence is not None:
-                share *= self.presence[row]
-            np.cumsum(self._worth * share, axis=1, out=gain[:, 1:])
-            np.cumsum(share, axis=1, out=drafts[:, 1:])
+            share = self.presence[self._order // max(1, self.max_length)]
+            share = share if within is None else share[within]
+            np.cumsum(worth * share, out=gain[1:])
+            share.cumsum(out=drafts[1:])
+            drafts += self._forced_drafts
         gain += self.weight_sum + self._forced_gain
-        if self.deepest_floor:
-            drafts += self.floor.sum() if self.presence is None else self.floor @ self.presence
         return gain, drafts
 
     def seconds(
-        self, curve: CostCurve, draft: DraftCost, depths: I64, drafts: F64, other: int
+        self,
+        draft: DraftCost,
+        depth: int,
+        drafts: F64,
+        target_s: F64,
     ) -> F64:
-        """Seconds of ragged steps that draft ``drafts`` [D, M + 1] tokens to ``depths`` [D].
+        """Seconds of ragged steps whose target's pass takes ``target_s`` [M + 1].
 
-        ``other``: tokens of the pass that are not verified. Depths below the deepest floor are
-        paid for as that.
+        A depth below the deepest floor is paid for as that.
         """
-        base = self.size + other
-        if self.presence is None and len(depths) > 1:
-            # Whole counts: T(N) is looked up instead of interpolated anew for every depth.
-            counts = drafts.astype(np.intp)
-            seconds = curve.at(base + np.arange(counts.max(initial=0) + 1))[counts]
-        else:
-            seconds = curve.at(base + drafts)
         if not any(draft):
-            return seconds
-        paid = np.maximum(depths, self.deepest_floor)[:, None]
+            return target_s
+        paid_depth = max(depth, self.deepest_floor)
         speculating = draft.per_token_s * drafts
-        speculating += draft.fixed_s + draft.per_forward_s * paid
-        speculating *= drafts > 0
-        speculating += seconds
+        speculating += draft.fixed_s + draft.per_forward_s * paid_depth
+        if drafts[0] == 0:
+            speculating[0] = 0.0
+        speculating += target_s
         return speculating
 
+    def target_seconds(self, curve: CostCurve, drafts: F64, num_other_tokens: int) -> F64:
+        """Seconds of the target's pass over ``drafts``, the batch's own and other tokens."""
+        return curve.at(drafts + (self.size + num_other_tokens))
+
     def lengths(self, count: int, depth: int) -> I64:
-        """The lengths that the best ``count`` items make, of those within ``depth``."""
-        chosen = self._order[:count]
-        if depth < self.max_length:
-            chosen = chosen[chosen % self.max_length < depth]
+        """The lengths that the best ``count`` items within ``depth`` make."""
+        within = self._within(depth)
+        chosen = (self._order if within is None else self._order[within])[:count]
         lengths = np.bincount(chosen // max(1, self.max_length), minlength=self.size)
         return lengths + self.floor if self.deepest_floor else lengths
+
+    def _within(self, depth: int) -> npt.NDArray[np.bool_] | None:
+        """Which items lie within ``depth``; None for all."""
+        if depth >= self.max_length:
+            return None
+        if self._depth is None:
+            self._depth = self._order % max(1, self.max_length)
+        return self._depth < depth
 
     def uniform(self, length: int) -> tuple[I64, float]:
         """One length for all, within floors and ceilings: (lengths, gain)."""
@@ -285,15 +295,15 @@ def choose_lengths(
                 if (value := gain - value_of_time * seconds) > best_value + 1e-12:
                     best, best_value = Choice(lengths, UNIFORM, gain, seconds), value
         else:
-            depths = np.array([depth])
-            gains, drafts = ladder.prefixes(depths)
-            times = ladder.seconds(curve, draft, depths, drafts, num_other_tokens)
+            gains, drafts = ladder.prefixes(depth)
+            target_s = ladder.target_seconds(curve, drafts, num_other_tokens)
+            times = ladder.seconds(draft, depth, drafts, target_s)
             values = gains - value_of_time * times
             m = int(np.argmax(values))
-            if values[0, m] > best_value + 1e-12:
-                best_value = float(values[0, m])
+            if values[m] > best_value + 1e-12:
+                best_value = float(values[m])
                 lengths = ladder.lengths(m, depth)
-                best = Choice(lengths, RAGGED, float(gains[0, m]), float(times[0, m]))
+                best = Choice(lengths, RAGGED, float(gains[m]), float(times[m]))
     if best is None:
         raise ValueError("no cost curve to choose by: give at least one")
     return best

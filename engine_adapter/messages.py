@@ -26,6 +26,7 @@ PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20  #: larger frames are refused unread
 MAX_BATCH = 4096  #: requests in one report
 MAX_LENGTH = 64  #: speculation length
+LARGEST = 1e12  #: of any number: products of two stay finite, in f32 too
 MAX_STEP_S = 600.0  #: a step that claims to have taken longer is a fault of the clock
 
 UInt = Annotated[int, Meta(ge=0)]
@@ -264,11 +265,18 @@ def pack(values: npt.ArrayLike, dtype: str) -> bytes:
 
 
 def unpack(
-    column: bytes, dtype: str, shape: tuple[int, ...], name: str, default: float | None = None
+    column: bytes,
+    dtype: str,
+    shape: tuple[int, ...],
+    name: str,
+    default: float | None = None,
+    *,
+    low: float = -LARGEST,
+    high: float = LARGEST,
 ) -> npt.NDArray[Any]:
     """A column as a read-only array of ``shape``; empty means ``default`` where there is one.
 
-    Raises `MessageError` when the size is wrong or a float is not finite.
+    Raises `MessageError` when the size is wrong, or a float is not a number in [low, high].
     """
     kind = _DTYPES[dtype]
     if not column and default is not None:
@@ -279,9 +287,9 @@ def unpack(
             f"{name}: {len(column)} bytes, expected {size * kind.itemsize} ({dtype} {list(shape)})"
         )
     array = np.frombuffer(column, kind)
-    # The sum is finite only if all are (it may overflow when all are: then look at each).
-    if dtype == "f32" and not math.isfinite(array.sum()) and not np.isfinite(array).all():
-        raise MessageError(f"{name}: holds a value that is not finite")
+    # Minimum and maximum are NaN if anything is, and then fail both comparisons.
+    if dtype == "f32" and size and not (low <= array.min() and array.max() <= high):
+        raise MessageError(f"{name}: holds a value that is not a number in {low:g} to {high:g}")
     return array if len(shape) == 1 else array.reshape(shape)
 
 

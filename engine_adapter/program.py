@@ -15,32 +15,39 @@ import numpy.typing as npt
 from smartspec.engine_adapter import lengths
 from smartspec.engine_adapter.base import F32, U64, DecodeBatch
 from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
-from smartspec.engine_adapter.messages import MAX_LENGTH, Curve, Policy, align, require, unpack
+from smartspec.engine_adapter.messages import (
+    LARGEST,
+    MAX_LENGTH,
+    Curve,
+    MessageError,
+    Policy,
+    align,
+    require,
+    unpack,
+)
 
 MAX_BUCKETS = 4096
 MAX_BREAKPOINTS = 4096
 MAX_CURVES = 8
 MAX_AXES = 16
 MAX_BATCH_SIZE = 1 << 31  #: in the fallback table
-LARGEST = 1e12  #: of any number: products of two stay finite, in f32 too
 
 
 def _number(value: float, name: str) -> float:
-    require(0 <= value <= LARGEST, f"{name}: {value}, expected 0 to {LARGEST:g}")  # refuses NaN too
+    if not 0 <= value <= LARGEST:  # refuses NaN too
+        raise MessageError(f"{name}: {value}, expected 0 to {LARGEST:g}")
     return value
 
 
 def _curve(curve: Curve) -> CostCurve:
     size = len(curve.num_tokens) // 4
     require(1 <= size <= MAX_BREAKPOINTS, f"curves: {size} breakpoints")
-    num_tokens = unpack(curve.num_tokens, "f32", (size,), "num_tokens").astype(np.float64)
-    seconds = unpack(curve.seconds, "f32", (size,), "seconds").astype(np.float64)
-    # A dozen numbers: plain Python is several times faster here than numpy.
-    counts, times = num_tokens.tolist(), seconds.tolist()
+    num_tokens = unpack(curve.num_tokens, "f32", (size,), "curves: num_tokens")
+    seconds = unpack(curve.seconds, "f32", (size,), "curves: seconds", low=0.0)
+    # A dozen numbers: plain Python is faster here than numpy.
+    counts = num_tokens.tolist()
     require(all(a < b for a, b in pairwise(counts)), "curves: num_tokens must rise")
-    require(counts[-1] <= LARGEST, f"curves: num_tokens over {LARGEST:g}")
-    require(0 <= min(times) and max(times) <= LARGEST, f"curves: seconds not in 0 to {LARGEST:g}")
-    return CostCurve(curve.mode, num_tokens, seconds)
+    return CostCurve(curve.mode, num_tokens.astype(np.float64), seconds.astype(np.float64))
 
 
 class Program:
@@ -105,9 +112,9 @@ class Program:
         self.roster: U64 = np.empty(0, np.uint64)
         self.correction: F32 = np.empty(0, np.float32)
         if roster is not None and policy.correction:
-            self.correction = unpack(policy.correction, "f32", (len(roster),), "correction")
-            require(float(self.correction.min(initial=0.0)) >= 0, "correction: must be >= 0")
-            _number(float(self.correction.max(initial=0.0)), "correction")
+            self.correction = unpack(
+                policy.correction, "f32", (len(roster),), "correction", low=0.0
+            )
             self.roster = roster
 
     def _read_axes(self, policy: Policy, features: tuple[str, ...]) -> None:
@@ -130,11 +137,9 @@ class Program:
 
     def _read_table(self, policy: Policy) -> None:
         shape = (self.num_buckets, policy.max_length)
-        table = unpack(policy.log_survival, "f32", shape, "log_survival")
-        require(float(table.max(initial=0.0)) <= 0, "log_survival: must be <= 0")
-        require(float(table.min(initial=0.0)) >= -LARGEST, f"log_survival: under {-LARGEST:g}")
-        falls = (table[:, 1:] <= table[:, :-1]).all()
-        require(bool(falls), "log_survival: must not rise with depth")
+        table = unpack(policy.log_survival, "f32", shape, "log_survival", high=0.0)
+        rises = bool((table[:, 1:] > table[:, :-1]).any())
+        require(not rises, "log_survival: must not rise with depth")
         self.log_survival = table
 
     def _same_fallback(self, policy: Policy) -> bool:

@@ -13,9 +13,9 @@ import numpy as np
 
 #: Arrival rates as shares of what the machine can serve without speculation. The busy phase is
 #: beyond it, so its queue grows for as long as the phase lasts.
-QUIET_LOAD = 0.28
+QUIET_LOAD = 0.35
 BUSY_LOAD = 1.3
-TARGET_S = 56.0  #: length of a schedule of many prompts, where the machine allows it
+TARGET_S = 48.0  #: length of a schedule of many prompts, where the machine allows it
 #: Share of the prompts that arrive in the quiet phases; within these, chosen to meet TARGET_S.
 QUIET_SHARES = (0.22, 0.56)
 

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import pytest
 from fakes import Clock, FakeDaemon, ipc_endpoint, policy, until
 from scripted_engine import ScriptedEngine, hello
+from tiny_models import tiny_model
 
 from smartspec.daemon import config
 from smartspec.daemon.control_loop import ControlLoop
@@ -23,6 +25,12 @@ from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.base import DecodeBatch, LengthSource, StepFacts
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.link import EngineLink
+from smartspec.engine_adapter.reference.draft_model import DraftModel
+from smartspec.engine_adapter.reference.model_runner import ModelRunner
+from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
+from smartspec.engine_adapter.reference.proposer import Proposer
+from smartspec.engine_adapter.reference.sequence import Request
+from smartspec.engine_adapter.reference.worker import Worker
 
 MakeSource = Callable[[wire.Hello], LengthSource]
 STEPS = 60
@@ -56,9 +64,50 @@ def scripted(lookup: bool) -> Callable[[MakeSource], Adapter]:
     return make
 
 
+class Reference:
+    """The reference worker on a tiny model, three requests at a time."""
+
+    def __init__(self, make_source: MakeSource, proposer: Proposer) -> None:
+        self.worker = Worker(
+            tiny_model("llama"), proposer=proposer, max_num_running=3, max_model_len=96, seed=0
+        )
+        self.rng = np.random.default_rng(0)
+        self.fill()
+        self.worker.step()  # prompts; from here on somebody always decodes
+        greeting = hello(max_length=proposer.max_length, max_num_running=3)
+        limits = msgspec.structs.replace(
+            greeting.limits,
+            features=self.worker.features,
+            drafts_known_first=proposer.name == "lookup",
+        )
+        self.source = make_source(msgspec.structs.replace(greeting, limits=limits))
+        self.worker.length_source = self.source
+
+    def fill(self) -> None:
+        while self.worker.num_running + self.worker.num_waiting < 3:
+            prompt = self.rng.integers(0, 6, 8).tolist()
+            self.worker.add_request(Request(prompt, max_tokens=int(self.rng.integers(15, 60))))
+
+    def step(self) -> StepFacts | None:
+        facts = self.worker.step().facts
+        self.fill()
+        return facts
+
+
+def reference_lookup(make_source: MakeSource) -> Adapter:
+    return Reference(make_source, PromptLookup(4))
+
+
+def reference_draft_model(make_source: MakeSource) -> Adapter:
+    runner = ModelRunner(tiny_model("llama", num_layers=1), 3, 96)
+    return Reference(make_source, DraftModel(runner, 4))
+
+
 ADAPTERS: dict[str, Callable[[MakeSource], Adapter]] = {
     "scripted_lookup": scripted(lookup=True),
     "scripted_draft_model": scripted(lookup=False),
+    "reference_lookup": reference_lookup,
+    "reference_draft_model": reference_draft_model,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import late_policy
 import numpy as np
 import pytest
 
@@ -114,32 +115,11 @@ def test_engine_and_daemon_choose_alike_when_nothing_has_changed() -> None:
         assert (again.lengths == optimum.choice.lengths).all()
 
 
-@pytest.mark.parametrize("shape", ["linear", "stepped", "powers_of_two"])
+@pytest.mark.parametrize("shape", sorted(late_policy.CURVES))
 def test_late_policy_loses_little_when_a_fifth_of_the_batch_is_new(shape: str) -> None:
-    """Design: lambda and T(N) travel, lengths do not. The same batch, one step later."""
-    rng = np.random.default_rng(11)
-    n = np.arange(400.0)
-    seconds = {
-        "linear": 20 + 0.2 * n,
-        "stepped": 20 + 0.2 * np.ceil(n / 8) * 8,
-        "powers_of_two": 20 + 0.2 * 2 ** np.ceil(np.log2(np.maximum(n, 1))),
-    }[shape]
-    curve = CostCurve(RAGGED, n, seconds)
-    losses = []
-    for _ in range(400):
-        size = int(rng.integers(5, 40))
-        acceptance = rng.beta(3, 2, (size, 1)) * np.ones((1, 6))
-        old = np.cumprod(acceptance, axis=1)
-        new = old.copy()
-        replaced = rng.choice(size, max(1, size // 5), replace=False)
-        new[replaced] = np.cumprod(rng.beta(3, 2, (len(replaced), 1)) * np.ones((1, 6)), axis=1)
-        draft = DraftCost(1.0, 0.5, 0.02)
-        late = solve(Ladder(old), [curve], draft)
-        best = solve(Ladder(new), [curve], draft)
-        chosen = choose_lengths(Ladder(new), late.value_of_time, late.depth, [curve], draft)
-        losses.append(1 - (chosen.gain / chosen.seconds) / best.value_of_time)
-    assert min(losses) > -1e-9
-    assert np.mean(losses) <= 0.005
+    lost = late_policy.losses(shape)
+    assert min(lost) > -1e-9
+    assert np.mean(lost) <= 0.005
 
 
 def test_presence_counts_drafts_that_may_not_exist() -> None:

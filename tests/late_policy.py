@@ -1,0 +1,38 @@
+"""What a policy is worth one step later, when a fifth of the batch has been replaced."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from smartspec.daemon.goodput import solve
+from smartspec.engine_adapter.lengths import RAGGED, CostCurve, DraftCost, Ladder, choose_lengths
+
+NUM_TOKENS = np.arange(400.0)
+CURVES = {
+    "linear": 20 + 0.2 * NUM_TOKENS,
+    "stepped": 20 + 0.2 * np.ceil(NUM_TOKENS / 8) * 8,
+    "powers_of_two": 20 + 0.2 * 2 ** np.ceil(np.log2(np.maximum(NUM_TOKENS, 1))),
+}
+
+
+def losses(shape: str, num_batches: int = 400, seed: int = 11) -> list[float]:
+    """Shares of goodput lost, per random batch: late value of time and depth against fresh ones."""
+    rng = np.random.default_rng(seed)
+    curve = CostCurve(RAGGED, NUM_TOKENS, CURVES[shape])
+    draft = DraftCost(1.0, 0.5, 0.02)
+
+    def survivals(count: int) -> np.ndarray:
+        return np.cumprod(rng.beta(3, 2, (count, 1)) * np.ones((1, 6)), axis=1)
+
+    lost = []
+    for _ in range(num_batches):
+        size = int(rng.integers(5, 40))
+        old = survivals(size)
+        new = old.copy()
+        replaced = rng.choice(size, max(1, size // 5), replace=False)
+        new[replaced] = survivals(len(replaced))
+        late = solve(Ladder(old), [curve], draft)
+        best = solve(Ladder(new), [curve], draft)
+        chosen = choose_lengths(Ladder(new), late.value_of_time, late.depth, [curve], draft)
+        lost.append(1 - chosen.gain / chosen.seconds / best.value_of_time)
+    return lost
