@@ -209,9 +209,11 @@ def worker(
     max_length: Annotated[int, typer.Option(min=0, max=64, help="Longest speculation.")] = 8,
     speculation: Annotated[
         Speculation,
-        typer.Option(help="own: always --max-length; static: always --length; smartspec: steered."),
+        typer.Option(help="smartspec: steered by the daemon; static or own: always --length."),
     ] = Speculation.smartspec,
-    length: Annotated[int, typer.Option(min=0, max=64, help="Static length.")] = 3,
+    length: Annotated[
+        int, typer.Option(min=0, max=64, help="Static length; also where no daemon steers.")
+    ] = 3,
     engine: Annotated[str, typer.Option(help="Name, unique on the daemon.")] = "worker-0",
     endpoint: Annotated[str | None, typer.Option(help="Where the daemon listens.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: cuda if any.")] = "auto",

@@ -114,9 +114,10 @@ class ControlLoop:
         reason = None
         until_heartbeat_s = self._next_heartbeat_at - self._clock()
         if self._transport.wait(max(0.0, min(timeout_s, until_heartbeat_s))):
+            began = self._clock()
             arrived = self._receive()
             for session in arrived:
-                reason = self._decide(session) or reason
+                reason = self._decide(session, began) or reason
             for session, observations in arrived.items():
                 self._learn(session, observations)
         self._keep_time()
@@ -164,8 +165,7 @@ class ControlLoop:
                 if session is not None and session.engine.hello.epoch == message.epoch:
                     self._forget(session, "left")
 
-    def _decide(self, session: Session) -> str | None:
-        began = self._clock()
+    def _decide(self, session: Session, began: float) -> str | None:
         try:
             decision = session.planner.decide()
         except Exception:
@@ -315,8 +315,10 @@ class ControlLoop:
         # Most likely an engine of another version, or one that misdescribes itself: it should know.
         if self._may_answer(peer):
             self._send_refusal(peer, str(error))
-        if self.counters["frames_refused"] == 1:
             log.warning("frame from an unknown peer refused: %s", error)
+            self._bus.publish(
+                NoteEvent(engine="", level="warning", kind="bad_frame", text=str(error))
+            )
 
     # -- time -----------------------------------------------------------------------------------
 
@@ -398,7 +400,7 @@ class ControlLoop:
             reason=policy.reason,
             value_of_time=policy.value_of_time,
             depth=policy.depth,
-            mode=policy.curves[0].mode,
+            mode=decision.mode,
             length_counts=tuple(counts),
             predicted_goodput=decision.goodput,
             predicted_goodput_none=decision.goodput_none,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.lengths import I64, bucket_index
+from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, bucket_index
 from smartspec.engine_adapter.messages import (
     MAX_BATCH,
     MAX_STEP_S,
@@ -254,13 +254,17 @@ class Engine:
                     drafted[tried],
                     observation.num_accepted[tried],
                 )
+        num_draft_tokens = report.num_draft_tokens
+        if self.hello.limits.drafts_known_first:
+            # Found, not computed; but whatever they cost must be seen as theirs.
+            num_draft_tokens = max(num_draft_tokens, int(drafted.sum()))
         shape = StepShape(
             batch=len(batch.ids),
             verify_tokens=len(batch.ids) + int(drafted.sum()),
             prefill_tokens=report.num_prefill_tokens,
             context_tokens=report.context_tokens,
             draft_forwards=report.num_draft_forwards,
-            draft_tokens=report.num_draft_tokens,
+            draft_tokens=num_draft_tokens,
             catch_up_tokens=report.num_catch_up_tokens,
         )
         if not len(batch.ids) and not report.num_prefill_tokens:
@@ -300,6 +304,8 @@ def _check_hello(hello: Hello) -> None:
         require(len(given) <= MAX_NAMES, f"limits.{name}: more than {MAX_NAMES}")
         require(len(set(given)) == len(given), f"limits.{name}: named twice")
     require(len(limits.modes) > 0, "limits.modes: at least one is needed")
+    for mode in limits.modes:
+        require(mode in (RAGGED, UNIFORM), f"limits.modes: {mode!r}, expected ragged or uniform")
 
 
 def _read_roster(roster: Roster, max_num_running: int) -> Batch:

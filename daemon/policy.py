@@ -14,6 +14,7 @@ from smartspec.daemon.probing import Prober
 from smartspec.engine_adapter.lengths import (
     F64,
     I64,
+    RAGGED,
     CostCurve,
     DraftCost,
     Ladder,
@@ -37,6 +38,7 @@ class Decision:
     goodput: float
     goodput_none: float  #: length 0 for all
     goodput_static: float  #: the engine's own length for all
+    mode: str = RAGGED  #: execution mode chosen
 
 
 class Planner:
@@ -101,8 +103,11 @@ class Planner:
         other = round(shape.prefill_tokens)
         optimum = goodput.solve(ladder, curves, draft, other)
         none, static = self._alternatives(ladder, curves[0], draft, other)
-        probe_length, num_probes = self.prober.plan(engine, optimum, ladder, curves[0], draft)
-        if self._num_decisions % FALLBACK_EVERY == 0:
+        probe_length, num_probes = self.prober.plan(
+            engine, optimum, ladder, curves[0], draft, other
+        )
+        every = FALLBACK_EVERY if self._num_decisions >= YOUNG else FALLBACK_EVERY // 5
+        if self._num_decisions and self._num_decisions % every == 0:
             self._fallback = self._fallback_table(ladder, curves[0], draft)
         self._num_decisions += 1
         reason = self._reason(optimum, none, num_probes, probe_length)
@@ -143,7 +148,14 @@ class Planner:
             predicted_goodput=optimum.value_of_time,
             reason=reason,
         )
-        return Decision(policy, optimum.choice.lengths, optimum.value_of_time, none, static)
+        return Decision(
+            policy,
+            optimum.choice.lengths,
+            optimum.value_of_time,
+            none,
+            static,
+            optimum.choice.mode,
+        )
 
     def _curves(self, shape: StepShape) -> list[CostCurve]:
         """Seconds by tokens in the pass, wide enough for a batch that has since doubled."""

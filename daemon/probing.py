@@ -28,7 +28,7 @@ class Prober:
     ----------
     max_length : longest length of the engine
     share : of goodput that probing may cost, 0 to 1
-    sweep : whether to try all lengths first, outside the budget (a dozen steps, once)
+    sweep : whether to try all lengths first, each twice, outside the budget
     """
 
     def __init__(self, max_length: int, share: float, sweep: bool) -> None:
@@ -74,6 +74,7 @@ class Prober:
         ladder: Ladder,
         curve: CostCurve,
         draft: DraftCost,
+        num_other_tokens: int,
     ) -> tuple[int, int]:
         """Length and number of requests to probe in the next step; (0, 0) for none."""
         observation = engine.last
@@ -87,7 +88,7 @@ class Prober:
         length = (2, self.max_length, 1)[self._turn % 3]
         length = min(length, self.max_length)
         count = min(ladder.size, BATCH_PROBES) if draft.per_forward_s > 0 else 1
-        cost_s = self._cost_s(optimum, ladder, curve, draft, length, count)
+        cost_s = self._cost_s(optimum, ladder, curve, draft, num_other_tokens, length, count)
         if cost_s is None or cost_s > self._purse_s:
             return 0, 0
         self._purse_s -= cost_s
@@ -103,6 +104,7 @@ class Prober:
         ladder: Ladder,
         curve: CostCurve,
         draft: DraftCost,
+        num_other_tokens: int,
         length: int,
         count: int,
     ) -> float | None:
@@ -121,7 +123,8 @@ class Prober:
         def seconds(k: I64) -> float:
             drafts = np.array(float(k.sum()))
             depth = int(k.max(initial=0))
-            return float(step_seconds(curve, draft, ladder.size + drafts, drafts, depth))
+            num_tokens = ladder.size + num_other_tokens + drafts
+            return float(step_seconds(curve, draft, num_tokens, drafts, depth))
 
         extra_s = seconds(after) - seconds(lengths)
         return max(0.0, extra_s - gain / optimum.value_of_time)

@@ -23,8 +23,8 @@ U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
 F32 = npt.NDArray[np.float32]
 
-#: Features that an engine may know at step time. The daemon builds the acceptance table's
-#: buckets on those that an engine announces in its Hello.
+#: Features that an engine may know at step time and announces in its Hello. The daemon cuts buckets
+#: of the acceptance table from those that it has found to be of use (estimators/features.py).
 FEATURE_LAST_SHARE = "last_accepted_share"  #: accepted / drafted when last drafted for; -1 if never
 FEATURE_MATCH_LENGTH = "match_length"  #: tokens matched by prompt lookup; 0 without a match
 

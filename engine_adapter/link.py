@@ -123,6 +123,7 @@ class EngineLink:
         self._daemon_epoch: int | None = None
         self._refused_until = -np.inf
         self._heard_at = -np.inf
+        self._policy_heard_at = -np.inf  #: the last word of the daemon whose policy is in force
         self._sent_at = -np.inf
         self._next_hello_at = -np.inf
         self._hello_wait_s = HELLO_S[0]
@@ -196,7 +197,7 @@ class EngineLink:
         program = self._program
         if program is None:
             return None
-        silent_s = self._clock() - self._heard_at
+        silent_s = self._clock() - self._policy_heard_at
         if silent_s <= program.policy.ttl_s:
             choice = program.choose(batch)
             if self._probe_pending:
@@ -262,12 +263,14 @@ class EngineLink:
 
     def _hear(self, daemon_epoch: int) -> None:
         if daemon_epoch != self._daemon_epoch:
-            # Another daemon, which knows nothing of us. The last policy stays until its first.
+            # Another daemon, which knows nothing of us. The old one's policy lives out its time.
             self._hello_due = self._daemon_epoch is not None
             self._daemon_epoch = daemon_epoch
             self._refused_until = -np.inf
             self.stats.num_connections += 1
         self._heard_at = self._clock()
+        if self._program is not None and self._program.policy.daemon_epoch == daemon_epoch:
+            self._policy_heard_at = self._heard_at
         self._hello_wait_s = HELLO_S[0]
 
     def _is_newer(self, policy: Policy, than: Policy | None) -> bool:
@@ -284,6 +287,7 @@ class EngineLink:
         except MessageError as error:
             self._count_bad_frame(f"policy: {error}")
             return
+        self._policy_heard_at = self._heard_at
         self._probe_pending = policy.num_probes > 0
         self.stats.num_policies += 1
         self.stats.last_reason = policy.reason

@@ -197,7 +197,9 @@ class Program:
         able = np.flatnonzero(wanted > choice.lengths)
         if not len(able):
             return choice
-        able = np.roll(able, -(self.policy.seq * 7919 % len(able)))  # prime: no turn is skipped
+        # Probes come at a steady pace, so a turn counted by sequence numbers would skip some.
+        turn = (self.policy.seq * 0x9E3779B1 & 0xFFFFFFFF) >> 16
+        able = np.roll(able, -(turn % len(able)))
         shortest = able[np.argsort(choice.lengths[able], kind="stable")[: self.policy.num_probes]]
         probing = choice.lengths.copy()
         probing[shortest] = wanted[shortest]

@@ -135,7 +135,7 @@ class ScriptedEngine:
             draft_s=draft_s,
             context_tokens=200 * size,
             num_draft_forwards=0 if self.lookup else depth,
-            num_draft_tokens=total,
+            num_draft_tokens=0 if self.lookup else total,
             num_waiting=self.num_waiting,
         )
         self.tokens += int(accepted.sum()) + size

@@ -11,12 +11,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import msgspec
 
 from smartspec.engine_adapter.base import FixedLength, LengthSource
+from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.reference import commands
 from smartspec.engine_adapter.reference.commands import Mode
 from smartspec.engine_adapter.reference.events import Finished, Refused, StepOutput, Tokens
@@ -252,6 +253,7 @@ class LineServer:
             "num_waiting": self._worker.num_waiting,
             "kv_usage": self._worker.scheduler.kv_usage,
             "mode": self._mode,
+            "link": asdict(self._link.stats) if isinstance(self._link, EngineLink) else None,
             "busy_s": self._busy_s,
             **self._totals,
         }

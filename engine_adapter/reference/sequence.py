@@ -33,8 +33,8 @@ class SamplingParams:
             raise ValueError(f"temperature must be in [0, 10000), got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0, got {self.top_k}")
+        if not 0 <= self.top_k < 1 << 31:
+            raise ValueError(f"top_k must be in [0, 2**31), got {self.top_k}")
 
     @property
     def greedy(self) -> bool:
@@ -50,7 +50,7 @@ class Request:
     prompt : token ids, at least one
     max_tokens : longest answer, >= 1; None: as long as there is room
     stop : strings that end the answer; they are left out of its text
-    weight : > 0, value of one of its tokens
+    weight : in [1e-6, 1e6], value of one of its tokens
     floor : shortest speculation length (clipped to what is possible)
     max_speculation_length : longest speculation length; 0 opts out; None: the worker's
     ignore_eos : go on after the end-of-sequence token
@@ -70,8 +70,8 @@ class Request:
             raise ValueError("prompt must hold at least one token")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be >= 1, got {self.max_tokens}")
-        if not self.weight > 0:
-            raise ValueError(f"weight must be > 0, got {self.weight}")
+        if not 1e-6 <= self.weight <= 1e6:
+            raise ValueError(f"weight must be in [1e-6, 1e6], got {self.weight}")
         if self.floor < 0 or (self.max_speculation_length or 0) < 0:
             raise ValueError("floor and max_speculation_length must be >= 0")
         if not all(self.stop):

@@ -42,7 +42,7 @@ def make_proposer(
     if draft_model is not None:
         model = models.load(
             draft_model,
-            device=target.model.device.type,
+            device=str(target.model.device),
             dtype=str(target.model.dtype).removeprefix("torch."),
             drop_layers=draft_drop_layers,
         ).model
@@ -113,7 +113,8 @@ def run_worker(
 
     Parameters
     ----------
-    speculation, length : mode to start in; the worker's own length is ``max_length``
+    speculation : mode to start in
+    length : the worker's own length: static, and where no daemon steers
     engine, endpoint : name on the daemon, and where it listens; None: there is no daemon
     link_factory : takes the place of a link to ``endpoint``
     threads : of torch on the CPU
@@ -132,6 +133,7 @@ def run_worker(
             draft_model=draft_model,
             draft_drop_layers=draft_drop_layers,
             max_length=max_length,
+            length=length,
             device=device,
             dtype=dtype,
             threads=threads,
@@ -146,11 +148,16 @@ def run_worker(
             sink=sys.stdout.buffer if sink is None else sink,
         )
         server.switch(speculation, length if speculation == "static" else None)
-    except (models.ModelNotAvailable, ValueError) as error:
+    except (models.ModelNotAvailable, OSError, RuntimeError, ValueError) as error:
         print(f"smartspec worker: {error}", file=sys.stderr)
-        return 1
+        return 2
     server.run(sys.stdin.buffer if source is None else source)
     return 0
+
+
+def _device_name(device: torch.device) -> str:
+    """What a cost model belongs to: the accelerator's name, not its number."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _build(
@@ -160,6 +167,7 @@ def _build(
     draft_model: str | None,
     draft_drop_layers: Sequence[int],
     max_length: int,
+    length: int,
     device: str,
     dtype: str,
     threads: int | None,
@@ -203,10 +211,10 @@ def _build(
         proposer=guesser.name,
         features=worker.features,
         max_length=guesser.max_length,
-        own_length=guesser.max_length,
+        own_length=min(length, guesser.max_length),
         max_num_running=max_num_running,
         max_model_len=max_model_len,
-        device=loaded.model.device.type,
+        device=_device_name(loaded.model.device),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         engine_version=version("smartspec"),
     )

@@ -121,7 +121,7 @@ class Session:
         it learns everything within the arm, and takes no processor time from the others.
         """
         with contextlib.ExitStack() as stack:
-            monitor = self._start_daemon(stack) if arm.length is None else None
+            daemon, monitor = self._start_daemon(stack) if arm.length is None else (None, None)
             if arm.length is None:
                 self._worker.set_speculation("smartspec")
             else:
@@ -130,7 +130,8 @@ class Session:
                 self._play_burst(warm_up, "warm_up", max_tokens=WARM_UP_TOKENS)
 
             def show(now_s: float, played: Played) -> None:
-                if monitor is not None:
+                if daemon is not None and monitor is not None:
+                    daemon.process.check()  # else these would be a fallback's figures
                     monitor.drain()
                 if self._display.due:
                     self._display.show(
@@ -166,14 +167,14 @@ class Session:
         self._num_plays += 1
         return f"{self._num_plays}-{name}"
 
-    def _start_daemon(self, stack: contextlib.ExitStack) -> Monitor:
+    def _start_daemon(self, stack: contextlib.ExitStack) -> tuple[DaemonProcess, Monitor]:
         with self._display.waiting("starting the daemon, cold"):
             daemon = DaemonProcess(self._runtime_dir, self._folder / "daemon.log")
             stack.callback(daemon.stop)
             monitor = Monitor(daemon.bus_endpoint)
             stack.callback(monitor.close)
             daemon.wait_ready()
-        return monitor
+        return daemon, monitor
 
 
 @contextlib.contextmanager

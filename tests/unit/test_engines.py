@@ -255,3 +255,14 @@ def test_policies_count_on_when_an_engine_returns() -> None:
     with pytest.raises(wire.MessageError, match="seq: 7 after 7"):
         back.observe(step_report(7))
     assert engine(old, epoch=2).observe(step_report(1, epoch=2)).report.seq == 1
+
+
+def test_looking_up_drafts_is_charged_at_what_it_costs() -> None:
+    """Such engines report no draft tokens: the prior's cost of drafting must not stay."""
+    made = engine()
+    for seq in range(1, 301):
+        report = step_report(seq, roster=seq == 1, epoch=1)
+        report = msgspec.structs.replace(report, num_draft_tokens=0, draft_s=0.0)
+        made.learn(made.observe(report))
+    fixed_s, per_forward_s, per_token_s = made.step_cost.draft_cost()
+    assert fixed_s + per_forward_s + 8 * per_token_s < 0.0001

@@ -415,3 +415,13 @@ def test_link_closes_with_a_goodbye_and_then_keeps_to_its_own(pair: Pair) -> Non
     pair.link.report(step_facts(decode_batch()))
     pair.link.idle()
     assert pair.link.stats.num_errors == 0
+
+
+def test_policy_lives_out_its_time_when_only_another_daemon_is_heard(pair: Pair) -> None:
+    pair.deliver(policy())
+    assert pair.source() == "policy"
+    pair.daemon.epoch += 1
+    for _ in range(8):  # a daemon that observes, say: alive, but without a policy
+        pair.clock.now += 0.2
+        pair.deliver(wire.Heartbeat(daemon_epoch=pair.daemon.epoch))
+    assert pair.source() == "fallback"
