@@ -108,7 +108,7 @@ def test_worker_serves_the_default_model_when_nothing_is_configured(
 def test_exit_status_says_so_when_the_model_cannot_be_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run_worker(model=str(tmp_path)) == 1
+    assert run_worker(model=str(tmp_path)) == 2
     assert "cannot load" in capsys.readouterr().err
 
 
@@ -117,7 +117,7 @@ def test_exit_status_says_so_when_a_draft_model_is_missing(
 ) -> None:
     tiny = models.LoadedModel("tiny", tiny_model("llama"), None, frozenset())
     monkeypatch.setattr(models, "load", lambda *args, **kwargs: tiny)
-    assert run_worker(proposer="draft") == 1
+    assert run_worker(proposer="draft") == 2
     assert "needs a draft model" in capsys.readouterr().err
 
 
