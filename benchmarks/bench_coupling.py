@@ -14,16 +14,11 @@ Run: python benchmarks/bench_coupling.py [--num-tokens 120]
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from figures import record
 
 from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.events import Finished
@@ -112,20 +107,11 @@ def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return p
 
 
-def commit() -> str | None:
-    """What is checked out, if git can tell."""
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or None
-
-
 def main() -> None:
     """Measure, print a table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-tokens", type=int, default=120, help="per answer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("build/figures/coupling.json"))
     args = parser.parse_args()
 
     target = models.load()
@@ -145,16 +131,6 @@ def main() -> None:
         print(
             f"{name:<32}{row['num_positions']:>10}{noise:>18}{row['rejection']:>11.3f}{lost:>8.3f}"
         )
-    env = {
-        "python": platform.python_version(),
-        "cpu": platform.processor() or platform.machine(),
-        "num_cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": commit(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": str(target.model.dtype).removeprefix("torch."),
-    }
     flat = {
         "_".join(str(part).replace(".", "_") for item in setting.items() for part in item)
         + f"_{name}": value
@@ -162,9 +138,7 @@ def main() -> None:
         for name, value in row.items()
         if name not in setting
     }
-    figures = {"name": "coupling", "figures": flat, "env": env, "seed": args.seed}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(figures, indent=2) + "\n")
+    record("coupling", flat, seed=args.seed)
 
 
 if __name__ == "__main__":

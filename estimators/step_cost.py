@@ -355,7 +355,7 @@ class StepCost(Regressor):
         return float(self._solver.coef[_CATCH_UP]) / _DRAFT_TERMS["catch_up"].scale
 
     def coverage(self) -> Coverage:
-        """Which passes were seen often enough, by size and by drafting or not: seeds a sweep."""
+        """Which passes were seen often enough, by size and by drafting or not."""
         counts = self._counts.copy()
         return Coverage((*self._low.tolist(), math.inf), counts, counts >= self.enough)
 

@@ -18,7 +18,6 @@ from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.sequence import Request
 from smartspec.engine_adapter.reference.worker import Worker
 
-DROPPED = (10, 13, 16, 19, 22)  #: of 30 layers: a draft at 0.85 of the target's cost
 PROMPTS = (
     "Explain why the sky is blue.",
     "Write a short story about a lighthouse keeper.",
@@ -33,7 +32,8 @@ def test_length_0_is_found_when_the_draft_costs_nearly_as_much_as_the_target() -
         target = models.load(None)
     except models.ModelNotAvailable as error:
         pytest.skip(f"the default model cannot be had: {error}")
-    draft = DraftModel(ModelRunner(models.without_layers(target.model, DROPPED), 3, 256), 3)
+    thin = models.without_layers(target.model, models.DEFAULT_DRAFT_DROP_LAYERS)  # 0.85 of its cost
+    draft = DraftModel(ModelRunner(thin, 3, 256), 3)
     worker = Worker(
         target.model, target.tokenizer, draft, max_num_running=3, max_model_len=256, seed=0
     )
