@@ -48,8 +48,8 @@ def solve(
 
     Raises ValueError when a candidate step would take no time.
 
-    >>> ladder = Ladder(np.array([[0.9, 0.8], [0.2, 0.1]]))
-    >>> curve = CostCurve("ragged", np.array([1.0, 9.0]), np.array([1.0, 5.0]))
+    >>> ladder = Ladder(np.array([[0.9, 0.2], [0.8, 0.1]]))
+    >>> curve = CostCurve("ragged", [1.0, 9.0], [1.0, 5.0])
     >>> optimum = solve(ladder, [curve], DraftCost())
     >>> optimum.choice.lengths.tolist(), round(optimum.value_of_time, 3)
     ([2, 0], 1.48)
@@ -99,7 +99,7 @@ def best_by_batch(
     What an engine falls back to when the daemon is gone: survivals of an average request [K],
     the probability that drafts exist, batch sizes [M] -> lengths [M].
 
-    >>> curve = CostCurve("ragged", np.array([1.0, 8.0, 64.0]), np.array([1.0, 1.0, 8.0]))
+    >>> curve = CostCurve("ragged", [1.0, 8.0, 64.0], [1.0, 1.0, 8.0])
     >>> best_by_batch(np.array([0.8, 0.5]), 1.0, np.array([1, 4, 32]), curve, DraftCost()).tolist()
     [2, 1, 0]
     """

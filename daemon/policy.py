@@ -81,7 +81,7 @@ class Planner:
         rows = engine.rows(batch)
         fresh = self._num_decisions < YOUNG or self._num_decisions % TABLE_EVERY == 0
         if self._table is None or fresh:
-            self._table = engine.acceptance.log_survival()
+            self._table = np.ascontiguousarray(engine.acceptance.log_survival().T)
         table = self._table
         correction = engine.acceptance.corrections(rows)
         known_first = engine.hello.limits.drafts_known_first
@@ -125,14 +125,10 @@ class Planner:
             value_of_time=value_of_time,
             depth=depth,
             curves=tuple(
-                Curve(
-                    mode=curve.mode,
-                    num_tokens=pack(curve.num_tokens, "f32"),
-                    seconds=pack(curve.seconds, "f32"),
-                )
+                Curve(mode=curve.mode, num_tokens=curve.num_tokens, seconds=curve.seconds)
                 for curve in curves
             ),
-            max_length=table.shape[1],
+            max_length=len(table),
             log_survival=pack(table, "f32"),
             axes=engine.axes,
             draft_fixed_s=draft.fixed_s,
@@ -165,8 +161,8 @@ class Planner:
         num_tokens = self.engine.step_cost.breakpoints(1, most + 2 * prefill)
         if prefill > 1:
             num_tokens = np.union1d(num_tokens, [prefill])  # the curve's own kink
-        seconds = self.engine.step_cost.target_curve(shape, num_tokens)
-        tokens = num_tokens.astype(np.float64)
+        seconds = tuple(self.engine.step_cost.target_curve(shape, num_tokens).tolist())
+        tokens = tuple(num_tokens.astype(np.float64).tolist())
         return [CostCurve(mode, tokens, seconds) for mode in limits.modes]
 
     def _alternatives(
@@ -186,7 +182,7 @@ class Planner:
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         most = self.engine.hello.limits.max_num_running
         batches: I64 = np.unique(np.geomspace(1, most, 12).round().astype(np.int64))
-        average: F64 = ladder.worth.mean(axis=0) * (ladder.size / ladder.weight_sum)
+        average: F64 = ladder.worth.mean(axis=1) * (ladder.size / ladder.weight_sum)
         presence = 1.0 if ladder.presence is None else float(ladder.presence.mean())
         best = goodput.best_by_batch(average, presence, batches, curve, draft)
         return tuple(batches.tolist()), tuple(best.tolist())

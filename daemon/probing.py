@@ -110,14 +110,15 @@ class Prober:
     ) -> float | None:
         """Expected time lost by the probe, less its gain at the value of time; None: no probe."""
         lengths = optimum.choice.lengths
-        able = np.flatnonzero(np.minimum(ladder.ceiling, length) > lengths)
+        most = ladder.clip(length)
+        able = np.flatnonzero(most > lengths)
         if not len(able):
             return None
         probed = able[np.argsort(lengths[able], kind="stable")[:count]]
         after = lengths.copy()
-        after[probed] = np.minimum(ladder.ceiling[probed], length)
-        depths = np.arange(ladder.max_length)
-        added = (depths >= lengths[:, None]) & (depths < after[:, None])
+        after[probed] = most[probed]
+        depths = np.arange(ladder.max_length)[:, None]
+        added = (depths >= lengths) & (depths < after)
         gain = float(ladder.worth[added].sum())
 
         def seconds(k: I64) -> float:

@@ -36,39 +36,50 @@ import numpy.typing as npt
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
+Worth = npt.NDArray[np.floating[Any]]
 
 RAGGED = "ragged"  #: every request has its own length
 UNIFORM = "uniform"  #: one length for all; shorter requests are padded to it
 
 
-_DEPTHS = np.arange(256)  #: lengths are u8 on the wire
-_NO_FLOOR = np.zeros(1, np.int64)
+_DEPTHS = np.arange(256, dtype=np.uint8)[:, None]  #: lengths are u8 on the wire
+_FAR = 1e15  #: tokens
 
 
-class CostCurve(NamedTuple):
+class CostCurve:
     """Seconds of one target pass by tokens verified: linear between breakpoints.
 
     A jump is two breakpoints at neighbouring token counts. Beyond the ends the curve goes on
-    flat on the left and along the last segment on the right.
+    flat on the left and along the last segment on the right, where that rises.
+
+    Parameters
+    ----------
+    mode : execution mode
+    num_tokens : [M >= 1], rising
+    seconds : [M], >= 0
+
+    >>> curve = CostCurve("ragged", [1.0, 3.0], [1.0, 2.0])
+    >>> curve.at(np.array([0, 2, 5])).tolist()
+    [1.0, 1.5, 3.0]
     """
 
-    mode: str
-    num_tokens: F64  #: [M >= 1], rising
-    seconds: F64  #: [M], >= 0
+    __slots__ = ("_seconds", "_tokens", "mode", "num_tokens", "seconds")
 
-    def at(self, num_tokens: npt.ArrayLike) -> F64:
-        """Seconds at ``num_tokens`` (any shape).
+    def __init__(self, mode: str, num_tokens: Sequence[float], seconds: Sequence[float]) -> None:
+        self.mode = mode
+        self.num_tokens = tuple(num_tokens)
+        self.seconds = tuple(seconds)
+        slope = 0.0
+        if len(num_tokens) > 1:
+            slope = (seconds[-1] - seconds[-2]) / (num_tokens[-1] - num_tokens[-2])
+        # One more breakpoint far out, so that interpolation is all there is to do at step time.
+        last = num_tokens[-1] + _FAR, seconds[-1] + max(slope, 0.0) * _FAR
+        self._tokens: F64 = np.array([*num_tokens, last[0]])
+        self._seconds: F64 = np.array([*seconds, last[1]])
 
-        >>> curve = CostCurve("ragged", np.array([1.0, 3.0]), np.array([1.0, 2.0]))
-        >>> curve.at([0, 2, 5]).tolist()
-        [1.0, 1.5, 3.0]
-        """
-        n = np.asarray(num_tokens, np.float64)
-        seconds: F64 = np.interp(n, self.num_tokens, self.seconds)
-        last = self.num_tokens[-1]
-        if len(self.num_tokens) > 1 and n.max(initial=0.0) > last:
-            slope = (self.seconds[-1] - self.seconds[-2]) / (last - self.num_tokens[-2])
-            seconds = seconds + max(slope, 0.0) * np.maximum(n - last, 0.0)
+    def at(self, num_tokens: Any) -> F64:
+        """Seconds at ``num_tokens`` (any shape)."""
+        seconds: F64 = np.interp(num_tokens, self._tokens, self._seconds)
         return seconds
 
 
@@ -94,20 +105,22 @@ class Choice(NamedTuple):
         return cls(lengths, source=source)
 
 
-def request_survivals(log_survival: Any, buckets: Any, correction: Any) -> F64:
+def request_survivals(log_survival: Any, buckets: Any, correction: Any) -> Any:
     """Survivals of each request: its bucket's, raised to the power of its correction.
 
     ``S_i(j) = S_bucket(j) ** c_i``: a proportional-hazards model in which c_i = 0 never rejects,
     1 is as the bucket and 2 is rejected as often again. Falls with j whenever the bucket's does.
 
-    Parameters: ``log_survival`` [num_buckets, K] <= 0; ``buckets`` [B] ints; ``correction`` [B]
-    >= 0. Returns [B, K] in [0, 1].
+    Parameters: ``log_survival`` [K, num_buckets] <= 0; ``buckets`` [B] ints; ``correction`` [B]
+    >= 0. Returns [K, B] in [0, 1], in the type of the first.
 
-    >>> table = np.log([[0.5, 0.25]])
+    >>> table = np.log([[0.5], [0.25]])
     >>> request_survivals(table, np.array([0, 0]), np.array([1.0, 2.0])).round(4).tolist()
     [[0.5, 0.25], [0.25, 0.0625]]
     """
-    return np.exp(log_survival.take(buckets, 0) * correction[:, None])  # type: ignore[no-any-return]
+    survival = log_survival.take(buckets, 1)
+    survival *= correction
+    return np.exp(survival, out=survival)
 
 
 def bucket_index(edges: Sequence[npt.NDArray[Any]], features: Sequence[npt.NDArray[Any]]) -> I64:
@@ -128,11 +141,14 @@ def bucket_index(edges: Sequence[npt.NDArray[Any]], features: Sequence[npt.NDArr
 
 
 class Ladder:
-    """All draftable items (request, depth) in falling order of worth: the sorted half of the scan.
+    """All draftable items (depth, request), from which the best so many are to be taken.
+
+    Arrays run depth by depth, [K, B]: numpy is fast along the last axis, and there are more
+    requests than depths.
 
     Parameters
     ----------
-    survival : [B, K], rows not rising, in [0, 1]
+    survival : [K, B], columns not rising, in [0, 1]
     weight : [B] > 0, or None for all 1
     floor, ceiling : [B] ints, or None; a floor above the ceiling is clipped to it
     presence : [B] in (0, 1], or None for all 1. Probability that drafts exist at all (prompt
@@ -142,63 +158,67 @@ class Ladder:
 
     def __init__(
         self,
-        survival: F64,
-        weight: npt.ArrayLike | None = None,
-        floor: npt.ArrayLike | None = None,
-        ceiling: npt.ArrayLike | None = None,
-        presence: npt.ArrayLike | None = None,
+        survival: Worth,
+        weight: npt.NDArray[Any] | None = None,
+        floor: npt.NDArray[Any] | None = None,
+        ceiling: npt.NDArray[Any] | None = None,
+        presence: npt.NDArray[Any] | None = None,
     ) -> None:
-        size, max_length = survival.shape
-        self.size = size
-        self.max_length = max_length
-        self.worth = survival if weight is None else survival * np.asarray(weight)[:, None]
-        self.presence = None if presence is None else np.asarray(presence, np.float64)
-        self.weight_sum = float(size if weight is None else np.sum(weight))
-        self.floor = _NO_FLOOR
-        self.ceiling = (
-            np.full(size, max_length) if ceiling is None else np.minimum(ceiling, max_length)
-        )
+        self.max_length, self.size = survival.shape
+        self.worth: Worth = survival if weight is None else survival * weight
+        self.presence = presence
+        self.weight_sum = float(self.size if weight is None else weight.sum())
+        self.ceiling = ceiling
+        self.floor = floor
         self.deepest_floor = 0
         self._forced_gain = 0.0
-        key, count = self.worth, size * max_length
-        if ceiling is not None:
-            count = int(self.ceiling.sum())
-            if count < size * max_length:
-                free = _DEPTHS[:max_length] < self.ceiling[:, None]
-                key = np.where(free, key, key.dtype.type(-1))
-        if floor is not None:
-            self.floor = np.minimum(floor, self.ceiling).astype(np.int64)
-            self.deepest_floor = int(self.floor.max(initial=0))
-            forced = _DEPTHS[:max_length] < self.floor[:, None]
-            self._forced_gain = float(self._expected(self.worth)[forced].sum())
-            key, count = np.where(forced, -1.0, key), count - int(self.floor.sum())
         self._forced_drafts = 0.0
-        if self.deepest_floor:
-            share = 1.0 if self.presence is None else self.presence
-            self._forced_drafts = float((self.floor * share).sum())
-        self._depth: I64 | None = None
-        key = key.ravel()
-        self._order = key.argsort()[::-1][:count]  # what may not be drafted sorts last
-        self._worth = key[self._order]
+        self._free = self.worth  # -inf where an item may not be chosen
+        if ceiling is not None:
+            self._free = np.where(_DEPTHS[: self.max_length] < ceiling, self._free, -np.inf)
+        if floor is not None:
+            self.floor = self.clip(floor)
+            self.deepest_floor = int(self.floor.max(initial=0))
+        if self.floor is not None and self.deepest_floor:
+            forced = _DEPTHS[: self.max_length] < self.floor
+            self._forced_gain = float(self._expected(self.worth)[forced].sum())
+            self._forced_drafts = float(self._expected(self.floor).sum())
+            self._free = np.where(forced, -np.inf, self._free)
+        self._sorted: dict[int, Worth] = {}
 
-    def _expected(self, worth: F64) -> F64:
-        return worth if self.presence is None else worth * self.presence[:, None]
+    def clip(self, lengths: npt.ArrayLike) -> I64:
+        """``lengths`` (one, or [B]) as they can be: within ceilings and `max_length`."""
+        clipped = np.minimum(np.full(self.size, lengths, np.int64), self.max_length)
+        return clipped if self.ceiling is None else np.minimum(clipped, self.ceiling)
+
+    def _expected(self, values: Any) -> Any:
+        return values if self.presence is None else values * self.presence
+
+    def _descending(self, depth: int) -> Worth:
+        """Worth of all items within ``depth``, the best first; -inf for those not to be chosen."""
+        worth = self._sorted.get(depth)
+        if worth is None:
+            worth = self._sorted[depth] = np.sort(self._free[:depth], axis=None)[::-1]
+        return worth
 
     def prefixes(self, depth: int) -> tuple[F64, F64]:
         """Gain and drafted tokens of the best 0, 1, 2, ... items within ``depth``, floors included.
 
-        Returns two arrays [M + 1], M being the number of items within.
+        Returns two arrays [depth * B + 1]; the gain is -inf where there are fewer to choose.
         """
-        within = self._within(depth)
-        worth = self._worth if within is None else self._worth[within]
-        gain, drafts = np.zeros(len(worth) + 1), np.zeros(len(worth) + 1)
+        num_items = min(depth, self.max_length) * self.size
+        gain = np.empty(num_items + 1)
+        gain[0] = 0.0
         if self.presence is None:
-            worth.cumsum(out=gain[1:])
-            drafts[:] = np.arange(self._forced_drafts, self._forced_drafts + len(drafts))
+            self._descending(depth).cumsum(out=gain[1:])
+            drafts = np.arange(self._forced_drafts, self._forced_drafts + num_items + 0.5)
         else:
-            share = self.presence[self._order // max(1, self.max_length)]
-            share = share if within is None else share[within]
-            np.cumsum(worth * share, out=gain[1:])
+            free = self._free[:depth].ravel()
+            order = free.argsort()[::-1]
+            share = self.presence[order % self.size]
+            (free[order] * share).cumsum(out=gain[1:])
+            drafts = np.empty(num_items + 1)
+            drafts[0] = 0.0
             share.cumsum(out=drafts[1:])
             drafts += self._forced_drafts
         gain += self.weight_sum + self._forced_gain
@@ -231,23 +251,26 @@ class Ladder:
 
     def lengths(self, count: int, depth: int) -> I64:
         """The lengths that the best ``count`` items within ``depth`` make."""
-        within = self._within(depth)
-        chosen = (self._order if within is None else self._order[within])[:count]
-        lengths = np.bincount(chosen // max(1, self.max_length), minlength=self.size)
-        return lengths + self.floor if self.deepest_floor else lengths
-
-    def _within(self, depth: int) -> npt.NDArray[np.bool_] | None:
-        """Which items lie within ``depth``; None for all."""
-        if depth >= self.max_length:
-            return None
-        if self._depth is None:
-            self._depth = self._order % max(1, self.max_length)
-        return self._depth < depth
+        lengths = np.zeros(self.size, np.int64)
+        if count > 0:
+            worth, free = self._descending(depth), self._free[:depth]
+            least = worth[count - 1]
+            (free >= least).sum(0, out=lengths)
+            if count < len(worth) and worth[count] == least:
+                # Of items worth the same, which there are too many of, the deepest stay out.
+                tied = np.flatnonzero(free == least)
+                surplus = tied[count - int(lengths.sum()) :]
+                lengths -= np.bincount(surplus % self.size, minlength=self.size)
+        if self.floor is not None and self.deepest_floor:
+            lengths += self.floor
+        return lengths
 
     def uniform(self, length: int) -> tuple[I64, float]:
         """One length for all, within floors and ceilings: (lengths, gain)."""
-        lengths = np.minimum(np.maximum(length, self.floor), self.ceiling)
-        taken = _DEPTHS[: self.max_length] < lengths[:, None]
+        lengths = self.clip(length)
+        if self.floor is not None:
+            lengths = np.maximum(lengths, self.floor)
+        taken = _DEPTHS[: self.max_length] < lengths
         return lengths, self.weight_sum + float(self._expected(self.worth)[taken].sum())
 
 
@@ -277,8 +300,8 @@ def choose_lengths(
     curves : cost of the target's pass, one per execution mode that is a candidate
     num_other_tokens : tokens of the same pass that are not verified (prefill)
 
-    >>> ladder = Ladder(np.array([[0.9, 0.8], [0.2, 0.1]]))
-    >>> curve = CostCurve("ragged", np.array([1.0, 9.0]), np.array([1.0, 5.0]))
+    >>> ladder = Ladder(np.array([[0.9, 0.2], [0.8, 0.1]]))
+    >>> curve = CostCurve("ragged", [1.0, 9.0], [1.0, 5.0])
     >>> choose_lengths(ladder, 1.0, 2, [curve], DraftCost()).lengths.tolist()
     [2, 0]
     """

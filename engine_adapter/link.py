@@ -20,16 +20,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import zmq
 
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.base import (
-    F32,
-    U8,
     U64,
     DecodeBatch,
     FixedLength,
@@ -53,8 +49,6 @@ from smartspec.engine_adapter.program import Program
 
 log = logging.getLogger("smartspec.link")
 
-Column = npt.NDArray[Any]
-
 SILENCE_S = 1.0  #: without any word for so long, the daemon counts as gone
 HELLO_S = (0.1, 1.0)  #: between Hellos to a silent daemon: at first, and at most
 KEEP_ALIVE_S = 5.0  #: an idle engine says that it is still there
@@ -62,6 +56,8 @@ REFUSED_S = 5.0  #: a refused engine asks again after this
 SEND_QUEUE = 64  #: frames that may wait for a slow daemon
 MAX_FRAMES_PER_STEP = 256  #: a flooding daemon may not hold up a step,
 MAX_RECEIVE_S = 0.005  #: nor one that sends large frames; what is left waits for the next step
+#: Plain numbers: arithmetic with zmq's enumerations takes as long as asking the socket.
+EVENTS, POLLIN, POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 ROSTERS_KEPT = 16  #: a policy lags a few reports at most
 
 
@@ -131,7 +127,7 @@ class EngineLink:
         self._chosen_by: tuple[int, str] = (0, "own")
         self._rosters: OrderedDict[int, U64] = OrderedDict()
         self._roster_version = 0
-        self._roster_columns: tuple[U64, F32 | None, U8 | None] | None = None
+        self._roster_columns: tuple[bytes, ...] = ()  #: ids, weights, floors
         self._roster_sent = False
         self._hello_due = False
         self._closed = False
@@ -160,7 +156,7 @@ class EngineLink:
         self._seq += 1
         try:
             self._receive()
-            if not self._in_touch() or not self._can(zmq.POLLOUT):
+            if not self._in_touch() or not self._ready() & POLLOUT:
                 self.stats.num_reports_dropped += 1
                 return
             self._send_report(facts)
@@ -218,13 +214,9 @@ class EngineLink:
         newest: Policy | None = None
         deadline = self._clock() + MAX_RECEIVE_S
         for _ in range(MAX_FRAMES_PER_STEP):
-            if not self._can(zmq.POLLIN) or self._clock() > deadline:
+            if not self._ready() & POLLIN or self._clock() > deadline:
                 break
             frame = self._socket.recv(zmq.NOBLOCK)
-            if self._socket.getsockopt(zmq.RCVMORE):
-                self._discard_rest()
-                self._count_bad_frame("more than one frame in a message")
-                continue
             try:
                 message = messages.decode_daemon_message(frame)
             except MessageError as error:
@@ -256,10 +248,6 @@ class EngineLink:
         self.stats.last_reason = reason
         self._refused_until = self._clock() + REFUSED_S
         self._program = None
-
-    def _discard_rest(self) -> None:
-        while self._socket.getsockopt(zmq.RCVMORE):
-            self._socket.recv(zmq.NOBLOCK)
 
     def _hear(self, daemon_epoch: int) -> None:
         if daemon_epoch != self._daemon_epoch:
@@ -313,7 +301,7 @@ class EngineLink:
         self._next_hello_at = now + self._hello_wait_s
         self._hello_wait_s = min(2 * self._hello_wait_s, HELLO_S[1])
         self._roster_sent = False
-        if self._can(zmq.POLLOUT):
+        if self._ready() & POLLOUT:
             self._socket.send(messages.encode(self.hello), zmq.NOBLOCK)
             self._sent_at = now
 
@@ -325,7 +313,7 @@ class EngineLink:
             epoch=self.hello.epoch,
             seq=self._seq,
             roster_version=self._roster_version,
-            roster=None if self._roster_sent else self._roster(batch),
+            roster=None if self._roster_sent else self._roster(),
             step_s=float(facts.step_s),  # adapters may well hand in numpy's scalars
             target_s=None if facts.target_s is None else float(facts.target_s),
             draft_s=None if facts.draft_s is None else float(facts.draft_s),
@@ -352,32 +340,27 @@ class EngineLink:
         self.stats.num_reports_sent += 1
 
     def _update_roster(self, batch: DecodeBatch) -> None:
-        last = self._roster_columns
-        if last is not None and (
-            np.array_equal(last[0], batch.request_ids)
-            and _same(last[1], batch.weight)
-            and _same(last[2], batch.floor)
-        ):
+        # As bytes: compared at once, and an engine may use the same arrays for its next batch.
+        columns = (
+            pack(batch.request_ids, "u64"),
+            b"" if batch.weight is None else pack(batch.weight, "f32"),
+            b"" if batch.floor is None else pack(batch.floor, "u8"),
+        )
+        if columns == self._roster_columns:
             return
-        # Copies: an engine may use the same arrays for its next batch.
-        ids = batch.request_ids.copy()
-        self._roster_columns = (ids, _copy(batch.weight), _copy(batch.floor))
+        self._roster_columns = columns
         self._roster_version += 1
         self._roster_sent = False
-        self._rosters[self._roster_version] = ids
+        self._rosters[self._roster_version] = np.frombuffer(columns[0], np.uint64)
         while len(self._rosters) > ROSTERS_KEPT:
             self._rosters.popitem(last=False)
 
-    def _roster(self, batch: DecodeBatch) -> Roster:
-        return Roster(
-            version=self._roster_version,
-            request_ids=pack(batch.request_ids, "u64"),
-            weight=b"" if batch.weight is None else pack(batch.weight, "f32"),
-            floor=b"" if batch.floor is None else pack(batch.floor, "u8"),
-        )
+    def _roster(self) -> Roster:
+        ids, weight, floor = self._roster_columns
+        return Roster(version=self._roster_version, request_ids=ids, weight=weight, floor=floor)
 
-    def _can(self, event: zmq.PollEvent) -> bool:
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & event)
+    def _ready(self) -> int:
+        return int(self._socket.getsockopt(EVENTS))
 
     # -- trouble --------------------------------------------------------------------------------
 
@@ -392,13 +375,3 @@ class EngineLink:
         self.stats.num_errors += 1
         if self.stats.num_errors == 1:
             log.exception("error while %s (later ones are only counted)", doing)
-
-
-def _copy(column: Column | None) -> Column | None:
-    return None if column is None else column.copy()
-
-
-def _same(a: Column | None, b: Column | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return np.array_equal(a, b)

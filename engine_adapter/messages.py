@@ -30,6 +30,8 @@ LARGEST = 1e12  #: of any number: products of two stay finite, in f32 too
 MAX_STEP_S = 600.0  #: a step that claims to have taken longer is a fault of the clock
 
 UInt = Annotated[int, Meta(ge=0)]
+Amount = Annotated[float, Meta(ge=0.0, le=LARGEST)]  #: refuses NaN too
+Length = Annotated[int, Meta(ge=0, le=MAX_LENGTH)]
 Text = Annotated[str, Meta(max_length=256)]
 
 
@@ -60,7 +62,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the engine can do."""
 
-    max_length: Annotated[int, Meta(ge=0, le=MAX_LENGTH)]
+    max_length: Length
     max_num_running: Annotated[int, Meta(ge=1, le=MAX_BATCH)]
     static_length: UInt = 0  #: the length of its own configuration
     features: tuple[Text, ...] = ()  #: rows of the feature columns, in order
@@ -128,8 +130,8 @@ class Curve(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Seconds of a target pass by tokens in it (lengths.CostCurve)."""
 
     mode: Text
-    num_tokens: bytes  #: f32 [M], rising
-    seconds: bytes  #: f32 [M]
+    num_tokens: tuple[Amount, ...]  #: [M], rising; a dozen numbers decode faster than a column
+    seconds: tuple[Amount, ...]  #: [M]
 
 
 class BucketAxis(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -150,23 +152,23 @@ class Policy(Message, frozen=True, tag="policy"):
     daemon_epoch: UInt  #: differs at every start of the daemon
     seq: UInt  #: rises; from 1
     report_seq: UInt  #: the newest report that it knew
-    ttl_s: float  #: expires this long after the last word from the daemon
-    value_of_time: float  #: lambda, tokens per second
+    ttl_s: Annotated[float, Meta(gt=0.0, le=LARGEST)]  #: lasts so long without a further word
+    value_of_time: Amount  #: lambda, tokens per second
     depth: UInt  #: length to draft to
     curves: tuple[Curve, ...]
-    max_length: UInt  #: columns of the acceptance table
-    log_survival: bytes  #: f32 [num_buckets, max_length]
+    max_length: Length  #: rows of the acceptance table
+    log_survival: bytes  #: f32 [max_length, num_buckets]
     axes: tuple[BucketAxis, ...] = ()  #: first axis slowest; none: a single bucket
-    draft_fixed_s: float = 0.0
-    draft_per_forward_s: float = 0.0
-    draft_per_token_s: float = 0.0
+    draft_fixed_s: Amount = 0.0
+    draft_per_forward_s: Amount = 0.0
+    draft_per_token_s: Amount = 0.0
     roster_version: UInt = 0
     correction: bytes = b""  #: f32 [B] of that roster; others: 1
-    probe_length: UInt = 0  #: to be drafted once, at the first step under this policy,
+    probe_length: Length = 0  #: to be drafted once, at the first step under this policy,
     num_probes: UInt = 0  #: by this many requests (those with the shortest lengths first)
     fallback_batch: tuple[UInt, ...] = ()  #: after expiry: from this batch size on, rising, ...
-    fallback_length: tuple[UInt, ...] = ()  #: ... this length
-    fallback_s: float = 60.0  #: for this long; then the engine's own configuration
+    fallback_length: tuple[Length, ...] = ()  #: ... this length
+    fallback_s: Amount = 60.0  #: for this long; then the engine's own configuration
     predicted_goodput: float = 0.0  #: tokens per second
     reason: Annotated[str, Meta(max_length=1024)] = ""
 
@@ -261,7 +263,10 @@ def pack(values: npt.ArrayLike, dtype: str) -> bytes:
     >>> pack([1, 2], "u8")
     b'\\x01\\x02'
     """
-    return np.ascontiguousarray(values, _DTYPES[dtype]).tobytes()
+    kind = _DTYPES[dtype]
+    if not isinstance(values, np.ndarray) or values.dtype != kind:
+        values = np.asarray(values, kind)
+    return values.tobytes()
 
 
 def unpack(

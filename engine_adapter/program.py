@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from smartspec.engine_adapter import lengths
 from smartspec.engine_adapter.base import F32, U64, DecodeBatch
 from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
 from smartspec.engine_adapter.messages import (
     LARGEST,
-    MAX_LENGTH,
     Curve,
-    MessageError,
     Policy,
     align,
     require,
@@ -33,21 +31,12 @@ MAX_AXES = 16
 MAX_BATCH_SIZE = 1 << 31  #: in the fallback table
 
 
-def _number(value: float, name: str) -> float:
-    if not 0 <= value <= LARGEST:  # refuses NaN too
-        raise MessageError(f"{name}: {value}, expected 0 to {LARGEST:g}")
-    return value
-
-
 def _curve(curve: Curve) -> CostCurve:
-    size = len(curve.num_tokens) // 4
-    require(1 <= size <= MAX_BREAKPOINTS, f"curves: {size} breakpoints")
-    num_tokens = unpack(curve.num_tokens, "f32", (size,), "curves: num_tokens")
-    seconds = unpack(curve.seconds, "f32", (size,), "curves: seconds", low=0.0)
-    # A dozen numbers: plain Python is faster here than numpy.
-    counts = num_tokens.tolist()
-    require(all(a < b for a, b in pairwise(counts)), "curves: num_tokens must rise")
-    return CostCurve(curve.mode, num_tokens.astype(np.float64), seconds.astype(np.float64))
+    tokens, seconds = curve.num_tokens, curve.seconds
+    require(1 <= len(tokens) <= MAX_BREAKPOINTS, f"curves: {len(tokens)} breakpoints")
+    require(len(tokens) == len(seconds), "curves: seconds must be as many as num_tokens")
+    require(all(a < b for a, b in pairwise(tokens)), "curves: num_tokens must rise")
+    return CostCurve(curve.mode, tokens, seconds)
 
 
 class Program:
@@ -79,17 +68,9 @@ class Program:
         previous: Program | None = None,
     ) -> None:
         self.policy = policy
-        require(policy.max_length <= MAX_LENGTH, f"max_length: {policy.max_length} > {MAX_LENGTH}")
-        require(
-            policy.probe_length <= MAX_LENGTH, f"probe_length: {policy.probe_length} > {MAX_LENGTH}"
-        )
-        require(_number(policy.ttl_s, "ttl_s") > 0, "ttl_s: 0, a policy must last")
-        _number(policy.fallback_s, "fallback_s")
-        self.value_of_time = _number(policy.value_of_time, "value_of_time")
+        self.value_of_time = policy.value_of_time
         self.draft = DraftCost(
-            _number(policy.draft_fixed_s, "draft_fixed_s"),
-            _number(policy.draft_per_forward_s, "draft_per_forward_s"),
-            _number(policy.draft_per_token_s, "draft_per_token_s"),
+            policy.draft_fixed_s, policy.draft_per_forward_s, policy.draft_per_token_s
         )
         require(1 <= len(policy.curves) <= MAX_CURVES, f"curves: {len(policy.curves)} given")
         self.curves = [_curve(curve) for curve in policy.curves]
@@ -116,6 +97,7 @@ class Program:
                 policy.correction, "f32", (len(roster),), "correction", low=0.0
             )
             self.roster = roster
+        self._roster_bytes = self.roster.tobytes()
 
     def _read_axes(self, policy: Policy, features: tuple[str, ...]) -> None:
         require(len(policy.axes) <= MAX_AXES, f"axes: more than {MAX_AXES}")
@@ -136,9 +118,9 @@ class Program:
         return mine.log_survival == policy.log_survival and mine.max_length == policy.max_length
 
     def _read_table(self, policy: Policy) -> None:
-        shape = (self.num_buckets, policy.max_length)
+        shape = (policy.max_length, self.num_buckets)
         table = unpack(policy.log_survival, "f32", shape, "log_survival", high=0.0)
-        rises = bool((table[:, 1:] > table[:, :-1]).any())
+        rises = bool((table[1:] > table[:-1]).any())
         require(not rises, "log_survival: must not rise with depth")
         self.log_survival = table
 
@@ -154,22 +136,24 @@ class Program:
         require(len(sizes) == len(lengths), "fallback: one length per batch size")
         require(list(sizes) == sorted(sizes), "fallback_batch: must rise")
         require(max(sizes, default=0) <= MAX_BATCH_SIZE, f"fallback_batch: over {MAX_BATCH_SIZE}")
-        require(max(lengths, default=0) <= MAX_LENGTH, f"fallback_length: over {MAX_LENGTH}")
         self._fallback_batch = np.array(sizes, np.int64)
         self._fallback_length = np.array(lengths, np.int64)
 
-    def survivals(self, batch: DecodeBatch) -> npt.NDArray[np.float64]:
-        """Survivals [B, max_length] of the present batch."""
-        zeros = np.zeros(batch.size, np.float32)
-        columns = [zeros if row is None else batch.features[row] for row in self.rows]
-        buckets = lengths.bucket_index(self.edges, columns)
-        if len(buckets) != batch.size:
-            buckets = np.zeros(batch.size, np.int64)
-        return lengths.request_survivals(self.log_survival, buckets, self._corrections(batch))
+    def survivals(self, batch: DecodeBatch) -> F32:
+        """Survivals [max_length, B] of the present batch."""
+        buckets: Any = np.zeros(batch.size, np.int64)
+        if self.rows:
+            absent = buckets  # an unknown feature reads 0
+            columns = [absent if row is None else batch.features[row] for row in self.rows]
+            buckets = lengths.bucket_index(self.edges, columns)
+        survivals: F32 = lengths.request_survivals(
+            self.log_survival, buckets, self._corrections(batch)
+        )
+        return survivals
 
     def _corrections(self, batch: DecodeBatch) -> F32:
         ids = batch.request_ids
-        if ids is self.roster or np.array_equal(ids, self.roster):
+        if ids.tobytes() == self._roster_bytes:
             return self.correction
         at = align(self.roster, ids)
         correction = np.ones(len(ids), np.float32)

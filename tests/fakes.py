@@ -209,8 +209,8 @@ def policy(seq: int = 1, *, lengths_for: float = 0.9, **more: Any) -> wire.Polic
         "curves": (
             wire.Curve(
                 mode="ragged",
-                num_tokens=wire.pack([1, 1000], "f32"),
-                seconds=wire.pack([0.02, 0.03], "f32"),
+                num_tokens=(1.0, 1000.0),
+                seconds=(0.02, 0.03),
             ),
         ),
         "max_length": 5,

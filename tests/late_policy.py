@@ -22,7 +22,7 @@ def losses(shape: str, num_batches: int = 400, seed: int = 11) -> list[float]:
     draft = DraftCost(1.0, 0.5, 0.02)
 
     def survivals(count: int) -> np.ndarray:
-        return np.cumprod(rng.beta(3, 2, (count, 1)) * np.ones((1, 6)), axis=1)
+        return np.cumprod(rng.beta(3, 2, count) * np.ones((6, 1)), axis=0)
 
     lost = []
     for _ in range(num_batches):
@@ -30,7 +30,7 @@ def losses(shape: str, num_batches: int = 400, seed: int = 11) -> list[float]:
         old = survivals(size)
         new = old.copy()
         replaced = rng.choice(size, max(1, size // 5), replace=False)
-        new[replaced] = survivals(len(replaced))
+        new[:, replaced] = survivals(len(replaced))
         late = solve(Ladder(old), [curve], draft)
         best = solve(Ladder(new), [curve], draft)
         chosen = choose_lengths(Ladder(new), late.value_of_time, late.depth, [curve], draft)

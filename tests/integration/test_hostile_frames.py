@@ -222,7 +222,7 @@ DOWN: list[wire.Message] = [
     policy(
         3,
         axes=(wire.BucketAxis(feature="match_length", edges=(3.0,)),),
-        log_survival=wire.pack(-np.arange(1, 11).reshape(2, 5) / 5, "f32"),
+        log_survival=wire.pack(-np.arange(1, 11).reshape(5, 2) / 5, "f32"),
         correction=wire.pack([1, 0.5, 2], "f32"),
         roster_version=1,
         probe_length=2,

@@ -85,7 +85,7 @@ def test_solve_equals_brute_force_when_batches_are_small(block: int) -> None:
         if rng.random() < 0.4:
             curves.append(random_curve(rng, most, UNIFORM))
         draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)))
-        ladder = Ladder(survival, weight, floor, ceiling)
+        ladder = Ladder(survival.T, weight, floor, ceiling)
         optimum = solve(ladder, curves, draft, other)
         expected = brute_force(survival, weight, floor, ceiling, curves, draft, other)
         assert optimum.value_of_time == pytest.approx(expected, rel=1e-9), f"case {case}"
@@ -104,7 +104,7 @@ def test_engine_and_daemon_choose_alike_when_nothing_has_changed() -> None:
     rng = np.random.default_rng(5)
     for _ in range(500):
         size = int(rng.integers(1, 40))
-        survival = np.cumprod(rng.uniform(0.2, 0.98, (size, 6)), axis=1)
+        survival = np.cumprod(rng.uniform(0.2, 0.98, (6, size)), axis=0)
         curve = random_curve(rng, size * 7)
         draft = DraftCost(*rng.uniform(0, 0.1, 3))
         ladder = Ladder(survival)
@@ -123,22 +123,22 @@ def test_late_policy_loses_little_when_a_fifth_of_the_batch_is_new(shape: str) -
 
 
 def test_presence_counts_drafts_that_may_not_exist() -> None:
-    survival = np.array([[0.9, 0.8]])
-    curve = CostCurve(RAGGED, np.array([1.0, 3.0]), np.array([1.0, 1.5]))
-    optimum = solve(Ladder(survival, presence=[0.5]), [curve], DraftCost())
+    survival = np.array([[0.9], [0.8]])
+    curve = CostCurve(RAGGED, [1.0, 3.0], [1.0, 1.5])
+    optimum = solve(Ladder(survival, presence=np.array([0.5])), [curve], DraftCost())
     assert optimum.choice.gain == pytest.approx(1 + 0.5 * 1.7)
     assert optimum.choice.seconds == pytest.approx(1.25)
 
 
 def test_no_speculation_when_drafts_cost_more_than_they_bring() -> None:
-    survival = np.full((8, 4), 0.4) ** np.arange(1, 5)
-    curve = CostCurve(RAGGED, np.array([1.0, 100.0]), np.array([1.0, 100.0]))
+    survival = np.full((4, 8), 0.4) ** np.arange(1, 5)[:, None]
+    curve = CostCurve(RAGGED, [1.0, 100.0], [1.0, 100.0])
     optimum = solve(Ladder(survival), [curve], DraftCost(per_forward_s=0.9))
     assert optimum.choice.lengths.tolist() == [0] * 8
 
 
 def test_solve_refuses_when_a_step_takes_no_time() -> None:
-    curve = CostCurve(RAGGED, np.array([1.0]), np.array([0.0]))
+    curve = CostCurve(RAGGED, [1.0], [0.0])
     with pytest.raises(ValueError, match="must take time"):
         solve(Ladder(np.array([[0.5]])), [curve], DraftCost())
 

@@ -19,7 +19,7 @@ from smartspec.engine_adapter.lengths import (
     request_survivals,
 )
 
-LINE = CostCurve(RAGGED, np.array([1.0, 100.0]), np.array([1.0, 10.9]))  # 0.9 + 0.1 N
+LINE = CostCurve(RAGGED, [1.0, 100.0], [1.0, 10.9])  # 0.9 + 0.1 N
 
 
 def value_of(
@@ -64,7 +64,7 @@ def test_choice_equals_brute_force_when_batches_are_small() -> None:
         draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)))
         price = float(rng.uniform(0, 4))
         paid = max(depth, int(low.max()))
-        ladder = Ladder(survival, weight, floor, ceiling)
+        ladder = Ladder(survival.T, weight, floor, ceiling)
         choice = choose_lengths(ladder, price, depth, curves, draft, other)
 
         tops = np.maximum(np.minimum(ceiling, depth), low)
@@ -94,37 +94,48 @@ def test_choice_equals_brute_force_when_batches_are_small() -> None:
 
 
 def test_fewest_drafts_are_chosen_when_choices_are_equal() -> None:
-    flat = CostCurve(RAGGED, np.array([1.0, 9.0]), np.array([1.0, 1.0]))
-    ladder = Ladder(np.array([[0.5, 0.0, 0.0]]))  # depths 2 and 3 gain nothing and cost nothing
+    flat = CostCurve(RAGGED, [1.0, 9.0], [1.0, 1.0])
+    ladder = Ladder(np.array([[0.5], [0.0], [0.0]]))  # depths 2 and 3 gain nothing and cost nothing
     assert choose_lengths(ladder, 1.0, 3, [flat], DraftCost()).lengths.tolist() == [1]
 
 
 def test_every_length_is_the_longest_allowed_when_time_is_worth_nothing() -> None:
-    ladder = Ladder(np.full((3, 4), 0.1), ceiling=np.array([4, 2, 9]))
+    ladder = Ladder(np.full((4, 3), 0.1), ceiling=np.array([4, 2, 9]))
     choice = choose_lengths(ladder, 0.0, 3, [LINE], DraftCost(1.0, 1.0, 1.0))
     assert choice.lengths.tolist() == [3, 2, 3]
 
 
+def test_deepest_of_equal_items_stay_out_when_there_is_room_for_some() -> None:
+    room_for_5 = CostCurve(RAGGED, [0.0, 8.0, 9.0], [1.0, 1.0, 9.0])
+    ladder = Ladder(np.full((3, 3), 0.5))
+    choice = choose_lengths(ladder, 1.0, 3, [room_for_5], DraftCost())
+    assert choice.lengths.tolist() == [2, 2, 1]
+    few = Ladder(np.full((3, 3), 0.5), ceiling=np.array([3, 0, 1]))
+    assert choose_lengths(few, 1.0, 3, [room_for_5], DraftCost()).lengths.tolist() == [3, 0, 1]
+
+
 def test_floor_is_clipped_when_the_ceiling_is_lower() -> None:
-    ladder = Ladder(np.full((2, 4), 0.01), floor=np.array([3, 3]), ceiling=np.array([1, 4]))
+    ladder = Ladder(np.full((4, 2), 0.01), floor=np.array([3, 3]), ceiling=np.array([1, 4]))
     assert choose_lengths(ladder, 100.0, 4, [LINE], DraftCost()).lengths.tolist() == [1, 3]
 
 
 def test_weights_decide_when_survivals_are_equal() -> None:
-    survival = np.tile([[0.5, 0.25]], (2, 1))
-    choice = choose_lengths(Ladder(survival, weight=[1.0, 4.0]), 10.0, 2, [LINE], DraftCost())
+    survival = np.array([[0.5, 0.5], [0.25, 0.25]])
+    choice = choose_lengths(
+        Ladder(survival, weight=np.array([1.0, 4.0])), 10.0, 2, [LINE], DraftCost()
+    )
     assert choice.lengths.tolist() == [0, 1]  # a token costs 1; worth 0.5, 0.25 and 2, 1
 
 
 def test_prefill_moves_the_choice_when_the_pass_is_full() -> None:
-    full_at_8 = CostCurve(RAGGED, np.array([0.0, 8.0, 9.0]), np.array([1.0, 1.0, 3.0]))
-    ladder = Ladder(np.full((4, 1), 0.5))
+    full_at_8 = CostCurve(RAGGED, [0.0, 8.0, 9.0], [1.0, 1.0, 3.0])
+    ladder = Ladder(np.full((1, 4), 0.5))
     assert choose_lengths(ladder, 2.0, 1, [full_at_8], DraftCost(), 0).lengths.sum() == 4
     assert choose_lengths(ladder, 2.0, 1, [full_at_8], DraftCost(), 2).lengths.sum() == 2
 
 
 def test_gain_and_cost_shrink_alike_when_drafts_may_not_exist() -> None:
-    survival = np.full((4, 2), 0.6)
+    survival = np.full((2, 4), 0.6)
     sure = choose_lengths(Ladder(survival), 1.0, 2, [LINE], DraftCost())
     half = choose_lengths(Ladder(survival, presence=np.full(4, 0.5)), 1.0, 2, [LINE], DraftCost())
     assert half.gain - 4 == pytest.approx((sure.gain - 4) / 2)
@@ -134,7 +145,7 @@ def test_gain_and_cost_shrink_alike_when_drafts_may_not_exist() -> None:
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
 def test_choice_is_empty_or_zero_when_there_is_nothing_to_draft(shape: tuple[int, int]) -> None:
     choice = choose_lengths(Ladder(np.zeros(shape)), 5.0, 4, [LINE], DraftCost(0.1, 0.1, 0.1))
-    assert choice.lengths.tolist() == [0] * shape[0]
+    assert choice.lengths.tolist() == [0] * shape[1]
 
 
 def test_choosing_is_refused_when_there_is_no_curve() -> None:
@@ -143,7 +154,7 @@ def test_choosing_is_refused_when_there_is_no_curve() -> None:
 
 
 def test_inputs_are_left_alone_when_lengths_are_chosen() -> None:
-    survival = np.cumprod(np.full((3, 3), 0.8), axis=1)
+    survival = np.cumprod(np.full((3, 3), 0.8), axis=0)
     weight, floor, ceiling = np.ones(3), np.array([1, 0, 2]), np.array([3, 3, 1])
     given = (survival, weight, floor, ceiling)
     before = [array.copy() for array in given]
@@ -152,22 +163,22 @@ def test_inputs_are_left_alone_when_lengths_are_chosen() -> None:
 
 
 def test_curve_goes_on_when_asked_beyond_its_ends() -> None:
-    curve = CostCurve(RAGGED, np.array([2.0, 4.0, 8.0]), np.array([1.0, 1.0, 3.0]))
+    curve = CostCurve(RAGGED, [2.0, 4.0, 8.0], [1.0, 1.0, 3.0])
     assert curve.at([0, 2, 3, 6, 8, 10]).tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 4.0]
-    falling = CostCurve(RAGGED, np.array([1.0, 2.0]), np.array([3.0, 2.0]))
+    falling = CostCurve(RAGGED, [1.0, 2.0], [3.0, 2.0])
     assert falling.at([5]).tolist() == [2.0]  # never on to nothing
-    single = CostCurve(RAGGED, np.array([4.0]), np.array([2.0]))
+    single = CostCurve(RAGGED, [4.0], [2.0])
     assert single.at([[1, 9]]).tolist() == [[2.0, 2.0]]
 
 
 def test_survivals_keep_their_order_when_corrected() -> None:
     rng = np.random.default_rng(0)
-    table = np.log(np.cumprod(rng.uniform(0.05, 1, (6, 5)), axis=1)).astype(np.float32)
+    table = np.log(np.cumprod(rng.uniform(0.05, 1, (5, 6)), axis=0)).astype(np.float32)
     buckets = rng.integers(0, 6, 50)
     correction = rng.uniform(0, 8, 50).astype(np.float32)
     survival = request_survivals(table, buckets, correction)
-    assert survival.shape == (50, 5)
-    assert (np.diff(survival, axis=1) <= 0).all()
+    assert survival.shape == (5, 50)
+    assert (np.diff(survival, axis=0) <= 0).all()
     assert (survival >= 0).all() and (survival <= 1).all()
     never_rejected = request_survivals(table, buckets, np.zeros(50, np.float32))
     assert (never_rejected == 1).all()

@@ -56,12 +56,12 @@ POLICY = wire.Policy(
     curves=(
         wire.Curve(
             mode="ragged",
-            num_tokens=wire.pack([1, 64], "f32"),
-            seconds=wire.pack([0.02, 0.05], "f32"),
+            num_tokens=(1.0, 64.0),
+            seconds=(0.02, 0.05),
         ),
     ),
     max_length=2,
-    log_survival=wire.pack(np.log([[0.5, 0.25], [0.8, 0.6]]), "f32"),
+    log_survival=wire.pack(np.log([[0.5, 0.8], [0.25, 0.6]]), "f32"),
     axes=(wire.BucketAxis(feature="match_length", edges=(4.0,)),),
     roster_version=3,
     correction=wire.pack([1.0, 0.5], "f32"),
