@@ -404,7 +404,7 @@ class ControlLoop:
             length_counts=tuple(counts),
             predicted_goodput=decision.goodput,
             predicted_goodput_none=decision.goodput_none,
-            predicted_goodput_static=decision.goodput_static,
+            predicted_goodput_static=decision.goodput_static(),
             acceptance=tuple(session.engine.acceptance.pooled_hazards().tolist()),
             num_probes=policy.num_probes,
             decide_s=session.decide_s,

@@ -62,17 +62,16 @@ def solve(
     for curve in curves:
         if curve.mode == UNIFORM:
             continue
-        all_target_s = ladder.target_seconds(curve, most_drafts, num_other_tokens)
+        all_seconds = ladder.seconds_by_drafts(curve, draft, most_drafts, num_other_tokens)
+        if not all_seconds.min() > 0:
+            raise ValueError("a step must take time: cost curve <= 0")
         for depth in depths:
             gains, drafts = ladder.prefixes(depth)
-            if ladder.presence is None:
-                # Drafts are counted 0, 1, 2, ... at every depth: their cost was looked up once.
-                target_s = all_target_s[: len(drafts)]
-            else:
-                target_s = ladder.target_seconds(curve, drafts, num_other_tokens)
-            times = ladder.seconds(draft, depth, drafts, target_s)
-            if not times.min() > 0:
-                raise ValueError("a step must take time: cost curve <= 0")
+            # Drafts are counted 0, 1, 2, ... at every depth: their cost was looked up once.
+            seconds = all_seconds[: len(drafts)]
+            if ladder.presence is not None and depth < deepest:
+                seconds = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
+            times = ladder.add_depth(seconds, draft, depth, drafts)
             goodput = float((gains / times).max())
             if goodput > best_goodput + 1e-12:
                 best_goodput, best_depth = goodput, depth

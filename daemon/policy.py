@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +39,7 @@ class Decision:
     lengths: I64  #: [B], what it means for the batch last reported
     goodput: float
     goodput_none: float  #: length 0 for all
-    goodput_static: float  #: the engine's own length for all
+    goodput_static: Callable[[], float]  #: the engine's own length for all; worked out when asked
     mode: str = RAGGED  #: execution mode chosen
 
 
@@ -102,7 +104,7 @@ class Planner:
         draft = DraftCost(*engine.step_cost.draft_cost())
         other = round(shape.prefill_tokens)
         optimum = goodput.solve(ladder, curves, draft, other)
-        none, static = self._alternatives(ladder, curves[0], draft, other)
+        none = ladder.weight_sum / float(curves[0].at(ladder.size + other))
         probe_length, num_probes = self.prober.plan(
             engine, optimum, ladder, curves[0], draft, other
         )
@@ -149,7 +151,7 @@ class Planner:
             optimum.choice.lengths,
             optimum.value_of_time,
             none,
-            static,
+            partial(self._goodput_static, ladder, curves[0], draft, other),
             optimum.choice.mode,
         )
 
@@ -165,17 +167,16 @@ class Planner:
         tokens = tuple(num_tokens.astype(np.float64).tolist())
         return [CostCurve(mode, tokens, seconds) for mode in limits.modes]
 
-    def _alternatives(
+    def _goodput_static(
         self, ladder: Ladder, curve: CostCurve, draft: DraftCost, other: int
-    ) -> tuple[float, float]:
-        none_s = float(curve.at(ladder.size + other))
+    ) -> float:
         static = self.engine.hello.limits.static_length
         lengths, gain = ladder.uniform(static)
         presence = 1.0 if ladder.presence is None else ladder.presence
         drafts = np.array(float((lengths * presence).sum()))
         depth = int(lengths.max(initial=0))
         static_s = float(step_seconds(curve, draft, ladder.size + other + drafts, drafts, depth))
-        return ladder.weight_sum / none_s, gain / static_s
+        return gain / static_s
 
     def _fallback_table(
         self, ladder: Ladder, curve: CostCurve, draft: DraftCost

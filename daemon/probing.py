@@ -17,7 +17,7 @@ from smartspec.engine_adapter.lengths import I64, CostCurve, DraftCost, Ladder, 
 SWEEPS = 2  #: times that the first start tries every length
 MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
 BATCH_PROBES = 8  #: requests that share the drafter's forwards in one probe
-SPACING = 8  #: decisions between two probes at least
+SPACING = 8  #: decisions between two probes, or two looks at what one would cost
 SAVINGS_S = 60.0  #: what was earned in more than this time is not saved up
 
 
@@ -85,6 +85,7 @@ class Prober:
         self._since_last += 1
         if self._since_last < SPACING or self._purse_s <= 0:
             return 0, 0
+        self._since_last = 0
         length = (2, self.max_length, 1)[self._turn % 3]
         length = min(length, self.max_length)
         count = min(ladder.size, BATCH_PROBES) if draft.per_forward_s > 0 else 1
@@ -94,7 +95,6 @@ class Prober:
         self._purse_s -= cost_s
         self.cost_s += cost_s
         self.num_probes += 1
-        self._since_last = 0
         self._turn += 1
         return length, count
 

@@ -184,7 +184,7 @@ class Ladder:
             self._forced_gain = float(self._expected(self.worth)[forced].sum())
             self._forced_drafts = float(self._expected(self.floor).sum())
             self._free = np.where(forced, -np.inf, self._free)
-        self._sorted: dict[int, Worth] = {}
+        self._scans: dict[int, tuple[F64, F64, Worth]] = {}
 
     def clip(self, lengths: npt.ArrayLike) -> I64:
         """``lengths`` (one, or [B]) as they can be: within ceilings and `max_length`."""
@@ -194,66 +194,65 @@ class Ladder:
     def _expected(self, values: Any) -> Any:
         return values if self.presence is None else values * self.presence
 
-    def _descending(self, depth: int) -> Worth:
-        """Worth of all items within ``depth``, the best first; -inf for those not to be chosen."""
-        worth = self._sorted.get(depth)
-        if worth is None:
-            worth = self._sorted[depth] = np.sort(self._free[:depth], axis=None)[::-1]
-        return worth
-
     def prefixes(self, depth: int) -> tuple[F64, F64]:
         """Gain and drafted tokens of the best 0, 1, 2, ... items within ``depth``, floors included.
 
         Returns two arrays [depth * B + 1]; the gain is -inf where there are fewer to choose.
         """
+        return self._scan(depth)[:2]
+
+    def _scan(self, depth: int) -> tuple[F64, F64, Worth]:
+        """Prefixes, and the worth of the items in falling order: of one depth, once."""
+        scan = self._scans.get(depth)
+        if scan is None:
+            scan = self._scans[depth] = self._sort_and_sum(depth)
+        return scan
+
+    def _sort_and_sum(self, depth: int) -> tuple[F64, F64, Worth]:
         num_items = min(depth, self.max_length) * self.size
         gain = np.empty(num_items + 1)
         gain[0] = 0.0
         if self.presence is None:
-            self._descending(depth).cumsum(out=gain[1:])
+            worth = np.sort(self._free[:depth], axis=None)[::-1]
+            worth.cumsum(out=gain[1:])
             drafts = np.arange(self._forced_drafts, self._forced_drafts + num_items + 0.5)
         else:
             free = self._free[:depth].ravel()
             order = free.argsort()[::-1]
+            worth = free[order]
             share = self.presence[order % self.size]
-            (free[order] * share).cumsum(out=gain[1:])
+            (worth * share).cumsum(out=gain[1:])
             drafts = np.empty(num_items + 1)
             drafts[0] = 0.0
             share.cumsum(out=drafts[1:])
             drafts += self._forced_drafts
         gain += self.weight_sum + self._forced_gain
-        return gain, drafts
+        return gain, drafts, worth
 
-    def seconds(
-        self,
-        draft: DraftCost,
-        depth: int,
-        drafts: F64,
-        target_s: F64,
+    def seconds_by_drafts(
+        self, curve: CostCurve, draft: DraftCost, drafts: F64, num_other_tokens: int
     ) -> F64:
-        """Seconds of ragged steps whose target's pass takes ``target_s`` [M + 1].
+        """The part of a ragged step's seconds that depends on ``drafts``, not on the depth."""
+        seconds = curve.at(drafts + (self.size + num_other_tokens))
+        if draft.per_token_s:
+            seconds += draft.per_token_s * drafts
+        return seconds
 
-        A depth below the deepest floor is paid for as that.
-        """
-        if not any(draft):
-            return target_s
-        paid_depth = max(depth, self.deepest_floor)
-        speculating = draft.per_token_s * drafts
-        speculating += draft.fixed_s + draft.per_forward_s * paid_depth
+    def add_depth(self, seconds: F64, draft: DraftCost, depth: int, drafts: F64) -> F64:
+        """All seconds: with what drafting to ``depth``, or to the deepest floor, costs."""
+        by_depth = draft.fixed_s + draft.per_forward_s * max(depth, self.deepest_floor)
+        if not by_depth:
+            return seconds
+        total = seconds + by_depth
         if drafts[0] == 0:
-            speculating[0] = 0.0
-        speculating += target_s
-        return speculating
-
-    def target_seconds(self, curve: CostCurve, drafts: F64, num_other_tokens: int) -> F64:
-        """Seconds of the target's pass over ``drafts``, the batch's own and other tokens."""
-        return curve.at(drafts + (self.size + num_other_tokens))
+            total[0] = seconds[0]
+        return total
 
     def lengths(self, count: int, depth: int) -> I64:
         """The lengths that the best ``count`` items within ``depth`` make."""
         lengths = np.zeros(self.size, np.int64)
         if count > 0:
-            worth, free = self._descending(depth), self._free[:depth]
+            worth, free = self._scan(depth)[2], self._free[:depth]
             least = worth[count - 1]
             (free >= least).sum(0, out=lengths)
             if count < len(worth) and worth[count] == least:
@@ -319,8 +318,8 @@ def choose_lengths(
                     best, best_value = Choice(lengths, UNIFORM, gain, seconds), value
         else:
             gains, drafts = ladder.prefixes(depth)
-            target_s = ladder.target_seconds(curve, drafts, num_other_tokens)
-            times = ladder.seconds(draft, depth, drafts, target_s)
+            by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
+            times = ladder.add_depth(by_drafts, draft, depth, drafts)
             values = gains - value_of_time * times
             m = int(np.argmax(values))
             if values[m] > best_value + 1e-12:

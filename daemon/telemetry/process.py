@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 import time
 
@@ -29,6 +30,8 @@ from smartspec.daemon.telemetry.redis_store import RedisStore, connect
 log = logging.getLogger(__name__)
 
 STATE_INTERVAL_S = 0.25
+TURN_S = 0.05  #: events are taken in batches: a wake-up each would disturb the engine's threads
+NICENESS = 10  #: engine and daemon go first
 MAX_EVENTS_PER_TURN = 2000  #: then the states are written even if more events wait
 
 
@@ -99,6 +102,7 @@ class Telemetry:
 
 def run(settings: Settings, stop: threading.Event) -> None:
     """Serve until ``stop``. Never raises for a Redis or a port that cannot be had."""
+    os.nice(NICENESS)  # its Valkey inherits it
     exporter = _exporter(settings)
     valkey = None if settings.redis.url else EmbeddedValkey(settings.embedded_socket)
     store = RedisStore(
@@ -111,8 +115,8 @@ def run(settings: Settings, stop: threading.Event) -> None:
     store.start()
     telemetry = Telemetry(subscribe(settings.bus_endpoint), store, exporter)
     try:
-        while not stop.is_set():
-            telemetry.turn(timeout_s=0.1)
+        while not stop.wait(TURN_S):
+            telemetry.turn(timeout_s=0.0)
     finally:
         telemetry.close()
         store.close()
