@@ -1,8 +1,10 @@
 """What the engine pays per step for being steered: take in the policy, choose lengths, report.
 
 Scripted batches (no model) at 64 and 256 requests, unchanged from step to step; every step has a
-new policy of the real daemon code. Two settings:
+new policy of the real daemon code. Three settings:
 
+* *tight* (``tight_*``): policies recorded before are played back, and nothing else runs in between:
+  what the code itself costs, with warm caches;
 * *warm* (``link_*``): daemon and engine take turns in this process, a step right after a policy;
 * *paused* (``paused_*``): the daemon is a process of its own, and the engine's thread is busy with
   other things between steps, so that caches have gone cold, as they have in an engine. What a fixed
@@ -23,7 +25,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import zmq
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -34,6 +38,7 @@ from smartspec.daemon.config import load
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import NullBus
 from smartspec.daemon.transport import Server
+from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, LengthSource, StepFacts
 from smartspec.engine_adapter.link import EngineLink
 
@@ -99,6 +104,54 @@ def take_turns(size: int, num_steps: int) -> list[float]:
     return taken[len(taken) // 10 :]
 
 
+def play_back(size: int, num_steps: int) -> list[float]:
+    """Seconds of `choose` plus `report` under recorded policies, with nothing in between."""
+    batch, facts = scripted_step(size)
+    with tempfile.TemporaryDirectory() as folder:
+        endpoint = f"ipc://{folder}/engines.sock"
+        server = RecordingServer(endpoint)
+        settings = load(None, {"SMARTSPEC_RUNTIME_DIR": folder}, {})
+        loop = ControlLoop(settings, server, NullBus())
+        link = EngineLink(endpoint, hello("recorded", size))
+        while len(server.sent) < num_steps:
+            link.choose(batch)
+            link.report(facts)
+            loop.cycle(0.1)
+        taken = []
+        for peer, frame in server.sent:
+            policy = messages.decode_daemon_message(frame)
+            if not isinstance(policy, messages.Policy):
+                continue
+            newer = msgspec.structs.replace(policy, seq=policy.seq + 2 * num_steps)
+            Server.send(server, peer, messages.encode(newer))
+            seen, deadline = link.stats.num_policies, time.monotonic() + 1.0
+            while not link._ready() & zmq.POLLIN and time.monotonic() < deadline:
+                pass  # as hot as can be
+            began = time.perf_counter()
+            link.choose(batch)
+            link.report(facts)
+            seconds = time.perf_counter() - began
+            if link.stats.num_policies > seen:
+                taken.append(seconds)
+            while server.receive():
+                pass
+        link.close()
+        loop.close()
+    return taken[len(taken) // 10 :]
+
+
+class RecordingServer(Server):
+    """Keeps what it sends."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(endpoint)
+        self.sent: list[tuple[bytes, bytes]] = []
+
+    def send(self, peer: bytes, frame: bytes) -> bool:
+        self.sent.append((peer, frame))
+        return super().send(peer, frame)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1500)
@@ -107,6 +160,7 @@ def main() -> None:
     pause_s = args.pause_ms / 1e3
     figures: dict[str, float] = {}
     for size in (64, 256):
+        figures[f"tight_{size}_p50_us"] = float(np.median(play_back(size, args.steps))) * 1e6
         warm = np.array(take_turns(size, args.steps)) * 1e6
         figures[f"link_{size}_p50_us"] = float(np.median(warm))
         figures[f"link_{size}_p99_us"] = float(np.percentile(warm, 99))

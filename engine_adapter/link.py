@@ -130,6 +130,7 @@ class EngineLink:
         self._roster_columns: tuple[bytes, ...] = ()  #: ids, weights, floors
         self._roster_sent = False
         self._hello_due = False
+        self._looked = False  #: whether `choose` has received in this step
         self._closed = False
 
     # -- the engine's side ----------------------------------------------------------------------
@@ -138,6 +139,7 @@ class EngineLink:
         """Lengths for the step about to run."""
         try:
             self._receive()
+            self._looked = True
             choice = self._steer(batch)
         except Exception:
             self._note_error("choosing lengths")
@@ -155,7 +157,9 @@ class EngineLink:
         """Tell the daemon what a step did, if it can be told at once."""
         self._seq += 1
         try:
-            self._receive()
+            if not self._looked:  # once per step
+                self._receive()
+            self._looked = False
             if not self._in_touch() or not self._ready() & POLLOUT:
                 self.stats.num_reports_dropped += 1
                 return
