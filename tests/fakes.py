@@ -21,7 +21,7 @@ from smartspec.engine_adapter.base import DecodeBatch, FixedLength, StepFacts
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.program import Program
 
-PATIENCE_S = 10.0  #: how long anything real may take on a busy machine
+PATIENCE_S = 30.0  #: how long anything real may take on a busy machine
 
 
 class Clock:
@@ -96,6 +96,7 @@ class FakeDaemon:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.linger = 0
+        self.socket.rcvhwm = 100  # full soon when it is not read
         self.socket.bind(endpoint)
         self.peer = b""
 

@@ -275,7 +275,7 @@ def linked(make_adapter: Callable[[MakeSource], Adapter], endpoint: str) -> Iter
         made.daemon.close()
 
 
-STALL_S = 0.5  #: a step of these engines takes microseconds; waiting for a daemon would take longer
+STALL_S = 3.0  #: a step of these engines takes microseconds; waiting for a daemon would take for ever
 
 
 def test_engine_runs_as_configured_when_there_is_no_daemon(linked: Linked) -> None:
@@ -302,8 +302,13 @@ def test_engine_falls_back_when_the_policy_expires(linked: Linked) -> None:
 def test_engine_does_not_wait_when_the_daemon_stops_reading(linked: Linked) -> None:
     linked.start_daemon()
     linked.obey(policy())
-    assert linked.step(3000) < STALL_S
-    assert linked.link.stats.num_reports_dropped > 0
+    longest = 0.0
+    for _ in range(300):  # until all queues and buffers on the way are full
+        longest = max(longest, linked.step(20))
+        if linked.link.stats.num_reports_dropped > 20:
+            break
+    assert linked.link.stats.num_reports_dropped > 20
+    assert longest < STALL_S
 
 
 def test_engine_goes_on_when_the_daemon_dies_and_another_comes(linked: Linked) -> None:
