@@ -58,7 +58,15 @@ class Session:
     ----------
     folder : for logs and sockets; created
     display : where progress goes
+
+    Attributes
+    ----------
+    worker : while entered
+    runtime_dir : of daemons, while entered: where the worker looks for one
     """
+
+    worker: WorkerProcess
+    runtime_dir: Path
 
     def __init__(self, folder: Path, display: Display) -> None:
         self._folder = folder
@@ -70,8 +78,8 @@ class Session:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._runtime_dir = stack.enter_context(_runtime_dir(self._folder / "run"))
-            self._worker = self._start_worker(stack)
+            self.runtime_dir = stack.enter_context(_runtime_dir(self._folder / "run"))
+            self.worker = self._start_worker(stack)
             self._cleanup = stack.pop_all()
         return self
 
@@ -87,7 +95,7 @@ class Session:
         arguments = [
             *("--proposer", "lookup", "--max-length", str(MAX_LENGTH)),
             *("--speculation", "own", "--step-events", "--engine", "demo"),
-            *("--endpoint", endpoints(self._runtime_dir)[0]),
+            *("--endpoint", endpoints(self.runtime_dir)[0]),
             *("--max-num-running", str(MAX_NUM_RUNNING), "--threads", str(NUM_THREADS)),
         ]
         worker = WorkerProcess(arguments, self._folder / "worker.log")
@@ -106,7 +114,7 @@ class Session:
                 done = f"{played.num_finished} of {len(chosen)} answered"
                 say(time.monotonic() - began, done)
 
-            self._worker.set_speculation("static", 0)
+            self.worker.set_speculation("static", 0)
             # The first pass over a model touches its weights for the first time.
             self._play_burst(chosen[:2], "touch", max_tokens=8)
             played = self._play_burst(chosen, "calibration", on_tick=progress)
@@ -123,9 +131,9 @@ class Session:
         with contextlib.ExitStack() as stack:
             daemon, monitor = self._start_daemon(stack) if arm.length is None else (None, None)
             if arm.length is None:
-                self._worker.set_speculation("smartspec")
+                self.worker.set_speculation("smartspec")
             else:
-                self._worker.set_speculation("static", arm.length)
+                self.worker.set_speculation("static", arm.length)
             with self._display.waiting(f"{title}: warming up, not measured"):
                 self._play_burst(warm_up, "warm_up", max_tokens=WARM_UP_TOKENS)
 
@@ -149,9 +157,7 @@ class Session:
                     )
 
             with self._display:
-                played = play(
-                    schedule.arrivals, self._worker, tag=self._tag(arm.name), on_tick=show
-                )
+                played = play(schedule.arrivals, self.worker, tag=self._tag(arm.name), on_tick=show)
             if monitor is None:
                 return ArmPlayed(arm, played)
             return ArmPlayed(arm, played, monitor.decisions, monitor.notes)
@@ -160,7 +166,7 @@ class Session:
         self, prompts: Sequence[Prompt], phase: str, max_tokens: int | None = None, **how: Any
     ) -> Played:
         return play(
-            burst(prompts, phase), self._worker, tag=self._tag(phase), max_tokens=max_tokens, **how
+            burst(prompts, phase), self.worker, tag=self._tag(phase), max_tokens=max_tokens, **how
         )
 
     def _tag(self, name: str) -> str:
@@ -169,7 +175,7 @@ class Session:
 
     def _start_daemon(self, stack: contextlib.ExitStack) -> tuple[DaemonProcess, Monitor]:
         with self._display.waiting("starting the daemon, cold"):
-            daemon = DaemonProcess(self._runtime_dir, self._folder / "daemon.log")
+            daemon = DaemonProcess(self.runtime_dir, self._folder / "daemon.log")
             stack.callback(daemon.stop)
             monitor = Monitor(daemon.bus_endpoint)
             stack.callback(monitor.close)

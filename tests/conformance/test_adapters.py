@@ -275,7 +275,9 @@ def linked(make_adapter: Callable[[MakeSource], Adapter], endpoint: str) -> Iter
         made.daemon.close()
 
 
-STALL_S = 3.0  #: a step of these engines takes microseconds; waiting for a daemon would take for ever
+STALL_S = (
+    3.0  #: a step of these engines takes microseconds; waiting for a daemon would take for ever
+)
 
 
 def test_engine_runs_as_configured_when_there_is_no_daemon(linked: Linked) -> None:
