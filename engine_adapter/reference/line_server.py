@@ -1,7 +1,7 @@
 """The worker as a process: JSON lines in, JSON lines out.
 
-In: commands.py. Out: replies.py. End of input is like ``stop``: what was submitted is finished first. A line that
-cannot be understood is answered with ``error`` and harms nothing else.
+In: commands.py. Out: replies.py. End of input is like ``stop``: what was submitted is finished
+first. A line that cannot be understood is answered with ``error`` and harms nothing else.
 """
 
 from __future__ import annotations
