@@ -9,15 +9,17 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from fakes import until
 
+START_TIMEOUT_S = 90.0  #: two processes load torch, on a machine that may be busy
 STOP_TIMEOUT_S = 60.0
 
 
@@ -60,7 +62,7 @@ class HttpServer:
                 env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
                 start_new_session=True,
             )
-        until(lambda: self._find_port() or self.process.poll() is not None)
+        _wait(lambda: self._find_port() or self.process.poll() is not None)
         self.port = self._find_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -69,7 +71,7 @@ class HttpServer:
         return int(found[1]) if found else 0
 
     def wait_ready(self) -> HttpServer:
-        until(lambda: self.get("/health/ready").status == 200 or self.process.poll() is not None)
+        _wait(lambda: self.get("/health/ready").status == 200 or self.process.poll() is not None)
         assert self.process.poll() is None, self.log.read_text()
         return self
 
@@ -128,6 +130,13 @@ class HttpServer:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def _wait(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "the server does not start"
+        time.sleep(0.05)
 
 
 def _named(headers: dict[str, str]) -> dict[str, str]:

@@ -152,6 +152,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def byte_token(letter: str) -> int:
+    """Token of an ASCII letter in models of `save_tiny_model`."""
+    return sorted(pre_tokenizers.ByteLevel.alphabet()).index(letter) + 1
+
+
 def save_tiny_model(folder: Path, seed: int = 0, max_positions: int = 512) -> Path:
     """A model directory that transformers loads: random weights, a token per byte, a template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smartspec.engine_adapter.reference.sequence import MAX_TOP_LOGPROBS
 
@@ -36,22 +36,11 @@ NEUTRAL_VALUES = {
 }
 
 
-def _well_formed(text: str) -> str:
-    """JSON can escape half of a surrogate pair, which is no text and cannot be sent on."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair; send whole characters") from None
-    return text
-
-
 Ignored: TypeAlias = Annotated[Any, Field(description="Ignored: it changes nothing here.")]
 Zero: TypeAlias = Annotated[float, Field(ge=0, le=0, description="Only 0 is supported.")]
 One: TypeAlias = Annotated[float, Field(ge=1, le=1, description="Only 1 is supported.")]
 Empty: TypeAlias = Annotated[list[Any], Field(max_length=0, description="Only [] is supported.")]
-StopString: TypeAlias = Annotated[
-    str, Field(min_length=1, max_length=1024), AfterValidator(_well_formed)
-]
+StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
 MaxTokens: TypeAlias = Annotated[int, Field(ge=1, lt=1 << 31)]
 
