@@ -48,7 +48,11 @@ class Part:
                 self.scored += event.logprobs or ()
             case replies.Finished():
                 if event.reason not in _FINISH_REASONS:
-                    raise ApiError(503, "the server cancelled the request", code="cancelled")
+                    raise ApiError(
+                        503,
+                        "the server stops and could not wait for this answer; send it elsewhere",
+                        code="shutting_down",
+                    )
                 self.finish_reason = _FINISH_REASONS[event.reason]
             case replies.Error():
                 raise ApiError(400, event.message, code="refused")

@@ -136,6 +136,8 @@ async def _serve(
             # A second signal says that it cannot wait.
             async with asyncio.timeout(limits.drain_timeout_s):
                 await _first(engine.idle(), asked[1].wait(), child)
+        if child.done():
+            status = EXIT_ENGINE_DIED
     await engine.stop()
     uvicorn_server.should_exit = True
     await serving
