@@ -9,7 +9,7 @@ the ratio is of pairs (paired.py).
 The decode loop gets one thread in both arms: the other core of a small machine is for the HTTP
 process and the client, which a real server would not have beside it.
 
-Run: python benchmarks/bench_http.py [--repetitions 6] [--tokens 32]
+Run: python benchmarks/bench_http.py [--repetitions 12] [--tokens 14]
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def served() -> Iterator[int]:
 def main() -> None:
     """Measure, print a table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=32, help="per stream")
+    parser.add_argument("--repetitions", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=14, help="per stream")
     args = parser.parse_args()
     torch.set_num_threads(1)
     target = models.load()

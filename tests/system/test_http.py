@@ -473,9 +473,10 @@ def test_clients_are_told_when_time_is_up_and_when_the_decode_process_dies(own_s
         )
         child.suspend()  # or it could be done before it dies
         child.kill()
-        with pytest.raises(openai.APIError, match="decode process has ended"):
+        with pytest.raises(openai.APIError, match="decode process has ended") as lost:
             for _ in stream:
                 pass
+        assert lost.value.code == "engine_dead"
     assert server.process.wait(30) == 1
     assert "the decode process ended with status -9" in server.log.read_text()
 

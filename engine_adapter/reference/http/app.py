@@ -14,9 +14,13 @@ from pydantic import BaseModel
 
 from smartspec.engine_adapter.reference.commands import Submit
 from smartspec.engine_adapter.reference.http import answers, errors, responses
-from smartspec.engine_adapter.reference.http.answers import Dialect
 from smartspec.engine_adapter.reference.http.authorization import RequireKey
-from smartspec.engine_adapter.reference.http.engine_client import EngineClient, Generation
+from smartspec.engine_adapter.reference.http.dialects import ChatDialect, Dialect, TextDialect
+from smartspec.engine_adapter.reference.http.engine_client import (
+    RETRY_AFTER_S,
+    EngineClient,
+    Generation,
+)
 from smartspec.engine_adapter.reference.http.errors import ApiError, ErrorBody
 from smartspec.engine_adapter.reference.http.limits import BodyLimits, Limits
 from smartspec.engine_adapter.reference.http.metrics import (
@@ -85,7 +89,7 @@ class Server:
                 503,
                 "the tokenizer is being loaded; try again when /health/ready answers with 200",
                 code="starting",
-                retry_after_s=1,
+                retry_after_s=RETRY_AFTER_S,
             )
         return facts
 
@@ -229,7 +233,7 @@ def build_app(server: Server, keys: Iterable[str] = ()) -> FastAPI:
                 for prompt in given
             ]
             name = f"cmpl-{uuid.uuid4().hex}"
-            dialect = answers.TextDialect(name, model.id, body.num_top_logprobs is not None)
+            dialect = TextDialect(name, model.id, body.num_top_logprobs is not None)
             return await server.answer(
                 http,
                 body,
@@ -257,7 +261,7 @@ def build_app(server: Server, keys: Iterable[str] = ()) -> FastAPI:
             plain = [message.plain() for message in body.messages]
             prompts = [await server.tokenization.chat(plain)]
             name = f"chatcmpl-{uuid.uuid4().hex}"
-            dialect = answers.ChatDialect(name, model.id, body.num_top_logprobs is not None)
+            dialect = ChatDialect(name, model.id, body.num_top_logprobs is not None)
             return await server.answer(
                 http, body, speculation, generation, prompts, None, dialect, name
             )

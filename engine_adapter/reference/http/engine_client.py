@@ -23,14 +23,21 @@ from smartspec.engine_adapter.reference.http.errors import ApiError
 log = logging.getLogger("smartspec.http")
 
 State: TypeAlias = Literal["starting", "ready", "draining", "dead"]
-Event: TypeAlias = replies.Token | replies.Finished | replies.Error
 
+GONE = "the decode process has ended; the server stops, and is to be started again"
 STOP_GRACE_S = 5.0  #: for the child to say goodbye, then as long again to end on SIGTERM
 STATS_TIMEOUT_S = 2.0  #: a step with a long prompt in it takes a while
 RETRY_AFTER_S = 1
 _MAX_READ_BYTES = 1 << 18
 
 _encode = msgspec.json.Encoder().encode
+
+
+class Lost:
+    """The decode process has ended before the answer."""
+
+
+Event: TypeAlias = replies.Token | replies.Finished | replies.Error | Lost
 
 
 class Observer(Protocol):
@@ -135,7 +142,7 @@ class Generation:
                 choice.num_drafted = event.num_drafted
                 choice.num_accepted = event.num_accepted
                 observer.finished(choice, now_s)
-            case replies.Error():
+            case replies.Error() | Lost():
                 choice.finish_reason = "error"
                 observer.finished(choice, now_s)
         if not self._closed:
@@ -234,7 +241,7 @@ class EngineClient:
         self.started.set()
         for name, (generation, index) in list(self._routes.items()):
             self._drop(name)
-            generation.hear(index, replies.Error(name, GONE), self._observer)
+            generation.hear(index, Lost(), self._observer)
         while self._stats:
             self._stats.popleft().set_result(None)
 
@@ -360,6 +367,3 @@ class EngineClient:
                 self.started.set()
             case _:
                 pass
-
-
-GONE = "the decode process has ended; the server stops, and is to be started again"

@@ -1,7 +1,7 @@
 """The HTTP server as a process: starts the decode process, serves, drains and stops.
 
-Exit status: 0 after SIGTERM or Ctrl-C; 1 when the decode process ended by itself; 2 when it could
-not start, or the address cannot be used.
+Exit status: 0 after SIGTERM or Ctrl-C; 1 when either process ended by itself; 2 when the decode
+process could not start, or the address cannot be used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smartspec.engine_adapter.reference.http.tokenization import Tokenization
 
 log = logging.getLogger("smartspec.http")
 
-EXIT_ENGINE_DIED = 1
+EXIT_DIED = 1
 EXIT_CANNOT_START = 2
 RESPONSE_GRACE_S = 5.0  #: for responses that are complete to reach slow clients
 KEEP_ALIVE_S = 30.0
@@ -124,7 +124,7 @@ async def _serve(
         first = await _first(asked[0].wait(), child, serving)
     status = 0
     if child.done():
-        status = EXIT_ENGINE_DIED if engine.facts is not None else EXIT_CANNOT_START
+        status = EXIT_DIED if engine.facts is not None else EXIT_CANNOT_START
         log.error("the decode process ended with status %s", child.result())
     elif loading.done() and (error := loading.exception()) is not None:
         status = EXIT_CANNOT_START
@@ -136,8 +136,8 @@ async def _serve(
             # A second signal says that it cannot wait.
             async with asyncio.timeout(limits.drain_timeout_s):
                 await _first(engine.idle(), asked[1].wait(), child)
-        if child.done():
-            status = EXIT_ENGINE_DIED
+        if child.done() or not asked[0].is_set():
+            status = EXIT_DIED
     await engine.stop()
     uvicorn_server.should_exit = True
     await serving
