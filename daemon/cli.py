@@ -199,6 +199,7 @@ def inspect(
 
 @app.command()
 def worker(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Hugging Face id or local path.")] = None,
     proposer: Annotated[Proposer, typer.Option(help="What guesses tokens.")] = Proposer.lookup,
     draft_model: Annotated[str | None, typer.Option(help="Of --proposer draft.")] = None,
@@ -229,11 +230,40 @@ def worker(
         bool, typer.Option("--fetch-only", help="Download the model and exit.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of requests that bring none.")] = 0,
+    http: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve OpenAI's API there instead of JSON lines."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys for --http, one a line; else $SMARTSPEC_API_KEY."),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The model's name over --http.")
+    ] = None,
+    max_num_waiting: Annotated[
+        int, typer.Option(min=0, help="Requests over --http that may wait; then 429.")
+    ] = 256,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request over --http.")] = 2 << 20,
+    request_timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="For an answer over --http.")
+    ] = 600.0,
+    drain_timeout_s: Annotated[
+        float, typer.Option(min=0, help="After SIGTERM, for answers over --http to finish.")
+    ] = 30.0,
     config_file: ConfigFile = None,
     runtime_dir: RuntimeDir = None,
     set_: Assignments = None,
+    parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
-    """Run the reference engine: requests as JSON lines on stdin, tokens as JSON lines on stdout."""
+    """Run the reference engine: requests as JSON lines on stdin, tokens as JSON lines on stdout.
+
+    With --http it serves OpenAI's API, and runs the engine as a child process.
+    """
+    if parent:
+        from smartspec.daemon.parent_death import follow_parent
+
+        follow_parent(parent)
     settings = _load(config_file, set_, runtime_dir=runtime_dir, endpoint=endpoint)
     if proposer is Proposer.draft and not (draft_model or draft_drop_layers):
         _fail("--proposer draft: give --draft-model or --draft-drop-layers")
@@ -247,6 +277,26 @@ def worker(
     # a small machine the daemon does), the one waited for gets no turn. 20,000 turns are as fast as
     # the default on an idle machine, and let go before harm is done. Read once, by torch's import.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if http is not None and not fetch_only:
+        served = _optional("smartspec.engine_adapter.reference.http.service", "worker")
+        limits = _optional("smartspec.engine_adapter.reference.http.limits", "worker").Limits(
+            max_num_waiting=max_num_waiting,
+            max_body_bytes=max_body_bytes,
+            request_timeout_s=request_timeout_s,
+            drain_timeout_s=drain_timeout_s,
+        )
+        command = [sys.executable, "-P", "-m", "smartspec.daemon.cli", "worker"]
+        try:
+            status = served.run_server(
+                address=http,
+                worker_command=[*command, *_repeated(context), "--parent", str(os.getpid())],
+                limits=limits,
+                api_key_file=api_key_file,
+                served_model_name=served_model_name,
+            )
+        except ValueError as error:
+            _fail(error)
+        raise typer.Exit(status)
     service = _optional("smartspec.engine_adapter.reference.service", "worker")
     raise typer.Exit(
         service.run_worker(
@@ -310,6 +360,34 @@ def config_check(config_file: ConfigFile = None, set_: Assignments = None) -> No
 def config_show(config_file: ConfigFile = None, set_: Assignments = None) -> None:
     """Print the settings in force: file, environment and flags together."""
     typer.echo(config.to_toml(_load(config_file, set_)), nl=False)
+
+
+#: Options of `worker` that are for the process that serves HTTP, not for its decode process.
+_OF_HTTP = {
+    "http",
+    "api_key_file",
+    "served_model_name",
+    "max_num_waiting",
+    "max_body_bytes",
+    "request_timeout_s",
+    "drain_timeout_s",
+    "parent",
+}
+
+
+def _repeated(context: typer.Context) -> list[str]:
+    """The command's own options once more, for its decode process."""
+    words: list[str] = []
+    for option in context.command.params:
+        name = option.name or ""
+        value = context.params.get(name)
+        if name in _OF_HTTP or value is None or value is False:
+            continue
+        for one in value if isinstance(value, list | tuple) else (value,):
+            words.append(option.opts[0])
+            if one is not True:
+                words.append(str(one.value if isinstance(one, enum.Enum) else one))
+    return words
 
 
 def _optional(module: str, extra: str) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from http_server import HttpServer
 from hypothesis import HealthCheck, settings
 
 # The same examples on every run, on machines of any speed; HYPOTHESIS_PROFILE=explore looks for
@@ -37,3 +39,28 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.fail(f"SMARTSPEC_DATA names no folder: {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a small random model with a tokenizer of bytes, for worker processes."""
+    from tiny_models import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def http_server(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HttpServer]:
+    """One server for all tests that leave it as they found it."""
+    log = tmp_path_factory.mktemp("http") / "server.log"
+    server = HttpServer(
+        tiny_model_dir, log, "--max-num-waiting", "400", "--max-model-len", "256",
+        "--max-num-running", "32",
+    )  # fmt: skip
+    try:
+        yield server.wait_ready()
+        assert server.stop() == 0, log.read_text()
+    finally:
+        server.close()

@@ -19,7 +19,10 @@ class _Command(msgspec.Struct, frozen=True, tag_field="op"):
 
 
 class Submit(_Command, frozen=True, tag="submit", forbid_unknown_fields=True):
-    """A request: ``messages`` (chat) or ``prompt`` (text as it is)."""
+    """A request: ``messages`` (chat), ``prompt`` (text as it is) or ``prompt_token_ids``.
+
+    The other fields are those of `sequence.Request` and `sequence.SamplingParams`.
+    """
 
     id: str
     messages: list[Message] | None = None
@@ -34,6 +37,9 @@ class Submit(_Command, frozen=True, tag="submit", forbid_unknown_fields=True):
     floor: int = 0
     max_speculation_length: int | None = None
     ignore_eos: bool = False
+    prompt_token_ids: list[int] | None = None
+    token_time_target_s: float | None = None
+    logprobs: int | None = None
 
 
 class Cancel(_Command, frozen=True, tag="cancel", forbid_unknown_fields=True):

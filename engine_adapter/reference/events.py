@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from smartspec.engine_adapter.base import StepFacts
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities at temperature 1, before top-p and top-k."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]  #: the likeliest tokens, best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +27,7 @@ class Tokens:
     tokens: list[int]
     text: str
     num_tokens: int  #: in the answer so far
+    logprobs: list[TokenLogprobs] | None = None  #: of `tokens`, where they were asked for
 
 
 @dataclass(frozen=True, slots=True)

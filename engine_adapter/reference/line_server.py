@@ -1,8 +1,7 @@
 """The worker as a process: JSON lines in, JSON lines out.
 
-In: commands.py. Out: ``ready``, ``token``, ``finished``, ``error``, ``stats``, ``step`` (on demand)
-and ``stopped``. End of input is like ``stop``: what was submitted is finished first. A line that
-cannot be understood is answered with ``error`` and harms nothing else.
+In: commands.py. Out: replies.py. End of input is like ``stop``: what was submitted is finished
+first. A line that cannot be understood is answered with ``error`` and harms nothing else.
 """
 
 from __future__ import annotations
@@ -15,12 +14,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import msgspec
+import numpy as np
 
 from smartspec.engine_adapter.base import FixedLength, LengthSource
 from smartspec.engine_adapter.link import EngineLink
-from smartspec.engine_adapter.reference import commands
+from smartspec.engine_adapter.reference import commands, replies
 from smartspec.engine_adapter.reference.commands import Mode
-from smartspec.engine_adapter.reference.events import Finished, Refused, StepOutput, Tokens
+from smartspec.engine_adapter.reference.events import (
+    Finished,
+    Refused,
+    StepOutput,
+    TokenLogprobs,
+    Tokens,
+)
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
 from smartspec.engine_adapter.reference.worker import Worker
 
@@ -40,6 +46,8 @@ class WorkerFacts:
     device: str
     dtype: str
     engine_version: str
+    tokenizer: str = ""  #: what transformers loads it by: a directory, or an id
+    vocabulary_size: int = 0
 
 
 class Link(LengthSource, Protocol):
@@ -90,7 +98,15 @@ class LineServer:
         self._mode: Mode = "own"
         self._numbers: dict[str, int] = {}  # of requests in the worker, by their id outside
         self._ids: dict[int, str] = {}
-        self._totals = {"num_steps": 0, "num_tokens": 0, "num_drafted": 0, "num_accepted": 0}
+        self._totals = {
+            "num_steps": 0,
+            "num_tokens": 0,
+            "num_drafts": 0,
+            "num_drafted": 0,
+            "num_accepted": 0,
+        }
+        # Place j: drafts of which j were accepted (a length fits in a byte).
+        self._num_by_accepted = np.zeros(256, np.int64)
         self._busy_s = 0.0
         self._stopping = False
         self._out: list[bytes] = []
@@ -100,7 +116,7 @@ class LineServer:
         lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(source, lines), daemon=True).start()
         facts = {name: getattr(self._facts, name) for name in WorkerFacts.__slots__}
-        self._say("ready", **facts)
+        self._say(replies.Ready(**facts))
         self._flush()
         try:
             while not self._stopping or self._worker.has_work:
@@ -118,7 +134,7 @@ class LineServer:
         finally:
             if self._link is not None:
                 self._link.close()
-        self._say("stopped")
+        self._say(replies.Stopped())
         self._flush()
 
     def handle(self, line: bytes | None) -> None:
@@ -141,7 +157,7 @@ class LineServer:
                 case commands.Speculation(mode=mode, length=length):
                     self.switch(mode, length)
                 case commands.Stats():
-                    self._say("stats", **self._stats())
+                    self._say(self._stats())
                 case commands.Stop():
                     self._stopping = True
         # Text that the tokenizer or a chat template refuses can raise anything.
@@ -153,9 +169,12 @@ class LineServer:
             raise ValueError("stopping: no further requests are taken")
         if submit.id in self._numbers:
             raise ValueError("this id is in use")
-        if (submit.messages is None) == (submit.prompt is None):
-            raise ValueError("give either messages or prompt")
-        if submit.messages is not None:
+        given = (submit.messages, submit.prompt, submit.prompt_token_ids)
+        if sum(one is not None for one in given) != 1:
+            raise ValueError("give either messages or prompt or prompt_token_ids")
+        if submit.prompt_token_ids is not None:
+            prompt = submit.prompt_token_ids
+        elif submit.messages is not None:
             text = self._tokenizer.apply_chat_template(
                 msgspec.to_builtins(submit.messages), tokenize=False, add_generation_prompt=True
             )
@@ -174,6 +193,8 @@ class LineServer:
                 floor=submit.floor,
                 max_speculation_length=submit.max_speculation_length,
                 ignore_eos=submit.ignore_eos,
+                token_time_target_s=submit.token_time_target_s,
+                num_logprobs=submit.logprobs,
             )
         )
         self._numbers[submit.id] = number
@@ -202,20 +223,20 @@ class LineServer:
             match event:
                 case Tokens():
                     self._totals["num_tokens"] += len(event.tokens)
-                    self._say(
-                        "token", id=name, text=event.text, num_tokens=event.num_tokens, t_s=now
-                    )
+                    scored = None if event.logprobs is None else self._scored(event.logprobs)
+                    self._say(replies.Token(name, event.text, event.num_tokens, now, scored))
                 case Finished():
                     self._say(
-                        "finished",
-                        id=name,
-                        reason=event.reason,
-                        num_tokens=len(event.tokens),
-                        num_drafted=event.num_drafted,
-                        num_accepted=event.num_accepted,
-                        time_to_first_token_s=event.time_to_first_token_s,
-                        latency_s=event.latency_s,
-                        t_s=now,
+                        replies.Finished(
+                            id=name,
+                            reason=event.reason,
+                            num_tokens=len(event.tokens),
+                            num_drafted=event.num_drafted,
+                            num_accepted=event.num_accepted,
+                            time_to_first_token_s=event.time_to_first_token_s,
+                            latency_s=event.latency_s,
+                            t_s=now,
+                        )
                     )
                     self._drop(name)
                 case Refused():
@@ -224,48 +245,66 @@ class LineServer:
         if (facts := output.facts) is None:
             return
         self._totals["num_steps"] += 1
+        drafted = facts.num_drafted > 0
+        self._totals["num_drafts"] += int(drafted.sum())
+        self._num_by_accepted += np.bincount(facts.num_accepted[drafted], minlength=256)
         self._totals["num_drafted"] += int(facts.num_drafted.sum())
         self._totals["num_accepted"] += int(facts.num_accepted.sum())
         self._busy_s += facts.step_s
         if self._step_events and output.lengths is not None:
             self._say(
-                "step",
-                t_s=now,
-                num_running=self._worker.num_running,
-                num_waiting=facts.num_waiting,
-                num_prefill_tokens=facts.batch.num_prefill_tokens,
-                lengths=output.lengths.tolist(),
-                num_drafted=facts.num_drafted.tolist(),
-                num_accepted=facts.num_accepted.tolist(),
-                source=output.source,
-                step_s=facts.step_s,
-                target_s=facts.target_s,
-                draft_s=facts.draft_s,
+                replies.Step(
+                    t_s=now,
+                    num_running=self._worker.num_running,
+                    num_waiting=facts.num_waiting,
+                    num_prefill_tokens=facts.batch.num_prefill_tokens,
+                    lengths=output.lengths.tolist(),
+                    num_drafted=facts.num_drafted.tolist(),
+                    num_accepted=facts.num_accepted.tolist(),
+                    source=output.source,
+                    step_s=facts.step_s,
+                    target_s=facts.target_s,
+                    draft_s=facts.draft_s,
+                )
             )
+
+    def _scored(self, logprobs: list[TokenLogprobs]) -> list[replies.ScoredToken]:
+        def show(token: int, logprob: float) -> replies.TokenLogprob:
+            # JSON has no -inf.
+            return replies.TokenLogprob(self._tokenizer.decode([token]), max(logprob, -9999.0))
+
+        scored = []
+        for one in logprobs:
+            own = show(one.token, one.logprob)
+            tops = [show(*top) for top in one.top]
+            scored.append(replies.ScoredToken(own.token, own.logprob, tops))
+        return scored
 
     def _drop(self, name: str) -> None:
         del self._ids[self._numbers.pop(name)]
 
-    def _stats(self) -> dict[str, Any]:
-        return {
-            "t_s": self._now(),
-            "num_running": self._worker.num_running,
-            "num_waiting": self._worker.num_waiting,
-            "kv_usage": self._worker.scheduler.kv_usage,
-            "mode": self._mode,
-            "link": asdict(self._link.stats) if isinstance(self._link, EngineLink) else None,
-            "busy_s": self._busy_s,
+    def _stats(self) -> replies.Stats:
+        at_least = self._num_by_accepted[::-1].cumsum()[::-1]
+        return replies.Stats(
+            t_s=self._now(),
+            num_running=self._worker.num_running,
+            num_waiting=self._worker.num_waiting,
+            kv_usage=self._worker.scheduler.kv_usage,
+            mode=self._mode,
+            link=asdict(self._link.stats) if isinstance(self._link, EngineLink) else None,
+            busy_s=self._busy_s,
+            num_accepted_per_position=at_least[1 : self._facts.max_length + 1].tolist(),
             **self._totals,
-        }
+        )
 
     def _now(self) -> float:
         return round(self._clock() - self._start_s, 6)
 
     def _error(self, message: str, request_id: str | None = None) -> None:
-        self._say("error", id=request_id, message=message)
+        self._say(replies.Error(request_id, message))
 
-    def _say(self, event: str, **fields: Any) -> None:
-        self._out.append(msgspec.json.encode({"event": event, **fields}))
+    def _say(self, reply: replies.Reply) -> None:
+        self._out.append(replies.encode(reply))
 
     def _flush(self) -> None:
         if self._out:

@@ -37,6 +37,7 @@ class LoadedModel:
     """A causal language model, ready to run."""
 
     name: str
+    path: str  #: what transformers loads its files by: a directory, or an id
     model: PreTrainedModel
     tokenizer: Any
     eos_token_ids: frozenset[int]
@@ -82,7 +83,7 @@ def load(
     eos = {ids} if isinstance(ids, int) else set(ids or ())
     if tokenizer.eos_token_id is not None:
         eos.add(tokenizer.eos_token_id)
-    return LoadedModel(name or DEFAULT_MODEL, model, tokenizer, frozenset(eos))
+    return LoadedModel(name or DEFAULT_MODEL, path, model, tokenizer, frozenset(eos))
 
 
 def without_layers(model: PreTrainedModel, drop: Collection[int]) -> PreTrainedModel:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from smartspec.engine_adapter.base import U64
+from smartspec.engine_adapter.reference.events import TokenLogprobs
 from smartspec.engine_adapter.reference.sequence import SamplingParams
 
 # Weyl constant and finaliser of SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit numbers.
@@ -161,6 +162,22 @@ def _draw_from_likeliest(logits: Tensor, draws: Draws) -> Tensor:
     kept = (mass - value < top_p * total) | (top_p >= 1)  # always the first; at 1, all of them
     time = exponential_noise(key, token) / torch.where(kept, value, 0.0)
     return token.gather(-1, time.argmin(-1, keepdim=True))[:, 0]
+
+
+@torch.inference_mode()
+def token_logprobs(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Log-probabilities of ``tokens`` [M] and of the ``num_top`` likeliest, from logits [M, V].
+
+    Those of the model's own distribution: before temperature, top-p and top-k.
+    """
+    scores = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    chosen = scores.gather(-1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
+    values, ids = scores.topk(min(num_top, scores.shape[1]), -1)
+    tops = zip(ids.tolist(), values.tolist(), strict=True)
+    return [
+        TokenLogprobs(token, score, list(zip(*top, strict=True)))
+        for token, score, top in zip(tokens, chosen, tops, strict=True)
+    ]
 
 
 def num_agreeing(drafts: Sequence[int], drawn: Sequence[int]) -> int:

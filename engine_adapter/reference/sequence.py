@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from smartspec.engine_adapter.reference.detokenizer import Detokenizer
 
 GREEDY_BELOW = 1e-4  #: temperatures below this are greedy decoding
 NEVER_DRAFTED = -1.0  #: last accepted share of a request that was never drafted for
+MAX_TOP_LOGPROBS = 20  #: alternatives per token that a request may ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ class Request:
     floor : shortest speculation length (clipped to what is possible)
     max_speculation_length : longest speculation length; 0 opts out; None: the worker's
     ignore_eos : go on after the end-of-sequence token
+    token_time_target_s : seconds per output token that the client wants to stay below, > 0; None:
+        it names none
+    num_logprobs : likeliest alternatives, in [0, 20], told with the log-probability of each token;
+        None: no log-probabilities
     """
 
     prompt: list[int]
@@ -64,6 +70,8 @@ class Request:
     floor: int = 0
     max_speculation_length: int | None = None
     ignore_eos: bool = False
+    token_time_target_s: float | None = None
+    num_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -76,6 +84,13 @@ class Request:
             raise ValueError("floor and max_speculation_length must be >= 0")
         if not all(self.stop):
             raise ValueError("stop strings must not be empty")
+        target_s = self.token_time_target_s
+        if target_s is not None and not 0 < target_s < math.inf:
+            raise ValueError(f"token_time_target_s must be finite and > 0, got {target_s}")
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(
+                f"num_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {self.num_logprobs}"
+            )
 
 
 class Sequence:

@@ -217,5 +217,7 @@ def _build(
         device=_device_name(loaded.model.device),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         engine_version=version("smartspec"),
+        tokenizer=loaded.path,
+        vocabulary_size=loaded.model.config.get_text_config().vocab_size,
     )
     return LineServer(worker, loaded.tokenizer, facts, sink, link_factory, step_events)

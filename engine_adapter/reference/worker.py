@@ -16,10 +16,22 @@ from smartspec.engine_adapter.base import (
     StepFacts,
 )
 from smartspec.engine_adapter.reference.detokenizer import Decodes, Detokenizer
-from smartspec.engine_adapter.reference.events import Event, Finished, Refused, StepOutput, Tokens
+from smartspec.engine_adapter.reference.events import (
+    Event,
+    Finished,
+    Refused,
+    StepOutput,
+    TokenLogprobs,
+    Tokens,
+)
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import NoProposer, Proposal, Proposer
-from smartspec.engine_adapter.reference.sampling import Draws, num_agreeing, sample
+from smartspec.engine_adapter.reference.sampling import (
+    Draws,
+    num_agreeing,
+    sample,
+    token_logprobs,
+)
 from smartspec.engine_adapter.reference.scheduler import Schedule, Scheduler
 from smartspec.engine_adapter.reference.sequence import Request, Sequence
 
@@ -72,6 +84,7 @@ class Worker:
         )
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        self._vocabulary_size: int = model.config.get_text_config().vocab_size
         self._clock = clock
         self._rng = np.random.default_rng(seed)
         self._sequences: dict[int, Sequence] = {}
@@ -95,15 +108,19 @@ class Worker:
         """Queue a request and return its id. One that can never fit is refused in the next step."""
         self._num_added += 1
         room = self.scheduler.max_model_len - len(request.prompt)
+        refusal = None
         if room < max(1, request.max_tokens or 1):
-            message = (
+            refusal = (
                 f"prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens} "
                 f"exceed max_model_len={self.scheduler.max_model_len}"
             )
-            self._pending.append(Refused(self._num_added, message))
-            return self._num_added
-        if request.stop and self._tokenizer is None:
-            self._pending.append(Refused(self._num_added, "stop strings need a tokenizer"))
+        elif not 0 <= min(request.prompt) <= max(request.prompt) < self._vocabulary_size:
+            # It would fail in the model's pass, and take everybody else's request with it.
+            refusal = f"the prompt's token ids must be in [0, {self._vocabulary_size})"
+        elif request.stop and self._tokenizer is None:
+            refusal = "stop strings need a tokenizer"
+        if refusal is not None:
+            self._pending.append(Refused(self._num_added, refusal))
             return self._num_added
         seed = request.sampling.seed
         sequence = Sequence(
@@ -144,12 +161,12 @@ class Worker:
         draft = self._clock()
         proposal = self.proposer.propose(decoding, lengths)
         verify = self._clock()
-        drawn = self._verify(schedule, proposal)
+        drawn, logprobs = self._verify(schedule, proposal)
         accepted = [num_agreeing(d, t) for d, t in zip(proposal.drafts, drawn, strict=False)]
         done = self._clock()
 
         context_tokens = sum(sequence.num_tokens for sequence in decoding)
-        emitted = self._accept(schedule, proposal, drawn, accepted, events)
+        emitted = self._accept(schedule, proposal, drawn, logprobs, accepted, events)
         facts = StepFacts(
             batch=batch,
             num_drafted=np.array([len(draft) for draft in proposal.drafts], np.uint8),
@@ -191,10 +208,13 @@ class Worker:
         limit = sequence.request.max_speculation_length
         return room if limit is None else min(room, limit)
 
-    def _verify(self, schedule: Schedule, proposal: Proposal) -> list[list[int]]:
+    def _verify(
+        self, schedule: Schedule, proposal: Proposal
+    ) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]]]:
         """The target's tokens after each known token and draft: decoding requests, then prompts.
 
-        One pass, one transfer from the device. A prompt that is not finished yet has none.
+        One pass, one transfer from the device. A prompt that is not finished yet has none. Then,
+        by sequence id, the log-probabilities of these tokens, where they were asked for.
         """
         segments, draws = [], []
         for sequence, drafts in zip(schedule.decoding, proposal.drafts, strict=True):
@@ -212,13 +232,20 @@ class Worker:
         logits = self._runner.forward(segments)
         flat = sample(logits, Draws.of(draws)).tolist()
         ends = np.cumsum([segment.num_logits for segment in segments]).tolist()
-        return [flat[b:e] for b, e in zip([0, *ends[:-1]], ends, strict=True)]
+        begins = [0, *ends[:-1]]
+        drawn = [flat[b:e] for b, e in zip(begins, ends, strict=True)]
+        logprobs = {}
+        for sequence, tokens, begin, end in zip(sequences, drawn, begins, ends, strict=True):
+            if tokens and (count := sequence.request.num_logprobs) is not None:
+                logprobs[sequence.id] = token_logprobs(logits[begin:end], tokens, count)
+        return drawn, logprobs
 
     def _accept(
         self,
         schedule: Schedule,
         proposal: Proposal,
         drawn: list[list[int]],
+        logprobs: dict[int, list[TokenLogprobs]],
         accepted: list[int],
         events: list[Event],
     ) -> list[int]:
@@ -233,7 +260,7 @@ class Worker:
                 sequence.num_accepted += count
             sequence.num_computed += 1 + count
             tokens = drafts[:count] + [drawn[i][count]]
-            emitted.append(self._emit(sequence, tokens, events, finished))
+            emitted.append(self._emit(sequence, tokens, logprobs, events, finished))
         self.proposer.accepted(schedule.decoding, accepted)
         for (sequence, size), tokens in zip(
             schedule.prefilling, drawn[len(schedule.decoding) :], strict=True
@@ -241,7 +268,7 @@ class Worker:
             sequence.num_computed += size
             if tokens:
                 sequence.first_token_s = self._clock()
-                self._emit(sequence, tokens, events, finished)
+                self._emit(sequence, tokens, logprobs, events, finished)
         events += [self._finish(sequence, reason) for sequence, reason in finished]
         return emitted
 
@@ -249,6 +276,7 @@ class Worker:
         self,
         sequence: Sequence,
         tokens: list[int],
+        logprobs: dict[int, list[TokenLogprobs]],
         events: list[Event],
         finished: list[tuple[Sequence, str]],
     ) -> int:
@@ -267,7 +295,16 @@ class Worker:
         text = ""
         if sequence.detokenizer is not None:
             text = sequence.detokenizer.take(final=reason is not None)
-        events.append(Tokens(sequence.id, tokens, text, sequence.num_output))
+        known = logprobs.get(sequence.id)
+        events.append(
+            Tokens(
+                sequence.id,
+                tokens,
+                text,
+                sequence.num_output,
+                None if known is None else known[: len(tokens)],
+            )
+        )
         if reason is not None:
             finished.append((sequence, reason))
         return len(tokens)

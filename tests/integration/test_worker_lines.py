@@ -125,6 +125,12 @@ def test_chat_template_makes_the_prompt_when_messages_are_given() -> None:
         ({"op": "submit", "id": "x", "prompt": ""}, "at least one token"),
         ({"op": "submit", "id": "x", "prompt": "A"}, "ValueError"),
         ({"op": "submit", "id": "x", "prompt": "a" * 80}, "exceed max_model_len=64"),
+        ({"op": "submit", "id": "x", "prompt": "a", "prompt_token_ids": [1]}, "either messages"),
+        ({"op": "submit", "id": "x", "prompt_token_ids": []}, "at least one token"),
+        ({"op": "submit", "id": "x", "prompt_token_ids": [48]}, "token ids must be in [0, 48)"),
+        ({"op": "submit", "id": "x", "prompt_token_ids": [-1]}, "token ids must be in [0, 48)"),
+        ({"op": "submit", "id": "x", "prompt": "a", "token_time_target_s": 0.0}, "finite and > 0"),
+        ({"op": "submit", "id": "x", "prompt": "a", "logprobs": 21}, "num_logprobs must be in"),
         ({"op": "cancel", "id": "nobody"}, "no such request"),
         ({"op": "speculation", "mode": "smartspec"}, "without a daemon's address"),
         ({"op": "speculation", "mode": "static"}, "length goes with mode static"),
@@ -139,6 +145,42 @@ def test_line_is_answered_with_an_error_when_it_is_bad(
     (error,) = of(events, "error")
     assert message in error["message"]
     assert {e["id"] for e in of(events, "finished")} == {"good", "later"}
+
+
+def test_token_ids_mean_the_same_as_their_text() -> None:
+    text, ids = (
+        serve(submit("a", **prompt))
+        for prompt in ({"prompt": "abc"}, {"prompt_token_ids": [0, 1, 2]})
+    )
+    told = [[e["text"] for e in of(events, "token")] for events in (text, ids)]
+    assert told[0] == told[1]
+
+
+def test_logprobs_are_the_same_when_drafted_for() -> None:
+    def scores(length: int) -> list[dict[str, Any]]:
+        events = serve(
+            {"op": "speculation", "mode": "static", "length": length},
+            submit("a", prompt="ababab", logprobs=2, max_tokens=30),
+            submit("plain", prompt="ababab"),
+        )
+        assert all("logprobs" not in e for e in of(events, "token", "plain"))
+        return [one for e in of(events, "token", "a") for one in e["logprobs"]]
+
+    alone, drafted = scores(0), scores(4)
+    assert len(alone) == 30
+    for one, other in zip(alone, drafted, strict=True):
+        assert one["token"] == other["token"]
+        assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-9)
+        assert one["logprob"] == pytest.approx(one["top"][0][1])  # it is greedy
+        assert [token for token, _ in one["top"]] == [token for token, _ in other["top"]]
+        assert one["top"][0][1] >= one["top"][1][1]
+
+
+def test_target_time_per_token_reaches_the_sequence() -> None:
+    server = build(io.BytesIO())
+    server.handle(json.dumps(submit("a", prompt="abc", token_time_target_s=0.05)).encode())
+    (sequence,) = server._worker.scheduler.waiting
+    assert sequence.request.token_time_target_s == 0.05
 
 
 def test_id_is_refused_when_in_use_and_free_again_afterwards() -> None:
@@ -180,6 +222,9 @@ def test_stats_count_what_happened() -> None:
     assert first["num_tokens"] == first["num_steps"] == 0
     assert last["num_tokens"] == 12
     assert last["num_drafted"] >= last["num_accepted"]
+    assert sum(last["num_accepted_per_position"]) == last["num_accepted"]
+    assert last["num_drafts"] >= last["num_accepted_per_position"][0]
+    assert len(last["num_accepted_per_position"]) == FACTS.max_length
     assert last["num_running"] == last["num_waiting"] == 0
 
 

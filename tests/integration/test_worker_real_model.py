@@ -115,7 +115,7 @@ def test_exit_status_says_so_when_the_model_cannot_be_loaded(
 def test_exit_status_says_so_when_a_draft_model_is_missing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = models.LoadedModel("tiny", tiny_model("llama"), None, frozenset())
+    tiny = models.LoadedModel("tiny", "tiny", tiny_model("llama"), None, frozenset())
     monkeypatch.setattr(models, "load", lambda *args, **kwargs: tiny)
     assert run_worker(proposer="draft") == 2
     assert "needs a draft model" in capsys.readouterr().err

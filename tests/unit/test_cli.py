@@ -183,6 +183,41 @@ def test_options_of_worker_reach_the_engine(
     assert set(seen) <= parameters_of(engine, "run_worker")
 
 
+def test_options_of_worker_reach_the_http_server_and_its_decode_process(
+    monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    seen: dict[str, Any] = {}
+    name = "smartspec.engine_adapter.reference.http.service"
+    stand_in_for(monkeypatch, name, "run_server", seen)
+    given = ["--model", "m", "--proposer", "draft", "--draft-drop-layers", "10,13", "--step-events"]
+    given += ["--set", "control.ttl_s=2", "--set", "mode=observe"]
+    ours = ["--http", "127.0.0.1:0", "--max-num-waiting", "3", "--api-key-file", "keys"]
+    assert invoke("worker", *given, *ours).exit_code == 0
+    assert (seen["address"], seen["api_key_file"]) == ("127.0.0.1:0", Path("keys"))
+    assert seen["limits"].max_num_waiting == 3
+    command = seen["worker_command"]
+    assert command[-2] == "--parent"
+    child = command[command.index("worker") + 1 : -2]
+    assert "--http" not in child and "--api-key-file" not in child
+    # What the child is told is what would have been told to the engine without --http.
+    engines: list[dict[str, Any]] = [{}, {}]
+    for words, engine in zip((given, child), engines, strict=True):
+        stand_in_for(
+            monkeypatch, "smartspec.engine_adapter.reference.service", "run_worker", engine
+        )
+        assert invoke("worker", *words).exit_code == 0
+    assert engines[0] == engines[1]
+    server = repository / "engine_adapter" / "reference" / "http" / "service.py"
+    assert set(seen) <= parameters_of(server, "run_server")
+
+
+@pytest.mark.parametrize("address", ["8000", "127.0.0.1:x"])
+def test_http_address_is_refused_in_one_line_when_it_is_none(address: str) -> None:
+    result = invoke("worker", "--http", address)
+    assert result.exit_code == 2
+    assert "expected HOST:PORT" in result.stderr.splitlines()[-1]
+
+
 def test_options_of_demo_reach_it(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
     seen: dict[str, Any] = {}
     stand_in_for(monkeypatch, "smartspec.lab.demo.run", "main", seen)
