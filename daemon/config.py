@@ -65,6 +65,13 @@ class ControlSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     seed_sweep: Annotated[
         bool, _doc("Try every length once when an engine is new, so that its costs are known.")
     ] = True
+    meet_targets: Annotated[
+        bool,
+        _doc(
+            "Keep the seconds per token that requests ask for (token_time_target_s), where they "
+            "are within reach, at the expense of goodput. false: goodput alone."
+        ),
+    ] = True
     max_engines: Annotated[Count, _doc("Engines served at once; more are refused.")] = 1024
     engine_timeout_s: Annotated[
         Seconds, _doc("Seconds of silence after which an engine is given up as lost.")

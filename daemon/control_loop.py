@@ -233,6 +233,7 @@ class ControlLoop:
             ttl_s=control.ttl_s,
             fallback_s=control.fallback_s,
             probe_share=control.probe_share if self._settings.mode == "control" else 0.0,
+            meet_targets=control.meet_targets,
             seed_sweep=control.seed_sweep and self._settings.mode == "control",
         )
         session = Session(peer, engine, planner, self._clock())
@@ -409,4 +410,6 @@ class ControlLoop:
             num_probes=policy.num_probes,
             decide_s=session.decide_s,
             learn_s=session.learn_s,
+            num_targets=decision.num_targets,
+            num_targets_out_of_reach=decision.num_out_of_reach,
         )

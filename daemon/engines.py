@@ -63,6 +63,7 @@ class Batch(NamedTuple):
     ids: npt.NDArray[np.uint64]  #: [B]
     weight: npt.NDArray[np.float32] | None
     floor: U8 | None
+    target: npt.NDArray[np.float32] | None  #: seconds per token, 0: any; None: all 0
 
 
 class Observation(NamedTuple):
@@ -320,7 +321,12 @@ def _read_roster(roster: Roster, max_num_running: int) -> Batch:
         weight = unpack(roster.weight, "f32", (size,), "weight")
         require(bool((weight > 0).all()), "weight: must be > 0")
     floor = unpack(roster.floor, "u8", (size,), "floor") if roster.floor else None
-    return Batch(roster.version, ids, weight, floor)
+    target: Any = None
+    if roster.token_time_target_s:
+        target = unpack(
+            roster.token_time_target_s, "f32", (size,), "token_time_target_s", low=0.0
+        )
+    return Batch(roster.version, ids, weight, floor, target)
 
 
 def _check_seconds(report: StepReport) -> None:

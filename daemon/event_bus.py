@@ -70,6 +70,8 @@ class DecisionEvent(Event, frozen=True, kw_only=True, gc=False, tag="decision"):
     num_probes: int = 0
     decide_s: float = 0.0
     learn_s: float = 0.0
+    num_targets: int = 0  #: requests that ask for a time per token
+    num_targets_out_of_reach: int = 0  #: of these, who cannot have it even if all others give way
 
 
 class EngineEvent(Event, frozen=True, kw_only=True, tag="engine"):

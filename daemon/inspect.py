@@ -222,6 +222,7 @@ def _details(view: View) -> Any:
                 f"{_whole(state.staleness_steps)} steps old; chosen by {state.source or '-'}"
             ),
         ),
+        ("targets", _targets(state)),
         ("probes", f"{state.num_probes} requests drafted for only to learn"),
     ]
     for name, text in rows:
@@ -249,6 +250,14 @@ def _lengths(state: EngineState) -> str:
     """
     parts = [f"{n} at {k}" for k, n in enumerate(state.length_counts) if n]
     return ", ".join(parts).replace(" at", " requests at", 1) if parts else "-"
+
+
+def _targets(state: EngineState) -> str:
+    if not state.num_targets:
+        return "no request asks for a time per token"
+    out = state.num_targets_out_of_reach
+    reach = f", {out} of them out of reach even if all others gave way" if out else ""
+    return f"{state.num_targets} requests ask for a time per token{reach}"
 
 
 def _acceptance(state: EngineState) -> str:

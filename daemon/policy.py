@@ -24,6 +24,7 @@ from smartspec.engine_adapter.lengths import (
     step_seconds,
 )
 from smartspec.engine_adapter.messages import Curve, Policy, pack
+from smartspec.engine_adapter.targets import expected_tokens, out_of_reach
 from smartspec.estimators.step_cost import StepShape
 
 TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew
@@ -41,6 +42,8 @@ class Decision:
     goodput_none: float  #: length 0 for all
     goodput_static: Callable[[], float]  #: the engine's own length for all; worked out when asked
     mode: str = RAGGED  #: execution mode chosen
+    num_targets: int = 0  #: requests that ask for a time per token
+    num_out_of_reach: int = 0  #: of these, who cannot have it
 
 
 class Planner:
@@ -53,6 +56,7 @@ class Planner:
         fallback table after that
     probe_share : share of goodput that probing may cost
     seed_sweep : try every length at the first start
+    meet_targets : whether requests' token time targets are kept
     """
 
     def __init__(
@@ -64,12 +68,14 @@ class Planner:
         fallback_s: float = 60.0,
         probe_share: float = 0.005,
         seed_sweep: bool = True,
+        meet_targets: bool = True,
     ) -> None:
         self.engine = engine
         self.prober = Prober(engine.max_length, probe_share, seed_sweep and not engine.is_warm)
         self._daemon_epoch = daemon_epoch
         self._ttl_s = ttl_s
         self._fallback_s = fallback_s
+        self._meet_targets = meet_targets
         self._fallback: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._table: npt.NDArray[np.float32] | None = None
         self._num_decisions = 0
@@ -87,13 +93,10 @@ class Planner:
         table = self._table
         correction = engine.acceptance.corrections(rows)
         known_first = engine.hello.limits.drafts_known_first
-        ladder = Ladder(
-            request_survivals(table, engine.last_bucket, correction),
-            batch.weight,
-            batch.floor,
-            None if known_first else observation.num_available,
-            engine.acceptance.presence(rows) if known_first else None,
-        )
+        survival = request_survivals(table, engine.last_bucket, correction)
+        presence = engine.acceptance.presence(rows) if known_first else None
+        available = None if known_first else observation.num_available
+        ladder = Ladder(survival, batch.weight, batch.floor, available, presence)
         shape = StepShape(
             batch=len(batch.ids),
             verify_tokens=len(batch.ids),
@@ -113,6 +116,14 @@ class Planner:
             self._fallback = self._fallback_table(ladder, curves[0], draft)
         self._num_decisions += 1
         reason = self._reason(optimum, none, num_probes, probe_length)
+        num_targets = num_out_of_reach = 0
+        if self._meet_targets and batch.target is not None:
+            tokens = expected_tokens(survival if presence is None else survival * presence)
+            missed = out_of_reach(batch.target, tokens, curves[0], draft, other)
+            num_targets, num_out_of_reach = int((batch.target > 0).sum()), int(missed.sum())
+            reason += f"; {num_targets} with a target"
+            if num_out_of_reach:
+                reason += f", {num_out_of_reach} of them out of reach"
         value_of_time, depth = optimum.value_of_time, optimum.depth
         if (length := self.prober.sweep_length(observation)) is not None:
             # At no value of time every request takes all that the depth allows.
@@ -145,6 +156,7 @@ class Planner:
             fallback_s=self._fallback_s,
             predicted_goodput=optimum.value_of_time,
             reason=reason,
+            meet_targets=self._meet_targets,
         )
         return Decision(
             policy,
@@ -153,6 +165,8 @@ class Planner:
             none,
             partial(self._goodput_static, ladder, curves[0], draft, other),
             optimum.choice.mode,
+            num_targets,
+            num_out_of_reach,
         )
 
     def _curves(self, shape: StepShape) -> list[CostCurve]:

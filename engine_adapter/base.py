@@ -42,6 +42,7 @@ class DecodeBatch:
     num_prefill_tokens: int = 0  #: prompt tokens that share the target's forward pass
     weight: F32 | None = None  #: [B] > 0, value of a token of this request; None: all 1
     floor: U8 | None = None  #: [B], shortest length allowed (clipped to the ceiling); None: all 0
+    token_time_target_s: F32 | None = None  #: [B], seconds per token at most, 0: any; None: all 0
 
     @property
     def size(self) -> int:

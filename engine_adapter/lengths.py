@@ -44,6 +44,7 @@ UNIFORM = "uniform"  #: one length for all; shorter requests are padded to it
 
 _DEPTHS = np.arange(256, dtype=np.uint8)[:, None]  #: lengths are u8 on the wire
 _FAR = 1e15  #: tokens
+LATE = 1e15  #: of value, per second of a step that is too late: beyond any gain
 
 
 class CostCurve:
@@ -288,6 +289,7 @@ def choose_lengths(
     curves: Sequence[CostCurve],
     draft: DraftCost,
     num_other_tokens: int = 0,
+    latest_s: float = np.inf,
 ) -> Choice:
     """The lengths of greatest ``gain - value_of_time * T``; on ties the fewest drafts.
 
@@ -298,6 +300,7 @@ def choose_lengths(
     depth : longest length to consider; what the drafter is run to
     curves : cost of the target's pass, one per execution mode that is a candidate
     num_other_tokens : tokens of the same pass that are not verified (prefill)
+    latest_s : seconds that the step may take; where every choice takes longer, the shortest step
 
     >>> ladder = Ladder(np.array([[0.9, 0.2], [0.8, 0.1]]))
     >>> curve = CostCurve("ragged", [1.0, 9.0], [1.0, 5.0])
@@ -314,13 +317,14 @@ def choose_lengths(
                 num_tokens = ladder.size * (1 + width) + num_other_tokens
                 drafts = np.array(float(lengths.sum()))
                 seconds = float(step_seconds(curve, draft, num_tokens, drafts, width))
-                if (value := gain - value_of_time * seconds) > best_value + 1e-12:
+                value = _value(gain, seconds, value_of_time, latest_s)
+                if value > best_value + 1e-12:
                     best, best_value = Choice(lengths, UNIFORM, gain, seconds), value
         else:
             gains, drafts = ladder.prefixes(depth)
             by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
             times = ladder.add_depth(by_drafts, draft, depth, drafts)
-            values = gains - value_of_time * times
+            values = _value(gains, times, value_of_time, latest_s)
             m = int(np.argmax(values))
             if values[m] > best_value + 1e-12:
                 best_value = float(values[m])
@@ -329,3 +333,11 @@ def choose_lengths(
     if best is None:
         raise ValueError("no cost curve to choose by: give at least one")
     return best
+
+
+def _value(gain: Any, seconds: Any, value_of_time: float, latest_s: float) -> Any:
+    """What is maximised: a step that is late is worth less than any in time, and by its seconds."""
+    value = gain - value_of_time * seconds
+    if latest_s == np.inf:
+        return value
+    return np.where(seconds <= latest_s, value, -LATE * seconds + np.minimum(gain, 0.0))

@@ -127,7 +127,7 @@ class EngineLink:
         self._chosen_by: tuple[int, str] = (0, "own")
         self._rosters: OrderedDict[int, U64] = OrderedDict()
         self._roster_version = 0
-        self._roster_columns: tuple[bytes, ...] = ()  #: ids, weights, floors
+        self._roster_columns: tuple[bytes, ...] = ()  #: ids, weights, floors, targets
         self._roster_sent = False
         self._hello_due = False
         self._looked = False  #: whether `choose` has received in this step
@@ -349,6 +349,7 @@ class EngineLink:
             pack(batch.request_ids, "u64"),
             b"" if batch.weight is None else pack(batch.weight, "f32"),
             b"" if batch.floor is None else pack(batch.floor, "u8"),
+            b"" if batch.token_time_target_s is None else pack(batch.token_time_target_s, "f32"),
         )
         if columns == self._roster_columns:
             return
@@ -360,8 +361,14 @@ class EngineLink:
             self._rosters.popitem(last=False)
 
     def _roster(self) -> Roster:
-        ids, weight, floor = self._roster_columns
-        return Roster(version=self._roster_version, request_ids=ids, weight=weight, floor=floor)
+        ids, weight, floor, targets = self._roster_columns
+        return Roster(
+            version=self._roster_version,
+            request_ids=ids,
+            weight=weight,
+            floor=floor,
+            token_time_target_s=targets,
+        )
 
     def _ready(self) -> int:
         return int(self._socket.getsockopt(EVENTS))

@@ -87,6 +87,7 @@ class Roster(Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_ids: bytes  #: u64 [B], unique within the epoch
     weight: bytes = b""  #: f32 [B] > 0; default 1
     floor: bytes = b""  #: u8 [B]; default 0
+    token_time_target_s: bytes = b""  #: f32 [B], seconds per token at most; 0, the default: any
 
 
 class StepReport(Message, frozen=True, tag="step"):
@@ -171,6 +172,7 @@ class Policy(Message, frozen=True, tag="policy"):
     fallback_s: Amount = 60.0  #: for this long; then the engine's own configuration
     predicted_goodput: float = 0.0  #: tokens per second
     reason: Annotated[str, Meta(max_length=1024)] = ""
+    meet_targets: bool = False  #: requests' token time targets are to be kept (targets.py)
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

@@ -23,6 +23,7 @@ from smartspec.engine_adapter.messages import (
     require,
     unpack,
 )
+from smartspec.engine_adapter.targets import choose_in_time
 
 MAX_BUCKETS = 4096
 MAX_BREAKPOINTS = 4096
@@ -162,6 +163,19 @@ class Program:
 
     def choose(self, batch: DecodeBatch) -> Choice:
         """The lengths of greatest ``gain - value_of_time * T`` for the present batch."""
+        if self.policy.meet_targets and batch.token_time_target_s is not None:
+            return choose_in_time(
+                self.survivals(batch),
+                batch.weight,
+                batch.floor,
+                batch.ceiling,
+                batch.token_time_target_s,
+                self.value_of_time,
+                min(self.policy.depth, self.policy.max_length),
+                self.curves,
+                self.draft,
+                batch.num_prefill_tokens,
+            )
         ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, batch.ceiling)
         return lengths.choose_lengths(
             ladder,

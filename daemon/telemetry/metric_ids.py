@@ -46,6 +46,12 @@ REQUESTS_AT_LENGTH = Metric(
 VALUE_OF_TIME = Metric(
     "smartspec_value_of_time_tokens_per_second", "gauge", "Tokens that a second is worth."
 )
+TARGETS = Metric(
+    "smartspec_requests_with_target",
+    "gauge",
+    "Requests that ask for a time per token; out of reach: not even if all others gave way.",
+    ("engine", "reach"),
+)
 PROBES = Metric("smartspec_probes", "counter", "Requests drafted for only to learn.")
 DECIDE_SECONDS = Metric(
     "smartspec_decide_seconds", "histogram", "Report received to policy sent.", buckets=_SECONDS

@@ -141,6 +141,9 @@ class PrometheusExporter:
         self._of(ids.DEPTH, engine).set(event.depth)
         self._of(ids.VALUE_OF_TIME, engine).set(event.value_of_time)
         self._of(ids.PROBES, engine).inc(event.num_probes)
+        out = event.num_targets_out_of_reach
+        self._of(ids.TARGETS, engine, "within").set(event.num_targets - out)
+        self._of(ids.TARGETS, engine, "out").set(out)
         self._of(ids.DECIDE_SECONDS, engine).observe(event.decide_s)
         self._of(ids.LEARN_SECONDS, engine).observe(event.learn_s)
         for length, count in enumerate(event.length_counts):

@@ -193,6 +193,7 @@ class Worker:
         last_share = np.array([s.last_share for s in decoding], np.float32)
         weight = np.array([s.request.weight for s in decoding], np.float32)
         floor = np.array([min(s.request.floor, 255) for s in decoding], np.uint8)
+        target = np.array([s.request.token_time_target_s or 0.0 for s in decoding], np.float32)
         return DecodeBatch(
             request_ids=np.array([s.id for s in decoding], np.uint64),
             ceiling=ceiling,
@@ -200,6 +201,7 @@ class Worker:
             num_prefill_tokens=schedule.num_prefill_tokens,
             weight=weight if (weight != 1).any() else None,
             floor=floor if floor.any() else None,
+            token_time_target_s=target if target.any() else None,
         )
 
     def _room(self, sequence: Sequence) -> int:
