@@ -21,7 +21,7 @@ import msgspec
 import zmq
 from msgspec import Struct, field
 
-SEND_HIGH_WATER = 1000  #: events queued per reader before it misses some
+SEND_HIGH_WATER = 4000  #: events queued per reader before it misses some
 
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True):

@@ -11,7 +11,6 @@ import copy
 import logging
 import os
 import threading
-import time
 
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import (
@@ -29,8 +28,7 @@ from smartspec.daemon.telemetry.redis_store import RedisStore, connect
 
 log = logging.getLogger(__name__)
 
-STATE_INTERVAL_S = 0.25
-TURN_S = 0.05  #: events are taken in batches: a wake-up each would disturb the engine's threads
+TURN_S = 0.5  #: events are taken in batches: every wake-up disturbs an engine on a CPU
 NICENESS = 10  #: engine and daemon go first
 MAX_EVENTS_PER_TURN = 2000  #: then the states are written even if more events wait
 
@@ -55,20 +53,15 @@ class Telemetry:
         self._exporter = exporter
         self._trackers: dict[str, EngineTracker] = {}
         self._changed: set[str] = set()
-        self._next_states_at = 0.0
 
-    def turn(self, timeout_s: float) -> None:
-        """Take in what has come; now and then hand the states on."""
+    def turn(self) -> None:
+        """Take in what has come, and hand the states on."""
         for _ in range(MAX_EVENTS_PER_TURN):
-            event = self._subscriber.poll(timeout_s)
+            event = self._subscriber.poll(0.0)
             if event is None:
                 break
             self._note(event)
-            timeout_s = 0.0
-        now = time.monotonic()
-        if now >= self._next_states_at:
-            self._next_states_at = now + STATE_INTERVAL_S
-            self._hand_on()
+        self._hand_on()
 
     def _note(self, event: BusEvent) -> None:
         tracker = None
@@ -95,8 +88,7 @@ class Telemetry:
             self._exporter.note_telemetry(self._subscriber.num_missed, self._store)
 
     def close(self) -> None:
-        self.turn(0.0)
-        self._hand_on()
+        self.turn()
         self._subscriber.close()
 
 
@@ -116,7 +108,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
     telemetry = Telemetry(subscribe(settings.bus_endpoint), store, exporter)
     try:
         while not stop.wait(TURN_S):
-            telemetry.turn(timeout_s=0.0)
+            telemetry.turn()
     finally:
         telemetry.close()
         store.close()

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 VERSION = "v1"  #: of the keys and their fields; raised when a reader would misread them
 MAX_BUFFERED = 20_000  #: events kept while Redis is away (some 20 MB)
 MAX_BATCH = 500  #: events per round trip
-FLUSH_INTERVAL_S = 0.25
+FLUSH_INTERVAL_S = 0.5
 SOCKET_TIMEOUT_S = 1.0
 BACKOFF = ExponentialWithJitterBackoff(base=0.1, cap=5.0)
 #: Errors that concern the server and pass, where repeating the batch is right.
