@@ -71,6 +71,8 @@ class ScriptedEngine:
     match_rate: float = 1.0
     num_waiting: int = 0
     seed: int = 0
+    weight: np.ndarray | None = None  #: [B]
+    token_time_target_s: np.ndarray | None = None  #: [B], 0: none
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
@@ -106,7 +108,13 @@ class ScriptedEngine:
             match = np.where(self.rng.random(size) < self.match_rate, 4, 0).astype(np.float32)
             ceiling[match == 0] = 0
             features.append(match)
-        return DecodeBatch(self.ids, ceiling, np.stack(features))
+        return DecodeBatch(
+            self.ids,
+            ceiling,
+            np.stack(features),
+            weight=self.weight,
+            token_time_target_s=self.token_time_target_s,
+        )
 
     def step(self) -> StepFacts:
         batch = self.batch()

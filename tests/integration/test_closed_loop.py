@@ -337,3 +337,77 @@ def test_engine_and_daemon_work_together_when_the_other_side_knows_more_fields()
         assert pair.engine.choices[-1].source in ("policy", "probe")
         assert pair.link.stats.num_bad_frames == 0
         assert pair.loop.counters["frames_refused"] == 0
+
+
+# -- what single requests ask for -----------------------------------------------------------------
+
+
+def test_priorities_change_lengths() -> None:
+    """Requests that are as predictable as the others, but worth more, get longer drafts."""
+    weight = np.ones(24, np.float32)
+    weight[:6] = 8.0
+    with closed(np.full(24, 0.6), COMPUTE_BOUND, lookup=False, weight=weight) as it:
+        it.run(300)
+        start = len(it.engine.choices)
+        it.run(50)
+        lengths = np.mean([choice.lengths for choice in it.engine.choices[start:]], axis=0)
+        assert lengths[:6].mean() > lengths[6:].mean() + 1
+
+
+def share_in_time(it: Closed, steps: int, target_s: float, who: slice) -> float:
+    """Share of (step, request) whose expected time per token is within the target."""
+    start, costs, a = len(it.engine.choices), it.engine.costs, it.engine.acceptance
+    it.run(steps)
+    in_time = []
+    for choice in it.engine.choices[start:]:
+        k = choice.lengths
+        num_tokens = len(k) + int(k.sum())
+        seconds = costs.base_s + costs.token_s * num_tokens
+        tokens = (1 - a ** (k + 1)) / (1 - a)
+        in_time.append((seconds <= tokens * target_s)[who])
+    return float(np.mean(in_time))
+
+
+BUSY = Costs(base_s=0.010, token_s=0.0006)
+
+
+@pytest.mark.parametrize("meet_targets", [True, False])
+def test_feasible_target_is_met_more_often_than_without_it(meet_targets: bool) -> None:
+    acceptance = np.full(32, 0.75)
+    # All at length 1, the best for goodput: 48 ms a step, 28 ms per token. These four alone at
+    # length 3: 36 ms a step, 13.3 ms per token of theirs.
+    target_s, who = 0.0145, slice(0, 4)
+    target = np.zeros(32, np.float32)
+    target[who] = target_s
+    with closed(
+        acceptance,
+        BUSY,
+        lookup=False,
+        token_time_target_s=target,
+        settings={"control.meet_targets": meet_targets, "control.probe_share": 0.0},
+    ) as it:
+        it.run(300)
+        share = share_in_time(it, 100, target_s, who)
+        assert share > 0.9 if meet_targets else share < 0.1
+        reason = it.link.stats.last_reason
+        assert ("4 with a target" in reason) == meet_targets
+        assert "out of reach" not in reason
+
+
+def test_target_that_cannot_be_met_is_reported_and_bends_nothing() -> None:
+    target = np.zeros(32, np.float32)
+    target[:2] = 0.001
+    lengths = []
+    for targets in (target, None):
+        with closed(
+            np.full(32, 0.75),
+            BUSY,
+            lookup=False,
+            token_time_target_s=targets,
+            settings={"control.probe_share": 0.0},
+        ) as it:
+            it.run(300)
+            lengths.append(mean_length(it.engine.choices[-20:]))
+            if targets is not None:
+                assert "2 with a target, 2 of them out of reach" in it.link.stats.last_reason
+    assert lengths[0] == pytest.approx(lengths[1], abs=0.3)

@@ -209,7 +209,9 @@ def test_batch_tells_what_is_known_before_drafting() -> None:
     source = RandomLengths(0)
     worker = build(proposer=PromptLookup(3), length_source=source)
     assert worker.features == ("last_accepted_share", "match_length")
-    repeating = worker.add_request(Request(REPEATING, max_tokens=8, weight=2.0, floor=1))
+    repeating = worker.add_request(
+        Request(REPEATING, max_tokens=8, weight=2.0, floor=1, token_time_target_s=0.5)
+    )
     fresh = worker.add_request(Request(list(range(20, 30)), max_tokens=8))
     answers(worker)
     batches = [facts.batch for facts in source.facts]
@@ -222,6 +224,8 @@ def test_batch_tells_what_is_known_before_drafting() -> None:
     assert both.weight.tolist() == [2.0, 1.0]
     assert both.floor is not None
     assert both.floor.tolist() == [1, 0]
+    assert both.token_time_target_s is not None
+    assert both.token_time_target_s.tolist() == [0.5, 0.0]
     for batch in batches:
         assert batch.features.dtype == np.float32
         matched = batch.features[1] > 0

@@ -65,6 +65,15 @@ BAD_REPORTS: dict[str, dict[str, Any]] = {
     "weight: must be": {"roster": roster([1, 2, 3], weight=wire.pack([1, 0, 1], "f32"))},
     "weight: holds": {"roster": roster([1, 2, 3], weight=wire.pack([1, NAN, 1], "f32"))},
     "weight: 4 bytes": {"roster": roster([1, 2, 3], weight=wire.pack([1], "f32"))},
+    "token_time_target_s: holds": {
+        "roster": roster([1, 2, 3], token_time_target_s=wire.pack([1, NAN, 1], "f32"))
+    },
+    "token_time_target_s: holds a value": {
+        "roster": roster([1, 2, 3], token_time_target_s=wire.pack([1, -1, 1], "f32"))
+    },
+    "token_time_target_s: 4 bytes": {
+        "roster": roster([1, 2, 3], token_time_target_s=wire.pack([1], "f32"))
+    },
     "floor: 1 bytes": {"roster": roster([1, 2, 3], floor=column(1))},
 }
 

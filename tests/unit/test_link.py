@@ -286,11 +286,12 @@ def test_roster_travels_only_when_it_has_changed(pair: Pair) -> None:
         decode_batch([2, 1], weight=weight),
         decode_batch([2, 1], weight=weight.copy()),
         decode_batch([2, 1], weight=weight, floor=np.ones(2, np.uint8)),
+        decode_batch([2, 1], token_time_target_s=np.array([0, 0.5], np.float32)),
         decode_batch([]),
     ):
         report = pair.report(batch)
         versions.append((report.roster_version, report.roster is not None))
-    changes = [True, False, True, True, False, True, True]
+    changes = [True, False, True, True, False, True, True, True]
     assert [given for _, given in versions] == changes
     assert np.diff([version for version, _ in versions]).tolist() == changes[1:]
 
