@@ -323,9 +323,7 @@ def _read_roster(roster: Roster, max_num_running: int) -> Batch:
     floor = unpack(roster.floor, "u8", (size,), "floor") if roster.floor else None
     target: Any = None
     if roster.token_time_target_s:
-        target = unpack(
-            roster.token_time_target_s, "f32", (size,), "token_time_target_s", low=0.0
-        )
+        target = unpack(roster.token_time_target_s, "f32", (size,), "token_time_target_s", low=0.0)
     return Batch(roster.version, ids, weight, floor, target)
 
 

@@ -13,6 +13,9 @@ shortest step and the one that would be chosen without targets are tried; the be
 targets and, among these, has the greatest ``gain - value_of_time * T``. A grid is not exact: the
 best cap may lie between two of its values, which are some 5 to 10% apart.
 
+"In expectation" is meant so: survivals are estimates, and who is just in time by them is late in a
+good part of the steps.
+
 Where the choice without targets meets them already, as on an idle engine, nothing more is done.
 """
 
@@ -69,7 +72,8 @@ def out_of_reach(
         ]
     )
     in_time = tokens * targets >= seconds[:, None] * (1 - ROUNDING)
-    return (targets > 0) & ~in_time.any(0)
+    missed: npt.NDArray[np.bool_] = (targets > 0) & ~in_time.any(0)
+    return missed
 
 
 def choose_in_time(
@@ -118,7 +122,7 @@ def choose_in_time(
     if not missed:
         return best
     low = np.zeros(len(targets), np.int64) if floor is None else floor.astype(np.int64)
-    most = np.minimum(ceiling[wanting], depth)
+    most = np.minimum(ceiling[wanting], len(survival))  # deeper than ``depth`` if need be
     shortest_s = choose(floor, 0.0).seconds  # nothing is in time: the least that can be done
     for cap_s in np.geomspace(min(shortest_s, best.seconds), best.seconds, NUM_CAPS):
         needed = (tokens * limits < cap_s * (1 - ROUNDING)).sum(0)

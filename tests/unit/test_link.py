@@ -343,9 +343,11 @@ def test_hellos_become_rarer_when_the_daemon_stays_silent(pair: Pair) -> None:
     for _ in range(200):
         pair.clock.now += 0.05
         pair.link.report(step_facts(decode_batch()))
-    knocks = pair.daemon.receive(0.1)
+    knocks: list[Any] = []
+    until(lambda: len(knocks) >= 8, lambda: knocks.extend(pair.daemon.receive(0.1)))
+    knocks += pair.daemon.receive(0.1)
     assert {type(m) for m in knocks} == {wire.Hello}
-    assert 8 <= len(knocks) <= 14  # in 10 s: after 0.1, 0.2, 0.4, 0.8 s, then every second
+    assert len(knocks) <= 14  # in 10 s: after 0.1, 0.2, 0.4, 0.8 s, then every second
 
 
 def test_idle_engine_says_that_it_is_there(pair: Pair) -> None:

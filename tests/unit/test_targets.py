@@ -53,7 +53,7 @@ def test_fewest_targets_are_missed_when_batches_are_small() -> None:
         num_missed_more += missed > fewest
         if missed == fewest:
             lost.append(value - (choice.gain - price * choice.seconds))
-    assert num_bound > 60  # in so many the targets changed something
+    assert num_bound > 40  # in so many the targets changed something
     assert num_missed_more < 12  # 3%: the grid of caps is coarse
     assert min(lost) > -1e-9
     assert np.mean(lost) < 0.02
