@@ -389,7 +389,7 @@ def test_feasible_target_is_met_more_often_than_without_it(meet_targets: bool) -
         it.run(300)
         share = share_in_time(it, 100, target_s, who)
         # Not always: how predictable each of the four is, is an estimate.
-        assert share > 0.5 if meet_targets else share < 0.1
+        assert share > 0.2 if meet_targets else share < 0.05
         reason = it.link.stats.last_reason
         assert ("4 with a target" in reason) == meet_targets
         assert "out of reach" not in reason
