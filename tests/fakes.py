@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -259,28 +260,31 @@ class Steering:
         if fresh:
             self._version += 1
             self._ids = ids.copy()
-        observation = self.engine.observe(
-            step_report(
-                self._seq,
-                ids,
-                roster=fresh,
-                roster_version=self._version,
-                step_s=float(facts.step_s),
-                target_s=None if facts.target_s is None else float(facts.target_s),
-                draft_s=None if facts.draft_s is None else float(facts.draft_s),
-                num_drafted=wire.pack(facts.num_drafted, "u8"),
-                num_accepted=wire.pack(facts.num_accepted, "u8"),
-                num_emitted=wire.pack(facts.num_emitted, "u8"),
-                num_available=wire.pack(facts.batch.ceiling, "u8"),
-                features=wire.pack(facts.batch.features, "f32"),
-                context_tokens=facts.context_tokens,
-                num_draft_forwards=facts.num_draft_forwards,
-                num_draft_tokens=facts.num_draft_tokens,
-                num_waiting=facts.num_waiting,
-                policy_seq=self._chosen[0],
-                source=self._chosen[1],
-            )
+        report = step_report(
+            self._seq,
+            ids,
+            roster=fresh,
+            roster_version=self._version,
+            step_s=float(facts.step_s),
+            target_s=None if facts.target_s is None else float(facts.target_s),
+            draft_s=None if facts.draft_s is None else float(facts.draft_s),
+            num_drafted=wire.pack(facts.num_drafted, "u8"),
+            num_accepted=wire.pack(facts.num_accepted, "u8"),
+            num_emitted=wire.pack(facts.num_emitted, "u8"),
+            num_available=wire.pack(facts.batch.ceiling, "u8"),
+            features=wire.pack(facts.batch.features, "f32"),
+            context_tokens=facts.context_tokens,
+            num_draft_forwards=facts.num_draft_forwards,
+            num_draft_tokens=facts.num_draft_tokens,
+            num_waiting=facts.num_waiting,
+            policy_seq=self._chosen[0],
+            source=self._chosen[1],
         )
+        if report.roster is not None:
+            report = msgspec.structs.replace(
+                report, roster=_with_wishes(report.roster, facts.batch)
+            )
+        observation = self.engine.observe(report)
         decision = self.planner.decide()
         if decision is not None:
             self.decisions.append(decision)
@@ -295,3 +299,12 @@ class Steering:
 
     def close(self) -> None:
         pass
+
+
+def _with_wishes(roster: wire.Roster, batch: DecodeBatch) -> wire.Roster:
+    weight, target = batch.weight, batch.token_time_target_s
+    return msgspec.structs.replace(
+        roster,
+        weight=b"" if weight is None else wire.pack(weight, "f32"),
+        token_time_target_s=b"" if target is None else wire.pack(target, "f32"),
+    )

@@ -17,12 +17,19 @@ from smartspec.engine_adapter.program import Program
 
 
 def planned(
-    acceptance: Any, costs: Costs | None = None, steps: int = 200, **more: Any
+    acceptance: Any,
+    costs: Costs | None = None,
+    steps: int = 200,
+    *,
+    meet_targets: bool = True,
+    **more: Any,
 ) -> tuple[ScriptedEngine, Steering]:
     """An engine after some steps under its planner, without probes."""
     lookup = more.get("lookup", True)
     engine = Engine(hello(lookup=lookup))
-    planner = Planner(engine, daemon_epoch=9, probe_share=0.0, seed_sweep=True)
+    planner = Planner(
+        engine, daemon_epoch=9, probe_share=0.0, seed_sweep=True, meet_targets=meet_targets
+    )
     source = Steering(engine, planner)
     scripted = ScriptedEngine(source, np.array(acceptance), costs or Costs(), **more)
     for _ in range(steps):
@@ -204,3 +211,75 @@ def test_reason_says_what_was_decided() -> None:
     mixed = planned([0.98] * 4 + [0.02] * 4, Costs(base_s=0.01, token_s=0.002))[1]
     assert "lengths 0-5 (mean " in mixed.decisions[-1].policy.reason
     assert any("seed sweep, length " in d.policy.reason for d in source.decisions)
+
+
+# -- what single requests ask for -----------------------------------------------------------------
+
+BUSY = Costs(base_s=0.010, token_s=0.0006)
+
+
+def mean_lengths(scripted: ScriptedEngine, steps: int) -> np.ndarray:
+    """Of each request, over the last ``steps``."""
+    mean: np.ndarray = np.mean([choice.lengths for choice in scripted.choices[-steps:]], axis=0)
+    return mean
+
+
+def test_priorities_change_lengths() -> None:
+    """Requests that are as predictable as the others, but worth more, get longer drafts."""
+    weight = np.ones(24, np.float32)
+    weight[:6] = 8.0
+    scripted, _ = planned(np.full(24, 0.6), BUSY, 300, lookup=False, weight=weight)
+    lengths = mean_lengths(scripted, 50)
+    assert lengths[:6].mean() > lengths[6:].mean() + 1
+
+
+def share_in_time(scripted: ScriptedEngine, steps: int, target_s: float, who: slice) -> float:
+    """Share of (step, request) whose expected time per token is within the target."""
+    costs, a, in_time = scripted.costs, scripted.acceptance, []
+    for choice in scripted.choices[-steps:]:
+        k = choice.lengths
+        seconds = costs.base_s + costs.token_s * (len(k) + int(k.sum()))
+        tokens = (1 - a ** (k + 1)) / (1 - a)
+        in_time.append((seconds <= tokens * target_s)[who])
+    return float(np.mean(in_time))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_feasible_target_is_met_more_often_than_without_it(seed: int) -> None:
+    # All at length 1, near the best for goodput: 48 ms a step, 28 ms per token. These four alone at
+    # length 2: 34 ms a step, 15 ms per token of theirs.
+    target_s, who = 0.018, slice(0, 4)
+    target = np.zeros(32, np.float32)
+    target[who] = target_s
+    shares = {}
+    for meet in (True, False):
+        scripted, source = planned(
+            np.full(32, 0.75),
+            BUSY,
+            400,
+            meet_targets=meet,
+            lookup=False,
+            token_time_target_s=target,
+            seed=seed,
+        )
+        shares[meet] = share_in_time(scripted, 100, target_s, who)
+        decision = source.decisions[-1]
+        assert decision.num_targets == (4 if meet else 0)
+        assert ("4 with a target" in decision.policy.reason) == meet
+    assert shares[True] > shares[False] + 0.4, shares
+
+
+def test_target_that_cannot_be_met_is_reported_and_bends_nothing() -> None:
+    target = np.zeros(32, np.float32)
+    target[:2] = 0.001
+    lengths = []
+    for targets in (target, None):
+        scripted, source = planned(
+            np.full(32, 0.75), BUSY, 300, lookup=False, token_time_target_s=targets
+        )
+        lengths.append([choice.lengths.tolist() for choice in scripted.choices])
+        if targets is not None:
+            assert source.decisions[-1].num_out_of_reach == 2
+            reason = source.decisions[-1].policy.reason
+            assert reason.endswith("; 2 with a target, 2 of them out of reach")
+    assert lengths[0] == lengths[1]
