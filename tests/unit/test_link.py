@@ -344,7 +344,7 @@ def test_hellos_become_rarer_when_the_daemon_stays_silent(pair: Pair) -> None:
         pair.clock.now += 0.05
         pair.link.report(step_facts(decode_batch()))
     knocks: list[Any] = []
-    until(lambda: len(knocks) >= 8, lambda: knocks.extend(pair.daemon.receive(0.1)))
+    until(lambda: len(knocks) >= 5, lambda: knocks.extend(pair.daemon.receive(0.1)))
     knocks += pair.daemon.receive(0.1)
     assert {type(m) for m in knocks} == {wire.Hello}
     assert len(knocks) <= 14  # in 10 s: after 0.1, 0.2, 0.4, 0.8 s, then every second
@@ -356,8 +356,10 @@ def test_idle_engine_says_that_it_is_there(pair: Pair) -> None:
         pair.daemon.beat()
         time.sleep(0.005)
         pair.link.idle()
-    hellos = pair.daemon.receive(0.1)
-    assert 1 <= len(hellos) <= 4
+    hellos: list[Any] = []
+    until(lambda: hellos, lambda: hellos.extend(pair.daemon.receive(0.1)))
+    hellos += pair.daemon.receive(0.1)
+    assert len(hellos) <= 4
 
 
 def test_reports_are_dropped_and_counted_when_the_daemon_does_not_read(pair: Pair) -> None:
