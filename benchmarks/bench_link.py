@@ -1,11 +1,15 @@
 """What the engine pays per step for being steered: take in the policy, choose lengths, report.
 
-Scripted batches (no model) at 64 and 256 requests, unchanged from step to step; every step has a
-new policy of the real daemon code. Three settings:
+Scripted batches (no model) at 64 and 256 requests, the same from step to step, that draft what they
+are told and accept each draft with a probability of the request's own. The daemon sends a policy
+when it would change something, and one in 17 steps anyway; figures are over all steps, and
+(``*_told_*``) over those that a policy came to. Settings:
 
-* *tight* (``tight_*``): policies recorded before are played back, and nothing else runs in between:
-  what the code itself costs, with warm caches;
-* *warm* (``link_*``): daemon and engine take turns in this process, a step right after a policy;
+* *tight* (``tight_*``): what the daemon sent is recorded and played back, and nothing else runs in
+  between: what the code itself costs, with warm caches;
+* *moving* (``moving_*``): as *tight*, but every request's features are others at every step, as the
+  match lengths of prompt lookup are, so that lengths are chosen anew at every step;
+* *warm* (``link_*``): daemon and engine take turns in this process;
 * *paused* (``paused_*``): the daemon is a process of its own, and the engine's thread is busy with
   other things between steps, so that caches have gone cold, as they have in an engine. What a fixed
   length costs in the same setting is given beside it.
@@ -23,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -40,115 +45,136 @@ from smartspec.daemon.event_bus import NullBus
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, LengthSource, StepFacts
+from smartspec.engine_adapter.lengths import I64
 from smartspec.engine_adapter.link import EngineLink
 
 
-def scripted_step(size: int) -> tuple[DecodeBatch, StepFacts]:
-    batch = DecodeBatch(
-        request_ids=np.arange(size, dtype=np.uint64),
-        ceiling=np.full(size, 5, np.uint8),
-        features=np.full((2, size), 1.0, np.float32),
-    )
-    facts = StepFacts(
-        batch=batch,
-        num_drafted=np.full(size, 3, np.uint8),
-        num_accepted=np.full(size, 2, np.uint8),
-        num_emitted=np.full(size, 3, np.uint8),
-        step_s=0.02 + 1e-4 * size,
-        target_s=0.019 + 1e-4 * size,
-        draft_s=0.0001,
-        context_tokens=300 * size,
-        num_draft_tokens=3 * size,
-    )
-    return batch, facts
+class Steps:
+    """A batch that stays, and what its steps do; ``moving``: but for its features."""
+
+    def __init__(self, size: int, moving: bool = False) -> None:
+        rng = np.random.default_rng(size)
+        self._moving = moving
+        self._features = rng.integers(0, 12, (64, 2, size)).astype(np.float32)
+        self._accepting = rng.beta(3, 2, size)
+        self._draws = rng.random((64, 5, size))
+        self._step = 0
+        self.batch = DecodeBatch(
+            request_ids=np.arange(size, dtype=np.uint64),
+            ceiling=np.full(size, 5, np.uint8),
+            features=np.full((2, size), 1.0, np.float32),
+        )
+
+    def facts(self, lengths: I64) -> StepFacts:
+        """A step of the lengths chosen."""
+        size = self.batch.size
+        hit = self._draws[self._step % 64] < self._accepting
+        self._step += 1
+        accepted = np.minimum(hit.cumprod(axis=0).sum(axis=0), lengths)
+        batch = self.batch
+        if self._moving:
+            self.batch = replace(batch, features=self._features[self._step % 64])
+        num_drafts = int(lengths.sum())
+        target_s = 0.02 + 1e-4 * (size + num_drafts)
+        return StepFacts(
+            batch=batch,
+            num_drafted=lengths.astype(np.uint8),
+            num_accepted=accepted.astype(np.uint8),
+            num_emitted=(accepted + 1).astype(np.uint8),
+            step_s=target_s + 0.0002,
+            target_s=target_s,
+            draft_s=0.0001,
+            context_tokens=300 * size,
+            num_draft_tokens=num_drafts,
+        )
+
+
+def time_step(source: LengthSource, steps: Steps) -> float:
+    """Seconds of `choose` plus `report`, without what the engine does in between."""
+    began = time.perf_counter()
+    choice = source.choose(steps.batch)
+    chosen = time.perf_counter()
+    facts = steps.facts(choice.lengths)
+    ran = time.perf_counter()
+    source.report(facts)
+    return chosen - began + time.perf_counter() - ran
 
 
 def time_steps(source: LengthSource, size: int, num_steps: int, pause_s: float) -> list[float]:
-    """Seconds of `choose` plus `report` in each step."""
-    batch, facts = scripted_step(size)
+    """Seconds of each step; the engine's thread is busy for ``pause_s`` between them."""
+    steps = Steps(size)
     taken = []
     for _ in range(num_steps):
         until = time.perf_counter() + pause_s
         while time.perf_counter() < until:
-            pass  # the engine's thread is busy, not asleep
-        began = time.perf_counter()
-        source.choose(batch)
-        source.report(facts)
-        taken.append(time.perf_counter() - began)
+            pass  # busy, not asleep
+        taken.append(time_step(source, steps))
     return taken
 
 
-def take_turns(size: int, num_steps: int) -> list[float]:
-    """Seconds of `choose` plus `report`, each with a policy just arrived, warm."""
-    batch, facts = scripted_step(size)
-    taken = []
-    with tempfile.TemporaryDirectory() as folder:
-        endpoint = f"ipc://{folder}/engines.sock"
-        settings = load(None, {"SMARTSPEC_RUNTIME_DIR": folder}, {})
-        loop = ControlLoop(settings, Server(endpoint), NullBus())
-        link = EngineLink(endpoint, hello("turns", size))
-        while not link.stats.num_connections:
-            link.idle()
-            loop.cycle(0.01)
-        for _ in range(num_steps):
-            seen = link.stats.num_policies
-            began = time.perf_counter()
-            link.choose(batch)
-            link.report(facts)
-            seconds = time.perf_counter() - began
-            if link.stats.num_policies > seen:
-                taken.append(seconds)
-            loop.cycle(0.1)
-        link.close()
-        loop.close()
-    return taken[len(taken) // 10 :]
-
-
-def play_back(size: int, num_steps: int) -> list[float]:
-    """Seconds of `choose` plus `report` under recorded policies, with nothing in between."""
-    batch, facts = scripted_step(size)
+def take_turns_and_play_back(
+    size: int, num_steps: int, names: tuple[str, str], moving: bool = False
+) -> dict[str, float]:
+    """Two settings: taking turns with the daemon, and playing back what it sent in it."""
+    steps = Steps(size, moving)
+    warm: list[tuple[bool, float]] = []
+    tight: list[tuple[bool, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         endpoint = f"ipc://{folder}/engines.sock"
         server = RecordingServer(endpoint)
         settings = load(None, {"SMARTSPEC_RUNTIME_DIR": folder}, {})
         loop = ControlLoop(settings, server, NullBus())
-        link = EngineLink(endpoint, hello("recorded", size))
-        while len(server.sent) < num_steps:
-            link.choose(batch)
-            link.report(facts)
+        link = EngineLink(endpoint, hello("turns", size))
+        while not link.stats.num_connections:
+            link.idle()
+            loop.cycle(0.01)
+        sent: list[list[tuple[bytes, messages.Policy]]] = []
+        for _ in range(num_steps):
+            seen = link.stats.num_policies
+            taken = time_step(link, steps)
+            warm.append((link.stats.num_policies > seen, taken))
+            server.sent.clear()
             loop.cycle(0.1)
-        taken = []
-        for peer, frame in server.sent:
-            policy = messages.decode_daemon_message(frame)
-            if not isinstance(policy, messages.Policy):
-                continue
-            newer = msgspec.structs.replace(policy, seq=policy.seq + 2 * num_steps)
-            Server.send(server, peer, messages.encode(newer))
-            seen, deadline = link.stats.num_policies, time.monotonic() + 1.0
-            while not link._ready() & zmq.POLLIN and time.monotonic() < deadline:
-                pass  # as hot as can be
-            began = time.perf_counter()
-            link.choose(batch)
-            link.report(facts)
-            seconds = time.perf_counter() - began
-            if link.stats.num_policies > seen:
-                taken.append(seconds)
+            sent.append(server.sent.copy())
+        for policies in sent:
+            for peer, policy in policies:
+                newer = msgspec.structs.replace(policy, seq=policy.seq + 2 * num_steps)
+                Server.send(server, peer, messages.encode(newer))
+                deadline = time.monotonic() + 1.0
+                while not link._ready() & zmq.POLLIN and time.monotonic() < deadline:
+                    pass  # as hot as can be
+            seen = link.stats.num_policies
+            taken = time_step(link, steps)
+            tight.append((link.stats.num_policies > seen, taken))
             while server.receive():
                 pass
         link.close()
         loop.close()
-    return taken[len(taken) // 10 :]
+    return _in_us(names[0], size, warm) | _in_us(names[1], size, tight)
+
+
+def _in_us(setting: str, size: int, taken: list[tuple[bool, float]]) -> dict[str, float]:
+    told, seconds = np.array(taken[len(taken) // 10 :]).T
+    told = told.astype(bool)
+    return {
+        f"{setting}_{size}_p50_us": float(np.median(seconds)) * 1e6,
+        f"{setting}_{size}_p99_us": float(np.percentile(seconds, 99)) * 1e6,
+        f"{setting}_{size}_told_p50_us": float(np.median(seconds[told])) * 1e6,
+        f"{setting}_{size}_told_share": float(told.mean()),
+    }
 
 
 class RecordingServer(Server):
-    """Keeps what it sends."""
+    """Keeps the policies that it sends."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint)
-        self.sent: list[tuple[bytes, bytes]] = []
+        self.sent: list[tuple[bytes, messages.Policy]] = []
 
     def send(self, peer: bytes, frame: bytes) -> bool:
-        self.sent.append((peer, frame))
+        message = messages.decode_daemon_message(frame)
+        if isinstance(message, messages.Policy):
+            self.sent.append((peer, message))
         return super().send(peer, frame)
 
 
@@ -160,10 +186,8 @@ def main() -> None:
     pause_s = args.pause_ms / 1e3
     figures: dict[str, float] = {}
     for size in (64, 256):
-        figures[f"tight_{size}_p50_us"] = float(np.median(play_back(size, args.steps))) * 1e6
-        warm = np.array(take_turns(size, args.steps)) * 1e6
-        figures[f"link_{size}_p50_us"] = float(np.median(warm))
-        figures[f"link_{size}_p99_us"] = float(np.percentile(warm, 99))
+        figures |= take_turns_and_play_back(size, args.steps, ("link", "tight"))
+        figures |= take_turns_and_play_back(size, args.steps, ("moving_warm", "moving"), True)
     figures["fixed_length_us"] = float(np.median(time_steps(FixedLength(3), 256, 500, 0.0))) * 1e6
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"SMARTSPEC_RUNTIME_DIR": folder}
@@ -187,7 +211,7 @@ def main() -> None:
             for what, kill in (("stopped", signal.SIGSTOP), ("dead", signal.SIGKILL)):
                 daemon.send_signal(kill)
                 time.sleep(1.2)
-                link.choose(scripted_step(256)[0])  # past the time to live
+                link.choose(Steps(256).batch)  # past the time to live
                 link._program = None  # and past the fallback, which lasts a minute
                 warm = np.median(time_steps(link, 256, args.steps, 0.0)) * 1e6
                 figures[f"{what}_daemon_extra_us"] = float(warm) - figures["fixed_length_us"]

@@ -173,8 +173,9 @@ class ControlLoop:
             return None
         if decision is None:
             return None
-        if self._settings.mode == "control":
+        if self._settings.mode == "control" and decision.is_news:
             self._send(session.peer, decision.policy)
+            self.counters["policies_sent"] += 1
         session.decision = decision
         session.decide_s = self._clock() - began
         self.counters["decisions"] += 1

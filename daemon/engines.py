@@ -277,10 +277,14 @@ class Engine:
 
     def next_policy_seq(self, report_seq: int) -> int:
         self.policy_seq += 1
-        self._report_of_policy[self.policy_seq] = report_seq
+        self.confirm_policy(self.policy_seq, report_seq)
         if len(self._report_of_policy) > POLICIES_KEPT:
             self._report_of_policy.popitem(last=False)
         return self.policy_seq
+
+    def confirm_policy(self, policy_seq: int, report_seq: int) -> None:
+        """Note that a policy is right for what ``report_seq`` told."""
+        self._report_of_policy[policy_seq] = report_seq
 
 
 def _check_hello(hello: Hello) -> None:

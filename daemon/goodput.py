@@ -79,7 +79,7 @@ def solve(
         if curve.mode != UNIFORM:
             continue
         for length in range(deepest + 1):
-            lengths, gain = ladder.uniform(length)
+            lengths, gain = ladder.at(length)
             width = int(lengths.max(initial=0))
             drafted = np.array(float(lengths.sum()))
             num_tokens = ladder.size * (1 + width) + num_other_tokens

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smartspec.daemon import goodput
-from smartspec.daemon.engines import Engine
+from smartspec.daemon.engines import Engine, Observation
 from smartspec.daemon.goodput import Optimum
 from smartspec.daemon.probing import Prober
 from smartspec.engine_adapter.lengths import (
@@ -20,6 +20,7 @@ from smartspec.engine_adapter.lengths import (
     CostCurve,
     DraftCost,
     Ladder,
+    choose_lengths,
     request_survivals,
     step_seconds,
 )
@@ -30,6 +31,8 @@ from smartspec.estimators.step_cost import StepShape
 TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew
 YOUNG = 200  #: decisions in which the table is still moving fast
 FALLBACK_EVERY = 50  #: decisions between two fallback tables: it changes slowly
+TOLD_EVERY = 16  #: decisions between two policies at most, whether or not anything has changed
+WORTH_TELLING = 0.005  #: share of goodput by which the policy in force must fall short
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Decision:
     mode: str = RAGGED  #: execution mode chosen
     num_targets: int = 0  #: requests that ask for a time per token
     num_out_of_reach: int = 0  #: of these, who cannot have it
+    is_news: bool = True  #: False: the policy in force does as well, and need not be sent
 
 
 class Planner:
@@ -78,6 +82,8 @@ class Planner:
         self._meet_targets = meet_targets
         self._fallback: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._table: npt.NDArray[np.float32] | None = None
+        self._told: Policy | None = None  #: the last one that was news
+        self._num_untold = 0
         self._num_decisions = 0
 
     def decide(self) -> Decision | None:
@@ -125,14 +131,28 @@ class Planner:
             if num_out_of_reach:
                 reason += f", {num_out_of_reach} of them out of reach"
         value_of_time, depth = optimum.value_of_time, optimum.depth
-        if (length := self.prober.sweep_length(observation)) is not None:
+        sweep_length = self.prober.sweep_length(observation)
+        if sweep_length is not None:
             # At no value of time every request takes all that the depth allows.
-            value_of_time, depth = 0.0, length
-            reason = f"{len(batch.ids)} running: seed sweep, length {length} for all"
+            value_of_time, depth = 0.0, sweep_length
+            reason = f"{len(batch.ids)} running: seed sweep, length {sweep_length} for all"
+        is_news = True
+        binding = num_targets > num_out_of_reach  # targets bend the engine's choice, not ours
+        if sweep_length is None and not num_probes and not binding and self._may_keep():
+            if presence is not None:  # of what this step could draft
+                ladder = Ladder(survival, batch.weight, batch.floor, observation.num_available)
+            is_news = not _did_as_well(observation, ladder, optimum, curves, draft, other)
+        if self._told is None or is_news:
+            seq = engine.next_policy_seq(observation.report.seq)
+            self._num_untold = 0
+        else:
+            seq = self._told.seq
+            engine.confirm_policy(seq, observation.report.seq)
+            self._num_untold += 1
         policy = Policy(
             epoch=engine.hello.epoch,
             daemon_epoch=self._daemon_epoch,
-            seq=engine.next_policy_seq(observation.report.seq),
+            seq=seq,
             report_seq=observation.report.seq,
             ttl_s=self._ttl_s,
             value_of_time=value_of_time,
@@ -158,6 +178,8 @@ class Planner:
             reason=reason,
             meet_targets=self._meet_targets,
         )
+        if is_news:
+            self._told = policy
         return Decision(
             policy,
             optimum.choice.lengths,
@@ -167,6 +189,20 @@ class Planner:
             optimum.choice.mode,
             num_targets,
             num_out_of_reach,
+            is_news,
+        )
+
+    def _may_keep(self) -> bool:
+        """Whether the last step was chosen by the newest policy, for the batch it was made for."""
+        told, last = self._told, self.engine.last
+        return (
+            told is not None
+            and last is not None
+            and last.report.source in ("policy", "probe")
+            and last.report.policy_seq == told.seq
+            and last.batch.version == told.roster_version
+            and self._num_untold < TOLD_EVERY
+            and self.engine.hello.limits.modes == (RAGGED,)
         )
 
     def _curves(self, shape: StepShape) -> list[CostCurve]:
@@ -185,7 +221,7 @@ class Planner:
         self, ladder: Ladder, curve: CostCurve, draft: DraftCost, other: int
     ) -> float:
         static = self.engine.hello.limits.static_length
-        lengths, gain = ladder.uniform(static)
+        lengths, gain = ladder.at(static)
         presence = 1.0 if ladder.presence is None else ladder.presence
         drafts = np.array(float((lengths * presence).sum()))
         depth = int(lengths.max(initial=0))
@@ -219,3 +255,22 @@ class Planner:
         if num_probes:
             reason += f"; probe: length {probe_length} for {num_probes}"
         return reason
+
+
+def _did_as_well(
+    observation: Observation,
+    ladder: Ladder,
+    optimum: Optimum,
+    curves: list[CostCurve],
+    draft: DraftCost,
+    num_other_tokens: int,
+) -> bool:
+    """Whether a step was as good as the optimum's price would have made it."""
+    given = curves, draft, num_other_tokens
+    best = choose_lengths(ladder, optimum.value_of_time, optimum.depth, *given)
+    lengths, gain = ladder.at(observation.num_drafted)
+    drafts, depth = np.array(float(lengths.sum())), int(lengths.max(initial=0))
+    num_tokens = ladder.size + num_other_tokens + drafts
+    seconds = float(step_seconds(curves[0], draft, num_tokens, drafts, depth))
+    loss = best.gain - gain - optimum.value_of_time * (best.seconds - seconds)
+    return loss <= WORTH_TELLING * best.gain

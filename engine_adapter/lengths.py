@@ -265,9 +265,9 @@ class Ladder:
             lengths += self.floor
         return lengths
 
-    def uniform(self, length: int) -> tuple[I64, float]:
-        """One length for all, within floors and ceilings: (lengths, gain)."""
-        lengths = self.clip(length)
+    def at(self, lengths: npt.ArrayLike) -> tuple[I64, float]:
+        """Given lengths (one for all, or [B]) within floors and ceilings: (lengths, gain)."""
+        lengths = self.clip(lengths)
         if self.floor is not None:
             lengths = np.maximum(lengths, self.floor)
         taken = _DEPTHS[: self.max_length] < lengths
@@ -312,7 +312,7 @@ def choose_lengths(
     for curve in curves:
         if curve.mode == UNIFORM:
             for length in range(min(depth, ladder.max_length) + 1):
-                lengths, gain = ladder.uniform(length)
+                lengths, gain = ladder.at(length)
                 width = int(lengths.max(initial=0))
                 num_tokens = ladder.size * (1 + width) + num_other_tokens
                 drafts = np.array(float(lengths.sum()))

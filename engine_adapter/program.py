@@ -99,6 +99,8 @@ class Program:
             )
             self.roster = roster
         self._roster_bytes = self.roster.tobytes()
+        self._seen: tuple[Any, ...] = ()  #: the batch of the last choice
+        self._chosen: Choice | None = None
 
     def _read_axes(self, policy: Policy, features: tuple[str, ...]) -> None:
         require(len(policy.axes) <= MAX_AXES, f"axes: more than {MAX_AXES}")
@@ -163,6 +165,22 @@ class Program:
 
     def choose(self, batch: DecodeBatch) -> Choice:
         """The lengths of greatest ``gain - value_of_time * T`` for the present batch."""
+        # As bytes: compared at once, and an engine may use the same arrays for its next batch.
+        columns = (
+            batch.request_ids,
+            batch.ceiling,
+            batch.features,
+            batch.weight,
+            batch.floor,
+            batch.token_time_target_s,
+        )
+        seen = (batch.num_prefill_tokens, *[c if c is None else c.tobytes() for c in columns])
+        if self._chosen is None or seen != self._seen:
+            self._chosen, self._seen = self._choose(batch), seen
+            self._chosen.lengths.flags.writeable = False  # it may be given out again
+        return self._chosen
+
+    def _choose(self, batch: DecodeBatch) -> Choice:
         if self.policy.meet_targets and batch.token_time_target_s is not None:
             return choose_in_time(
                 self.survivals(batch),

@@ -288,6 +288,7 @@ class Steering:
         decision = self.planner.decide()
         if decision is not None:
             self.decisions.append(decision)
+        if decision is not None and decision.is_news:
             features = self.engine.hello.limits.features
             self.program = Program(decision.policy, features, self._ids)
             self._probing = decision.policy.num_probes > 0

@@ -23,6 +23,7 @@ import pytest
 from fakes import PATIENCE_S
 from scripted_engine import Costs, ScriptedEngine, hello
 
+from smartspec.daemon.policy import TOLD_EVERY
 from smartspec.engine_adapter.link import EngineLink
 
 pytestmark = pytest.mark.system
@@ -280,12 +281,14 @@ def test_loop_does_not_notice_when_telemetry_and_redis_are_killed(
         load.run(0.1)
     load.slowest_s = 0.0
     policies, killed = load.link.stats.num_policies, children()
+    reports = load.link.stats.num_reports_sent
     for child in killed:
         child.kill()
     sources = load.run(2.0)
     assert set(sources) <= {"policy", "probe"}
     assert load.slowest_s < STALL_S
-    assert load.link.stats.num_policies - policies > len(sources) / 2
+    assert load.link.stats.num_policies - policies >= len(sources) // (TOLD_EVERY + 1)
+    assert load.link.stats.num_reports_sent - reports == len(sources)
     assert load.link.stats.num_errors == 0
     # And it is started again.
     gone = {child.pid for child in killed}

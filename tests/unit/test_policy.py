@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby, pairwise
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from fakes import Steering, decode_batch, step_report
 from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.policy import Decision, Planner
+from smartspec.daemon.policy import TOLD_EVERY, Decision, Planner
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.program import Program
 
@@ -129,6 +130,48 @@ def test_policy_names_the_report_that_it_knew_and_how_long_it_holds() -> None:
     assert (policy.ttl_s, policy.fallback_s) == (2.5, 7.0)
     assert (policy.epoch, policy.daemon_epoch) == (1, 9)
     assert second.policy.seq == policy.seq + 1
+
+
+# -- when there is nothing new to say -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lookup", [True, False], ids=["lookup", "draft_model"])
+def test_policy_in_force_is_kept_while_it_does_as_well(lookup: bool) -> None:
+    _, source = planned([0.8] * 6 + [0.3] * 6, steps=600, lookup=lookup)
+    late = source.decisions[300:]
+    kept = [decision for decision in late if not decision.is_news]
+    assert len(kept) > len(late) / 2
+    for before, after in pairwise(late):
+        assert after.policy.seq == before.policy.seq + after.is_news
+    in_a_row = max(len(list(run)) for news, run in groupby(d.is_news for d in late) if not news)
+    assert in_a_row <= TOLD_EVERY
+    # What was kept is what the engine went on choosing by: within the bound of what is best now.
+    assert source.engine.last is not None and source.engine.last.staleness_steps == 1
+
+
+def test_policy_is_sent_when_the_lengths_in_force_have_become_wrong() -> None:
+    scripted, source = planned([0.9] * 8, Costs(token_s=0.002), steps=300)
+    assert source.decisions[-1].lengths.mean() > 2
+    seq = source.decisions[-1].policy.seq
+    scripted.acceptance[:] = 0.02
+    for _ in range(100):
+        scripted.step()
+    assert source.decisions[-1].policy.seq > seq
+    assert source.decisions[-1].lengths.mean() < 1
+    assert source.engine.last is not None and source.engine.last.num_drafted.mean() < 1
+
+
+def test_policy_is_sent_for_a_new_batch_and_after_one_that_did_not_arrive() -> None:
+    scripted, source = planned([0.8] * 8, steps=300)
+    scripted.replace(1, np.array([0.8]))
+    scripted.step()
+    assert source.decisions[-1].is_news
+    assert source.program is not None
+    lost = source.decisions[-1].policy
+    earlier = msgspec.structs.replace(lost, seq=lost.seq - 1)
+    source.program = Program(earlier, source.engine.hello.limits.features, scripted.ids)
+    scripted.step()
+    assert source.decisions[-1].is_news
 
 
 @pytest.mark.parametrize("modes", [("ragged",), ("uniform",), ("ragged", "uniform")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,26 @@ def test_there_is_no_fallback_when_the_policy_brought_no_table() -> None:
 def test_smallest_batches_get_lengths(ids: list[int]) -> None:
     for ready in (program(), program(axes=(axis(1.0),), log_survival=table([-1] * 5, [-1] * 5))):
         assert len(ready.choose(decode_batch(ids)).lengths) == len(ids)
+
+
+def test_lengths_are_chosen_anew_when_anything_about_the_batch_has_changed() -> None:
+    ready = program(meet_targets=True)
+    batch = decode_batch([1, 2, 3], floor=np.zeros(3, np.uint8))
+    first = ready.choose(batch)
+    assert ready.choose(batch) is first  # and not worked out again
+    assert not first.lengths.flags.writeable
+    assert batch.floor is not None
+    for column, value in (
+        (batch.ceiling, 1),
+        (batch.features, 7.0),
+        (batch.request_ids, 9),
+        (batch.floor, 1),
+    ):
+        before = ready.choose(batch)
+        column[..., 0] = value  # in place: engines use their arrays again
+        assert ready.choose(batch) is not before
+    before = ready.choose(batch)
+    assert ready.choose(replace(batch, num_prefill_tokens=100)) is not before
 
 
 def test_lengths_are_zero_when_the_engine_cannot_speculate() -> None:
