@@ -315,7 +315,8 @@ class Worker:
         self.scheduler.remove(sequence)
         self.proposer.forget(sequence)
         del self._sequences[sequence.id]
-        first = sequence.first_token_s
+        first, now = sequence.first_token_s, self._clock()
+        num_later = sequence.num_output - 1
         return Finished(
             sequence.id,
             reason,

@@ -235,6 +235,45 @@ def test_nothing_is_drafted_when_a_request_opts_out(http_server: HttpServer) -> 
     assert first["usage"]["num_draft_tokens"] > 0, "the body comes before the header"
 
 
+@pytest.mark.parametrize(("target_s", "met"), [(1000.0, True), (1e-6, False)])
+def test_usage_tells_whether_a_target_was_met(
+    http_server: HttpServer, client: openai.OpenAI, target_s: float, met: bool
+) -> None:
+    body = {"prompt": "q", "max_tokens": 12, "n": 2, "seed": 1, "ignore_eos": True}
+    whole = http_server.complete(**body, speculation={"token_time_target_s": target_s})
+    by_header = http_server.post(
+        "/v1/completions", body, x_smartspec_token_time_target_s=str(target_s)
+    ).body
+    *chunks, last = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "q"}],
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+        extra_body={"ignore_eos": True, "speculation": {"token_time_target_s": target_s}},
+    )
+    assert last.usage is not None and chunks[1].usage is not None
+    streamed = last.usage.to_dict()
+    for usage in (whole["usage"], by_header["usage"], streamed):
+        told: Any = usage["token_time"]
+        assert (told["target_s"], told["met"]) == (target_s, met)
+        assert 1e-6 < told["measured_s"] < 1000
+    # Until an answer is complete nobody knows.
+    early: Any = chunks[1].usage.to_dict()["token_time"]
+    assert early == {"target_s": target_s, "measured_s": None, "met": None}
+
+
+def test_usage_tells_of_no_target_when_there_is_none_or_nothing_to_measure(
+    http_server: HttpServer,
+) -> None:
+    plain = http_server.complete(prompt="q", max_tokens=4)
+    assert plain["usage"]["token_time"] is None
+    single = http_server.complete(
+        prompt="q", max_tokens=1, speculation={"token_time_target_s": 1e-6}
+    )
+    assert single["usage"]["token_time"] == {"target_s": 1e-6, "measured_s": None, "met": None}
+
+
 @pytest.mark.parametrize(
     ("headers", "part"),
     [

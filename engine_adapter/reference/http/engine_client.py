@@ -61,11 +61,15 @@ class Choice:
         "num_drafted",
         "num_prompt_tokens",
         "num_tokens",
+        "token_time_s",
+        "token_time_target_s",
     )
 
-    def __init__(self, name: str, num_prompt_tokens: int, arrived_s: float) -> None:
-        self.name = name
-        self.num_prompt_tokens = num_prompt_tokens
+    def __init__(self, request: Submit, arrived_s: float) -> None:
+        self.name = request.id
+        self.num_prompt_tokens = len(request.prompt_token_ids or ())
+        self.token_time_target_s = request.token_time_target_s
+        self.token_time_s: float | None = None  #: as the decode process measured it
         self.arrived_s = arrived_s
         self.first_token_s: float | None = None
         self.last_token_s = arrived_s
@@ -100,8 +104,7 @@ class Generation:
 
         Raises `ApiError` when the engine has gone meanwhile.
         """
-        tokens = request.prompt_token_ids or []
-        choice = Choice(request.id, len(tokens), self._arrived_s)
+        choice = Choice(request, self._arrived_s)
         self._engine._submit(self, len(self.choices), choice, request)
         self.choices.append(choice)
 
@@ -141,6 +144,7 @@ class Generation:
                 choice.num_tokens = event.num_tokens
                 choice.num_drafted = event.num_drafted
                 choice.num_accepted = event.num_accepted
+                choice.token_time_s = event.token_time_s
                 observer.finished(choice, now_s)
             case replies.Error() | Lost():
                 choice.finish_reason = "error"
