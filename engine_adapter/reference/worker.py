@@ -147,7 +147,7 @@ class Worker:
         """Run one step: schedule, choose lengths, draft, verify, accept, report."""
         events, self._pending = self._pending, []
         begin = self._clock()
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(begin)
         decoding = schedule.decoding
         if not decoding and not schedule.prefilling:
             return StepOutput(events)
@@ -325,5 +325,6 @@ class Worker:
             sequence.num_drafted,
             sequence.num_accepted,
             None if first is None else first - sequence.added_s,
-            self._clock() - sequence.added_s,
+            now - sequence.added_s,
+            (now - first) / num_later if first is not None and num_later > 0 else None,
         )
