@@ -453,7 +453,7 @@ def test_bounds_hold_and_running_answers_finish_when_told_to_stop(own_server: An
     """One server, slowly: full, too large, too slow, without a key, and then SIGTERM."""
     server = own_server(
         "--max-num-running", "1", "--max-num-waiting", "1", "--max-body-bytes", "2000",
-        "--max-model-len", "512", "--length", "0",
+        "--max-model-len", "512", "--length", "0", "--max-num-connections", "8",
         env={"SMARTSPEC_API_KEY": "open sesame"},
     )  # fmt: skip
     starting = server.get("/health/ready")
@@ -471,6 +471,15 @@ def test_bounds_hold_and_running_answers_finish_when_told_to_stop(own_server: An
     assert (large.status, large.error["code"]) == (413, "body_too_large")
     never = server.post("/v1/completions", {"prompt": "a", "n": 3}, **key)
     assert (never.status, never.error["code"]) == (400, "too_many_choices")
+
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
+    until(lambda: server.get("/health/live").status == 503)
+    crowded = server.get("/v1/models", **key)
+    assert (crowded.status, crowded.error["code"]) == (503, "too_many_connections")
+    assert int(crowded.headers["retry-after"]) >= 1
+    for sock in idle:
+        sock.close()
+    until(lambda: server.get("/health/live").status == 200)
 
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="open sesame", max_retries=0) as client:
         body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 500, "seed": 1}

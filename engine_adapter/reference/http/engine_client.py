@@ -19,6 +19,7 @@ from smartspec.engine_adapter.reference import replies
 from smartspec.engine_adapter.reference.commands import Cancel, Stop, Submit
 from smartspec.engine_adapter.reference.commands import Stats as AskStats
 from smartspec.engine_adapter.reference.http.errors import ApiError
+from smartspec.engine_adapter.reference.http.turnover import Turnover
 
 log = logging.getLogger("smartspec.http")
 
@@ -27,7 +28,7 @@ State: TypeAlias = Literal["starting", "ready", "draining", "dead"]
 GONE = "the decode process has ended; the server stops, and is to be started again"
 STOP_GRACE_S = 5.0  #: for the child to say goodbye, then as long again to end on SIGTERM
 STATS_TIMEOUT_S = 2.0  #: a step with a long prompt in it takes a while
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1  #: where there is nothing to reckon with
 _MAX_READ_BYTES = 1 << 18
 
 _encode = msgspec.json.Encoder().encode
@@ -181,6 +182,7 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._routes: dict[str, tuple[Generation, int]] = {}
         self._num_reserved = 0
+        self._turnover = Turnover()
         self._idle = asyncio.Event()
         self._idle.set()
         self._stats: deque[asyncio.Future[replies.Stats | None]] = deque()
@@ -284,12 +286,13 @@ class EngineClient:
                 param="n",
                 code="too_many_choices",
             )
-        if self.num_in_flight + num_choices > self.capacity:
+        num_missing = self.num_in_flight + num_choices - self.capacity
+        if num_missing > 0:
             raise ApiError(
                 429,
                 f"{self.num_in_flight} of {self.capacity} places are taken; try again later",
                 code="queue_full",
-                retry_after_s=RETRY_AFTER_S,
+                retry_after_s=self._turnover.wait_s(num_missing),
             )
         self._num_reserved += num_choices
         self._idle.clear()
@@ -359,6 +362,8 @@ class EngineClient:
                     log.debug("decode process: %s", reply)
                     return
                 if not isinstance(reply, replies.Token):
+                    room = 0 if self.facts is None else self.facts.max_num_running
+                    self._turnover.ended(others_waited=len(self._routes) > room)
                     self._drop(reply.id or "")
                 route[0].hear(route[1], reply, self._observer)
             case replies.Stats():
