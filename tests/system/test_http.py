@@ -473,13 +473,14 @@ def test_bounds_hold_and_running_answers_finish_when_told_to_stop(own_server: An
     assert (never.status, never.error["code"]) == (400, "too_many_choices")
 
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
-    until(lambda: server.get("/health/live").status == 503)
+    until(lambda: server.get("/v1/models", **key).status == 503)
     crowded = server.get("/v1/models", **key)
     assert (crowded.status, crowded.error["code"]) == (503, "too_many_connections")
+    assert server.get("/health/ready").status == 200
     assert int(crowded.headers["retry-after"]) >= 1
     for sock in idle:
         sock.close()
-    until(lambda: server.get("/health/live").status == 200)
+    until(lambda: server.get("/v1/models", **key).status == 200)
 
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="open sesame", max_retries=0) as client:
         body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 500, "seed": 1}

@@ -21,6 +21,7 @@ from smartspec.engine_adapter.reference.http.authorization import (
 )
 from smartspec.engine_adapter.reference.http.connections import RefuseConnection, bounded_protocol
 from smartspec.engine_adapter.reference.http.limits import BodyLimits, Limits
+from smartspec.engine_adapter.reference.http.metrics import Metrics
 from smartspec.engine_adapter.reference.http.schemas import (
     NEUTRAL_VALUES,
     ChatBody,
@@ -105,7 +106,7 @@ GET = b"GET / HTTP/1.1\r\nhost: t\r\n\r\n"
 @contextlib.asynccontextmanager
 async def bounded(app: Any, max_num_connections: int, head_timeout_s: float) -> AsyncIterator[int]:
     """The port of a server with bounds on its connections."""
-    refuse = RefuseConnection(max_num_connections)
+    refuse = RefuseConnection(app, max_num_connections, Metrics())
     http = bounded_protocol(max_num_connections, head_timeout_s, refuse)
     config = uvicorn.Config(app, http=http, lifespan="off", log_config=None)
     config.load()
@@ -146,18 +147,22 @@ def test_connection_is_closed_when_no_request_comes() -> None:
 
 
 def test_connection_is_refused_in_words_when_there_are_too_many() -> None:
-    async def scenario() -> bytes:
+    async def scenario() -> tuple[bytes, bytes]:
         async with bounded(Echo(), 1, 60.0) as port:
             first = await asyncio.open_connection("127.0.0.1", port)
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(GET)
-            received = await reader.read()
-            for one in (writer, first[1]):
-                one.close()
-                await one.wait_closed()
-            return received
+            second = await asyncio.open_connection("127.0.0.1", port)
+            second[1].write(GET.replace(b" / ", b" /health "))
+            health = await second[0].readline()
+            second[1].write(GET.replace(b" / ", b" /v1/models "))
+            refusal = await second[0].read()
+            for _, writer in (first, second):
+                writer.close()
+                await writer.wait_closed()
+            return health, refusal
 
-    head, _, body = asyncio.run(scenario()).partition(b"\r\n\r\n")
+    health, refusal = asyncio.run(scenario())
+    assert health.startswith(b"HTTP/1.1 200"), "health and metrics pass"
+    head, _, body = refusal[refusal.index(b"HTTP/1.1") :].partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 503")
     assert b"retry-after: 1" in head
     assert json.loads(body)["error"]["code"] == "too_many_connections"

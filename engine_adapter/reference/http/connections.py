@@ -8,24 +8,36 @@ import h11
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from smartspec.engine_adapter.reference.http.authorization import GUARDED
+from smartspec.engine_adapter.reference.http.engine_client import RETRY_AFTER_S
 from smartspec.engine_adapter.reference.http.errors import ApiError
+from smartspec.engine_adapter.reference.http.metrics import Metrics
 
 
 class RefuseConnection:
-    """The application of connections beyond the bound."""
+    """The application of connections beyond the bound: refuses /v1.
 
-    def __init__(self, max_num_connections: int) -> None:
+    Health and metrics pass to ``app``: a crowd is no reason to start the server again, and every
+    reason to look at it.
+    """
+
+    def __init__(self, app: ASGIApp, max_num_connections: int, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
         self._max_num_connections = max_num_connections
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
+            await self._app(scope, receive, send)
             return
+        # What passes is counted by the application itself.
+        self._metrics.response("other", 503)
         error = ApiError(
             503,
             f"all {self._max_num_connections} connections are taken; try again later, keep fewer "
             "open, or raise --max-num-connections",
             code="too_many_connections",
-            retry_after_s=1,
+            retry_after_s=RETRY_AFTER_S,
         )
         error.headers["connection"] = "close"
         await error.response()(scope, receive, send)
@@ -38,7 +50,7 @@ def bounded_protocol(
 
     Parameters
     ----------
-    max_num_connections : further ones are answered by ``refuse``, and closed
+    max_num_connections : further ones are answered by ``refuse``
     head_timeout_s : for a request's head to be complete, from the connection's begin or the last
         response; then the connection is closed, since there is nothing to answer yet
     """

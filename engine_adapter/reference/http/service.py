@@ -24,7 +24,7 @@ from smartspec.engine_adapter.reference.http.app import Server, build_app
 from smartspec.engine_adapter.reference.http.connections import RefuseConnection, bounded_protocol
 from smartspec.engine_adapter.reference.http.engine_client import EngineClient
 from smartspec.engine_adapter.reference.http.limits import Limits
-from smartspec.engine_adapter.reference.http.metrics import CountResponses, Metrics
+from smartspec.engine_adapter.reference.http.metrics import Metrics
 from smartspec.engine_adapter.reference.http.tokenization import Tokenization
 
 log = logging.getLogger("smartspec.http")
@@ -105,10 +105,11 @@ async def _serve(
     )
     tokenization = Tokenization()
     server = Server(engine, tokenization, limits, metrics, served_model_name)
-    refuse = CountResponses(RefuseConnection(limits.max_num_connections), metrics, frozenset())
+    app = build_app(server, keys)
+    refuse = RefuseConnection(app, limits.max_num_connections, metrics)
     uvicorn_server = _Uvicorn(
         uvicorn.Config(
-            build_app(server, keys),
+            app,
             http=bounded_protocol(limits.max_num_connections, limits.head_timeout_s, refuse),
             log_config=None,
             access_log=False,
