@@ -244,6 +244,9 @@ def worker(
     max_num_waiting: Annotated[
         int, typer.Option(min=0, help="Requests over --http that may wait; then 429.")
     ] = 256,
+    max_num_connections: Annotated[
+        int, typer.Option(min=1, help="Open at a time to --http; beyond them 503.")
+    ] = 768,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request over --http.")] = 2 << 20,
     request_timeout_s: Annotated[
         float, typer.Option(min=0.001, help="For an answer over --http.")
@@ -281,6 +284,7 @@ def worker(
         served = _optional("smartspec.engine_adapter.reference.http.service", "worker")
         limits = _optional("smartspec.engine_adapter.reference.http.limits", "worker").Limits(
             max_num_waiting=max_num_waiting,
+            max_num_connections=max_num_connections,
             max_body_bytes=max_body_bytes,
             request_timeout_s=request_timeout_s,
             drain_timeout_s=drain_timeout_s,
@@ -368,6 +372,7 @@ _OF_HTTP = {
     "api_key_file",
     "served_model_name",
     "max_num_waiting",
+    "max_num_connections",
     "max_body_bytes",
     "request_timeout_s",
     "drain_timeout_s",

@@ -257,7 +257,8 @@ def _targets(state: EngineState) -> str:
         return "no request asks for a time per token"
     out = state.num_targets_out_of_reach
     reach = f", {out} of them out of reach even if all others gave way" if out else ""
-    return f"{state.num_targets} requests ask for a time per token{reach}"
+    asking = "1 request asks" if state.num_targets == 1 else f"{state.num_targets} requests ask"
+    return f"{asking} for a time per token{reach}"
 
 
 def _acceptance(state: EngineState) -> str:

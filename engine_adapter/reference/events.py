@@ -42,6 +42,7 @@ class Finished:
     num_accepted: int
     time_to_first_token_s: float | None  #: from add_request()
     latency_s: float  #: from add_request()
+    token_time_s: float | None  #: mean per token after the first; None where there is none
 
 
 @dataclass(frozen=True, slots=True)

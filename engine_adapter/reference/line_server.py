@@ -236,6 +236,7 @@ class LineServer:
                             time_to_first_token_s=event.time_to_first_token_s,
                             latency_s=event.latency_s,
                             t_s=now,
+                            token_time_s=event.token_time_s,
                         )
                     )
                     self._drop(name)

@@ -65,6 +65,7 @@ class Finished(_Reply, frozen=True, tag="finished"):
     time_to_first_token_s: float | None
     latency_s: float
     t_s: float
+    token_time_s: float | None = None  #: mean per token after the first
 
 
 class Error(_Reply, frozen=True, tag="error"):

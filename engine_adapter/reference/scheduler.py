@@ -18,7 +18,11 @@ class Schedule(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served; all decode, and prompts fill what is left of a token budget.
+    """Who has waited longest is next; all decode, and prompts fill what is left of a token budget.
+
+    A request's wait counts times its weight: one of weight 4 goes before those who have waited less
+    than four times as long. Equal weights are first come, first served. In a bounded queue
+    everybody's turn comes: of those who come later, ever fewer have waited long enough to pass.
 
     Parameters
     ----------
@@ -66,14 +70,15 @@ class Scheduler:
         self._rows[sequence.row] = None
         sequence.row = -1
 
-    def admit(self) -> None:
+    def admit(self, now_s: float) -> None:
         """Give free rows to waiting requests, and keep the rows in use together at the front.
 
         A hole that no request fills is closed by the last row in use. The copy costs about as much
         as reading the hole in the attention of two or three steps.
         """
         while self.waiting and len(self.running) < self.max_num_running:
-            sequence = self.waiting.popleft()
+            sequence = self._next(now_s)
+            self.waiting.remove(sequence)
             self.running.append(sequence)
             self._place(sequence, self._rows.index(None))
         for target in range(len(self.running)):
@@ -84,9 +89,12 @@ class Scheduler:
                 self._rows[last.row] = None
                 self._place(last, target)
 
-    def schedule(self) -> Schedule:
-        """Admit whom there is room for, and share out the step's tokens."""
-        self.admit()
+    def schedule(self, now_s: float) -> Schedule:
+        """Admit whom there is room for, and share out the step's tokens.
+
+        ``now_s`` : on the clock of `Sequence.added_s`
+        """
+        self.admit(now_s)
         decoding = [s for s in self._rows if s is not None and s.decoding]
         prefilling = []
         room = self.max_prefill_tokens
@@ -96,6 +104,10 @@ class Scheduler:
                 prefilling.append((sequence, size))
                 room -= size
         return Schedule(decoding, prefilling, self.max_prefill_tokens - room)
+
+    def _next(self, now_s: float) -> Sequence:
+        """Of those who wait; among equals the first."""
+        return max(self.waiting, key=lambda s: s.request.weight * (now_s - s.added_s))
 
     def _place(self, sequence: Sequence, row: int) -> None:
         self._rows[row] = sequence

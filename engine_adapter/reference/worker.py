@@ -147,7 +147,7 @@ class Worker:
         """Run one step: schedule, choose lengths, draft, verify, accept, report."""
         events, self._pending = self._pending, []
         begin = self._clock()
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(begin)
         decoding = schedule.decoding
         if not decoding and not schedule.prefilling:
             return StepOutput(events)
@@ -315,7 +315,8 @@ class Worker:
         self.scheduler.remove(sequence)
         self.proposer.forget(sequence)
         del self._sequences[sequence.id]
-        first = sequence.first_token_s
+        first, now = sequence.first_token_s, self._clock()
+        num_later = sequence.num_output - 1
         return Finished(
             sequence.id,
             reason,
@@ -324,5 +325,6 @@ class Worker:
             sequence.num_drafted,
             sequence.num_accepted,
             None if first is None else first - sequence.added_s,
-            self._clock() - sequence.added_s,
+            now - sequence.added_s,
+            (now - first) / num_later if first is not None and num_later > 0 else None,
         )

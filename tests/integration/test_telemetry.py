@@ -135,6 +135,8 @@ def decision(seq: int, engine: str = "worker-0") -> DecisionEvent:
         num_probes=1,
         decide_s=0.0008,
         learn_s=0.001,
+        num_targets=5,
+        num_targets_out_of_reach=2,
     )
 
 
@@ -227,10 +229,11 @@ def test_inspect_shows_state_and_reason_when_engine_reports(
         assert (shown["reason"], shown["length_counts"]) == (REASON, [2, 0, 0, 10])
         assert shown["events"][0]["text"] == "steps became slower"
         assert inspect.run(settings, "worker-0") == 0
-        text = " ".join(capsys.readouterr().out.split())
+        text = " ".join(capsys.readouterr().out.replace("│", "").split())
         for part in (
             *("steering", REASON, "2 requests at 0, 10 at 3", "+60% over no speculation"),
             *("1: 80%", "640.0 tokens/s measured", "steps became slower"),
+            "5 requests ask for a time per token, 2 of them out of reach",
         ):
             assert part in text
         later = time.time() + 60
@@ -416,6 +419,8 @@ def test_metrics_are_exported_under_their_ids_when_scraped(
             'smartspec_acceptance_ratio{depth="1",engine="worker-0"} 0.8',
             'smartspec_loop_events_total{counter="reports"} 7.0',
             'smartspec_notes_total{kind="drift",level="warning"} 1.0',
+            'smartspec_requests_with_target{engine="worker-0",reach="within"} 3.0',
+            'smartspec_requests_with_target{engine="worker-0",reach="out"} 2.0',
             'smartspec_predicted_goodput_tokens_per_second{engine="worker-0",lengths="none"} 400.0',
         ):
             assert line in page

@@ -235,6 +235,45 @@ def test_nothing_is_drafted_when_a_request_opts_out(http_server: HttpServer) -> 
     assert first["usage"]["num_draft_tokens"] > 0, "the body comes before the header"
 
 
+@pytest.mark.parametrize(("target_s", "met"), [(1000.0, True), (1e-6, False)])
+def test_usage_tells_whether_a_target_was_met(
+    http_server: HttpServer, client: openai.OpenAI, target_s: float, met: bool
+) -> None:
+    body = {"prompt": "q", "max_tokens": 12, "n": 2, "seed": 1, "ignore_eos": True}
+    whole = http_server.complete(**body, speculation={"token_time_target_s": target_s})
+    by_header = http_server.post(
+        "/v1/completions", body, x_smartspec_token_time_target_s=str(target_s)
+    ).body
+    *chunks, last = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "q"}],
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+        extra_body={"ignore_eos": True, "speculation": {"token_time_target_s": target_s}},
+    )
+    assert last.usage is not None and chunks[1].usage is not None
+    streamed = last.usage.to_dict()
+    for usage in (whole["usage"], by_header["usage"], streamed):
+        told: Any = usage["token_time"]
+        assert (told["target_s"], told["met"]) == (target_s, met)
+        assert 1e-6 < told["measured_s"] < 1000
+    # Until an answer is complete nobody knows.
+    early: Any = chunks[1].usage.to_dict()["token_time"]
+    assert early == {"target_s": target_s, "measured_s": None, "met": None}
+
+
+def test_usage_tells_of_no_target_when_there_is_none_or_nothing_to_measure(
+    http_server: HttpServer,
+) -> None:
+    plain = http_server.complete(prompt="q", max_tokens=4)
+    assert plain["usage"]["token_time"] is None
+    single = http_server.complete(
+        prompt="q", max_tokens=1, speculation={"token_time_target_s": 1e-6}
+    )
+    assert single["usage"]["token_time"] == {"target_s": 1e-6, "measured_s": None, "met": None}
+
+
 @pytest.mark.parametrize(
     ("headers", "part"),
     [
@@ -414,7 +453,7 @@ def test_bounds_hold_and_running_answers_finish_when_told_to_stop(own_server: An
     """One server, slowly: full, too large, too slow, without a key, and then SIGTERM."""
     server = own_server(
         "--max-num-running", "1", "--max-num-waiting", "1", "--max-body-bytes", "2000",
-        "--max-model-len", "512", "--length", "0",
+        "--max-model-len", "512", "--length", "0", "--max-num-connections", "8",
         env={"SMARTSPEC_API_KEY": "open sesame"},
     )  # fmt: skip
     starting = server.get("/health/ready")
@@ -432,6 +471,16 @@ def test_bounds_hold_and_running_answers_finish_when_told_to_stop(own_server: An
     assert (large.status, large.error["code"]) == (413, "body_too_large")
     never = server.post("/v1/completions", {"prompt": "a", "n": 3}, **key)
     assert (never.status, never.error["code"]) == (400, "too_many_choices")
+
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
+    until(lambda: server.get("/v1/models", **key).status == 503)
+    crowded = server.get("/v1/models", **key)
+    assert (crowded.status, crowded.error["code"]) == (503, "too_many_connections")
+    assert server.get("/health/ready").status == 200
+    assert int(crowded.headers["retry-after"]) >= 1
+    for sock in idle:
+        sock.close()
+    until(lambda: server.get("/v1/models", **key).status == 200)
 
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="open sesame", max_retries=0) as client:
         body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 500, "seed": 1}

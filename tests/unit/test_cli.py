@@ -261,6 +261,28 @@ def test_inspect_json_is_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown["engines"][0]["engine"] == "a"
 
 
+@pytest.mark.parametrize(
+    ("num_targets", "num_out", "line"),
+    [
+        (0, 0, "no request asks for a time per token"),
+        (3, 0, "3 requests ask for a time per token"),
+        (1, 0, "1 request asks for a time per token"),
+        (3, 2, "3 requests ask for a time per token, 2 of them out of reach even if all others"),
+    ],
+)
+def test_inspect_tells_how_many_targets_are_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch, num_targets: int, num_out: int, line: str
+) -> None:
+    from smartspec.daemon.telemetry.engine_state import EngineState
+
+    state = EngineState(engine="a", num_targets=num_targets, num_targets_out_of_reach=num_out)
+    view = inspect.View(state=state, age_s=0.5, daemon_age_s=0.1, events=[])
+    monkeypatch.setattr(inspect, "read", lambda settings, engine, now: [view])
+    text = " ".join(invoke("inspect").stdout.replace("│", "").split())
+    assert f"targets {line}" in text
+    assert ("out of reach" in text) == bool(num_out)
+
+
 def test_inspect_shows_names_as_text_when_they_hold_markup_or_escapes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

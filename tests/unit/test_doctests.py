@@ -14,6 +14,7 @@ MODULES = [
     "smartspec.daemon.goodput",
     "smartspec.engine_adapter.lengths",
     "smartspec.engine_adapter.messages",
+    "smartspec.engine_adapter.reference.http.turnover",
     *(
         module.name
         for module in pkgutil.walk_packages(smartspec.estimators.__path__, "smartspec.estimators.")

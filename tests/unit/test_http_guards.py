@@ -1,22 +1,27 @@
-"""What guards the HTTP endpoints: bounds on bodies, keys, addresses, headers under bodies."""
+"""What guards the HTTP endpoints: bounds on bodies and connections, keys, addresses, waits."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from pydantic import ValidationError
+from uvicorn.server import ServerState
 
 from smartspec.engine_adapter.reference.http.authorization import (
     KeyFileError,
     RequireKey,
     load_keys,
 )
+from smartspec.engine_adapter.reference.http.connections import RefuseConnection, bounded_protocol
 from smartspec.engine_adapter.reference.http.limits import BodyLimits, Limits
+from smartspec.engine_adapter.reference.http.metrics import Metrics
 from smartspec.engine_adapter.reference.http.schemas import (
     NEUTRAL_VALUES,
     ChatBody,
@@ -26,6 +31,7 @@ from smartspec.engine_adapter.reference.http.schemas import (
     SpeculationHeaders,
 )
 from smartspec.engine_adapter.reference.http.service import AddressError, listen
+from smartspec.engine_adapter.reference.http.turnover import Turnover
 
 SMALL = Limits(max_body_bytes=10, body_timeout_s=0.05)
 
@@ -92,6 +98,91 @@ def test_body_is_refused_when_it_does_not_come() -> None:
 def test_nothing_is_answered_when_the_client_leaves_within_its_body() -> None:
     gone = [part(b"0", True), {"type": "http.disconnect"}]
     assert statuses(BodyLimits(Echo(), SMALL), gone) == []
+
+
+GET = b"GET / HTTP/1.1\r\nhost: t\r\n\r\n"
+
+
+@contextlib.asynccontextmanager
+async def bounded(app: Any, max_num_connections: int, head_timeout_s: float) -> AsyncIterator[int]:
+    """The port of a server with bounds on its connections."""
+    refuse = RefuseConnection(app, max_num_connections, Metrics())
+    http = bounded_protocol(max_num_connections, head_timeout_s, refuse)
+    config = uvicorn.Config(app, http=http, lifespan="off", log_config=None)
+    config.load()
+    state = ServerState()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: http(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+    )
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+        for connection in list(state.connections):
+            connection.shutdown()
+    await asyncio.sleep(0)  # their transports are closed in the loop's next turn
+
+
+def test_connection_is_closed_when_no_request_comes() -> None:
+    """None at all, half of one, none after the first; one that takes its time is not cut off."""
+    timeout_s = 0.5
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(3 * timeout_s)
+        await Echo()(scope, receive, send)
+
+    async def ends(port: int, sent: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        received = await reader.read()  # to the end
+        writer.close()
+        await writer.wait_closed()
+        return received
+
+    async def scenario() -> list[bytes]:
+        async with bounded(slow, 10, timeout_s) as port:
+            return list(await asyncio.gather(*(ends(port, sent) for sent in (b"", GET[:9], GET))))
+
+    nothing, half, whole = asyncio.run(scenario())
+    assert (nothing, half) == (b"", b"")
+    assert whole.startswith(b"HTTP/1.1 200")
+
+
+def test_connection_is_refused_in_words_when_there_are_too_many() -> None:
+    async def scenario() -> tuple[bytes, bytes]:
+        async with bounded(Echo(), 1, 60.0) as port:
+            first = await asyncio.open_connection("127.0.0.1", port)
+            second = await asyncio.open_connection("127.0.0.1", port)
+            second[1].write(GET.replace(b" / ", b" /health "))
+            health = await second[0].readline()
+            second[1].write(GET.replace(b" / ", b" /v1/models "))
+            refusal = await second[0].read()
+            for _, writer in (first, second):
+                writer.close()
+                await writer.wait_closed()
+            return health, refusal
+
+    health, refusal = asyncio.run(scenario())
+    assert health.startswith(b"HTTP/1.1 200"), "health and metrics pass"
+    head, _, body = refusal[refusal.index(b"HTTP/1.1") :].partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503")
+    assert b"retry-after: 1" in head
+    assert json.loads(body)["error"]["code"] == "too_many_connections"
+
+
+def test_wait_is_reckoned_from_ends_while_others_waited() -> None:
+    ends_s = [100.0, 102.0, 103.0, 106.0, *[107.0] * 100]
+    coming = iter(ends_s)
+    turnover = Turnover(clock=lambda: next(coming))
+    assert turnover.wait_s(5) == 1, "nothing is known"
+    for _ in ends_s[:4]:
+        turnover.ended(others_waited=True)
+    assert turnover.wait_s(1) == 2
+    assert turnover.wait_s(4) == 8
+    assert turnover.wait_s(1000) == 60, "clients believe no more"
+    turnover.ended(others_waited=False)
+    assert turnover.wait_s(4) == 1, "quiet times tell nothing"
+    for _ in ends_s[4:]:
+        turnover.ended(others_waited=True)
+    assert turnover.wait_s(4) == 1, "as many as end at once"
 
 
 @pytest.mark.parametrize(

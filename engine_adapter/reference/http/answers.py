@@ -40,7 +40,18 @@ def usage_of(generation: Generation, num_prompt_tokens: int) -> responses.Usage:
             accepted_prediction_tokens=num_accepted,
             rejected_prediction_tokens=num_drafted - num_accepted,
         ),
+        token_time=_token_time(generation),
     )
+
+
+def _token_time(generation: Generation) -> responses.TokenTime | None:
+    target_s = generation.choices[0].token_time_target_s  # one request's choices share it
+    if target_s is None:
+        return None
+    times = [c.token_time_s for c in generation.choices if c.token_time_s is not None]
+    measured_s = max(times, default=None) if generation.done else None
+    met = None if measured_s is None else measured_s <= target_s
+    return responses.TokenTime(target_s=target_s, measured_s=measured_s, met=met)
 
 
 async def collect(generation: Generation) -> list[Part]:

@@ -40,6 +40,7 @@ class Part:
                         503,
                         "the server stops and could not wait for this answer; send it elsewhere",
                         code="shutting_down",
+                        retry_after_s=RETRY_AFTER_S,
                     )
                 self.finish_reason = _FINISH_REASONS[event.reason]
             case replies.Error():

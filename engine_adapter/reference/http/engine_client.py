@@ -19,6 +19,7 @@ from smartspec.engine_adapter.reference import replies
 from smartspec.engine_adapter.reference.commands import Cancel, Stop, Submit
 from smartspec.engine_adapter.reference.commands import Stats as AskStats
 from smartspec.engine_adapter.reference.http.errors import ApiError
+from smartspec.engine_adapter.reference.http.turnover import Turnover
 
 log = logging.getLogger("smartspec.http")
 
@@ -27,7 +28,7 @@ State: TypeAlias = Literal["starting", "ready", "draining", "dead"]
 GONE = "the decode process has ended; the server stops, and is to be started again"
 STOP_GRACE_S = 5.0  #: for the child to say goodbye, then as long again to end on SIGTERM
 STATS_TIMEOUT_S = 2.0  #: a step with a long prompt in it takes a while
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1  #: where there is nothing to reckon with
 _MAX_READ_BYTES = 1 << 18
 
 _encode = msgspec.json.Encoder().encode
@@ -61,11 +62,15 @@ class Choice:
         "num_drafted",
         "num_prompt_tokens",
         "num_tokens",
+        "token_time_s",
+        "token_time_target_s",
     )
 
-    def __init__(self, name: str, num_prompt_tokens: int, arrived_s: float) -> None:
-        self.name = name
-        self.num_prompt_tokens = num_prompt_tokens
+    def __init__(self, request: Submit, arrived_s: float) -> None:
+        self.name = request.id
+        self.num_prompt_tokens = len(request.prompt_token_ids or ())
+        self.token_time_target_s = request.token_time_target_s
+        self.token_time_s: float | None = None  #: as the decode process measured it
         self.arrived_s = arrived_s
         self.first_token_s: float | None = None
         self.last_token_s = arrived_s
@@ -100,8 +105,7 @@ class Generation:
 
         Raises `ApiError` when the engine has gone meanwhile.
         """
-        tokens = request.prompt_token_ids or []
-        choice = Choice(request.id, len(tokens), self._arrived_s)
+        choice = Choice(request, self._arrived_s)
         self._engine._submit(self, len(self.choices), choice, request)
         self.choices.append(choice)
 
@@ -141,6 +145,7 @@ class Generation:
                 choice.num_tokens = event.num_tokens
                 choice.num_drafted = event.num_drafted
                 choice.num_accepted = event.num_accepted
+                choice.token_time_s = event.token_time_s
                 observer.finished(choice, now_s)
             case replies.Error() | Lost():
                 choice.finish_reason = "error"
@@ -177,6 +182,7 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._routes: dict[str, tuple[Generation, int]] = {}
         self._num_reserved = 0
+        self._turnover = Turnover()
         self._idle = asyncio.Event()
         self._idle.set()
         self._stats: deque[asyncio.Future[replies.Stats | None]] = deque()
@@ -280,12 +286,13 @@ class EngineClient:
                 param="n",
                 code="too_many_choices",
             )
-        if self.num_in_flight + num_choices > self.capacity:
+        num_missing = self.num_in_flight + num_choices - self.capacity
+        if num_missing > 0:
             raise ApiError(
                 429,
                 f"{self.num_in_flight} of {self.capacity} places are taken; try again later",
                 code="queue_full",
-                retry_after_s=RETRY_AFTER_S,
+                retry_after_s=self._turnover.wait_s(num_missing),
             )
         self._num_reserved += num_choices
         self._idle.clear()
@@ -355,6 +362,8 @@ class EngineClient:
                     log.debug("decode process: %s", reply)
                     return
                 if not isinstance(reply, replies.Token):
+                    room = 0 if self.facts is None else self.facts.max_num_running
+                    self._turnover.ended(others_waited=len(self._routes) > room)
                     self._drop(reply.id or "")
                 route[0].hear(route[1], reply, self._observer)
             case replies.Stats():

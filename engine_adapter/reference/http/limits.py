@@ -18,14 +18,20 @@ class Limits:
     Parameters
     ----------
     max_num_waiting : requests that wait for a place in the batch; further ones get 429
+    max_num_connections : open at a time; those beyond get 503. The default leaves room below 1024,
+        which is what systems commonly let a process open
     max_body_bytes : of a request; more gets 413
+    head_timeout_s : for a request's head to arrive, on a connection that is new or kept alive; then
+        the connection is closed
     body_timeout_s : for a request's body to arrive; 408
     request_timeout_s : for a request to be answered; 504, or an error event in a stream
     drain_timeout_s : after SIGTERM, for what runs to finish
     """
 
     max_num_waiting: int = 256
+    max_num_connections: int = 768
     max_body_bytes: int = 2 << 20
+    head_timeout_s: float = 30.0
     body_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0

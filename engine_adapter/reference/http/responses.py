@@ -16,6 +16,18 @@ class CompletionTokensDetails(BaseModel):
     rejected_prediction_tokens: int
 
 
+class TokenTime(BaseModel):
+    """What came of a request's ``token_time_target_s``.
+
+    Measured in the decode process: the mean over an answer's tokens after the first, of several
+    answers the slowest. Null until all are complete, and where none has a second token.
+    """
+
+    target_s: float
+    measured_s: float | None
+    met: bool | None
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
@@ -23,6 +35,7 @@ class Usage(BaseModel):
     num_draft_tokens: int  #: verified for this request, all answers together
     num_accepted_tokens: int  #: of these
     completion_tokens_details: CompletionTokensDetails
+    token_time: TokenTime | None  #: where the request named a target
 
 
 class CompletionLogprobs(BaseModel):

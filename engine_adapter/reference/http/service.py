@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import uvicorn
 
 from smartspec.engine_adapter.reference.http import authorization
 from smartspec.engine_adapter.reference.http.app import Server, build_app
+from smartspec.engine_adapter.reference.http.connections import RefuseConnection, bounded_protocol
 from smartspec.engine_adapter.reference.http.engine_client import EngineClient
 from smartspec.engine_adapter.reference.http.limits import Limits
 from smartspec.engine_adapter.reference.http.metrics import Metrics
@@ -30,7 +32,6 @@ log = logging.getLogger("smartspec.http")
 EXIT_DIED = 1
 EXIT_CANNOT_START = 2
 RESPONSE_GRACE_S = 5.0  #: for responses that are complete to reach slow clients
-KEEP_ALIVE_S = 30.0
 
 
 class AddressError(ValueError):
@@ -104,14 +105,17 @@ async def _serve(
     )
     tokenization = Tokenization()
     server = Server(engine, tokenization, limits, metrics, served_model_name)
+    app = build_app(server, keys)
+    refuse = RefuseConnection(app, limits.max_num_connections, metrics)
     uvicorn_server = _Uvicorn(
         uvicorn.Config(
-            build_app(server, keys),
+            app,
+            http=bounded_protocol(limits.max_num_connections, limits.head_timeout_s, refuse),
             log_config=None,
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_keep_alive=int(KEEP_ALIVE_S),
+            timeout_keep_alive=math.ceil(limits.head_timeout_s),
             timeout_graceful_shutdown=int(RESPONSE_GRACE_S),
         )
     )
