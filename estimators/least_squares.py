@@ -119,24 +119,23 @@ class RecursiveLeastSquares:
         if free.min() >= 0.0:
             self._zero = []
             return free
-        zero = self._zero
+        zero, coef = self._zero, free
         tolerance = -1e-12 * float(free.min())
         for _ in range(3 * len(free)):
-            coef = free
-            if zero:
-                columns = self.covariance[:, zero]
-                pull = np.linalg.solve(columns[zero], free[zero])
-                coef = free - columns @ pull
-                coef[zero] = 0.0
+            columns = self.covariance[:, zero]
+            pull = np.linalg.solve(columns[zero], free[zero])
+            coef = free - columns @ pull
+            coef[zero] = 0.0
             if coef.min() < -tolerance:
                 zero = zero + np.flatnonzero(coef < -tolerance).tolist()
-                continue
-            self._zero = zero
-            if not zero or pull.max() <= 0.0:
-                return np.maximum(coef, 0.0)
-            worst = int(pull.argmax())
-            zero = zero[:worst] + zero[worst + 1 :]
-        return np.maximum(coef, 0.0)  # cycled among nearly equal solutions: any of them will do
+            elif not zero or pull.max() <= 0.0:
+                break
+            else:
+                worst = int(pull.argmax())
+                zero = zero[:worst] + zero[worst + 1 :]
+        # Where it has cycled among nearly equal solutions, any of them will do.
+        self._zero = zero
+        return np.maximum(coef, 0.0)
 
     def leverage(self, row: F64) -> float:
         """Variance of row @ theta, in units of the noise of an observation of weight 1."""
