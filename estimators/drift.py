@@ -2,10 +2,10 @@
 
     above <- max(above + z - slack, 0),  below <- max(below - z - slack, 0),  alarm over threshold
 
-Page's cumulative sum (Biometrika 41, 1954, 100) of residuals z in deviations. river's own Page-
-Hinkley test measures from the running mean of its input, which follows the drift that it is to
-find; residuals have a known mean, 0, and that makes the difference (benchmarks/bench_step_cost.py,
-docs/adr/0004).
+Page's cumulative sum (Biometrika 41, 1954, 100) of residuals z in deviations. river's Page-Hinkley
+test is the same sum about the running mean of its input; the mean of residuals is known to be 0.
+With equal settings it finds shifts about as soon, and raised alarms on noise alone where this one
+raised none (benchmarks/bench_step_cost.py, docs/results.md).
 """
 
 from __future__ import annotations
