@@ -16,8 +16,17 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "figures"
 
 
-def record(name: str, figures: Mapping[str, float], *, seed: int = 0) -> Path:
-    """Print ``figures`` as a table and write them with where they were measured."""
+def record(
+    name: str,
+    figures: Mapping[str, float],
+    *,
+    seed: int = 0,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """Print ``figures`` as a table and write them with where they were measured.
+
+    ``notes``: what else belongs to the record, such as where its input comes from.
+    """
     table = Table(title=name, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -27,6 +36,8 @@ def record(name: str, figures: Mapping[str, float], *, seed: int = 0) -> Path:
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
     content = {"name": name, "figures": dict(figures), "env": environment.describe(), "seed": seed}
+    if notes:
+        content["notes"] = dict(notes)
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path.relative_to(ROOT)}")
     return path

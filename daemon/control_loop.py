@@ -184,6 +184,7 @@ class ControlLoop:
     def _learn(self, session: Session, observations: list[Observation]) -> None:
         began = self._clock()
         predicted: list[float | None] = []
+        num_changes = session.engine.step_cost.num_changes
         for observation in observations:
             seconds = None
             try:
@@ -195,9 +196,23 @@ class ControlLoop:
         session.learn_s = (self._clock() - began) / len(observations)
         for observation, seconds in zip(observations, predicted, strict=True):
             self._bus.publish(self._step_event(session, observation, seconds))
+        if session.engine.step_cost.num_changes > num_changes:
+            self._note_drift(session, observations[-1], predicted[-1])
         if session.decision is not None:
             self._bus.publish(self._decision_event(session, session.decision))
             session.decision = None
+
+    def _note_drift(self, session: Session, last: Observation, predicted_s: float | None) -> None:
+        self.counters["cost_changes"] += 1
+        times = last.report.step_s / (predicted_s or last.report.step_s)
+        self._bus.publish(
+            NoteEvent(
+                engine=session.engine.name,
+                level="warning",
+                kind="drift",
+                text=f"steps take {times:.2f} times what was expected: older ones now count less",
+            )
+        )
 
     def _count_failure(self, doing: str, session: Session | None) -> None:
         """A fault of ours costs one engine one decision, never the loop."""

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smartspec.estimators.base import F64, State, non_negative, pack, unpack
+from smartspec.estimators.drift import CumulativeSum
 
 #: Seconds; times below are noise of clock and operating system.
 RESOLUTION_S = 2e-5
@@ -48,26 +49,30 @@ def _inverse(matrix: F64) -> F64:
 class RecursiveLeastSquares:
     """Coefficients theta >= 0 of y ~ row @ theta, and their precision.
 
-    ``covariance`` (the inverse of the precision) is in units of the noise of an observation of
-    weight 1. `add` takes observations in; `solve` then brings ``coef`` and ``covariance`` up to
-    date, so that several observations of one step pay for one solution.
+    ``covariance``, the inverse of observations' and prior's precision, is in units of the noise of
+    an observation of weight 1. `add` takes observations in; `solve` then brings ``coef`` and
+    ``covariance`` up to date, so that several observations of one step pay for one solution.
 
     Parameters
     ----------
     prior_mean : [n] >= 0
-    prior_precision : [n, n], positive definite
+    prior_precision : [n, n], positive definite; counts ``prior_weight`` (at first 1) times, for
+        good: what was observed is forgotten, the prior is not
     forgetting : in (0, 1]; 1 / (1 - forgetting) observations are remembered along a direction
     """
 
     def __init__(self, prior_mean: F64, prior_precision: F64, forgetting: float) -> None:
         self.forgetting = forgetting
         self.num_recoveries = 0
+        self.num_loosened = 0
+        self.prior_weight = 1.0
         self._prior = prior_precision.copy()
-        self.precision = prior_precision.copy()
-        self.moment: F64 = prior_precision @ prior_mean
+        self._prior_moment: F64 = prior_precision @ prior_mean
+        self.precision: F64 = np.zeros_like(prior_precision)
+        self.moment: F64 = np.zeros_like(prior_mean)
         self.coef = prior_mean.copy()
         self.covariance = _inverse(prior_precision)
-        self._active = np.ones(len(prior_mean), bool)
+        self._zero: list[int] = []
 
     def add(self, row: F64, y: float, weight: float) -> None:
         """Take in one observation; `solve` makes it count."""
@@ -84,7 +89,7 @@ class RecursiveLeastSquares:
         """Bring ``covariance`` and ``coef`` up to date with what was added."""
         # Rounding leaves differences across the diagonal that an inverse would amplify.
         self.precision = 0.5 * (self.precision + self.precision.T)
-        covariance = _inverse(self.precision)
+        covariance = _inverse(self.precision + self.prior_weight * self._prior)
         if not covariance.diagonal().min() > 0.0:
             self._recover()
             return
@@ -97,32 +102,40 @@ class RecursiveLeastSquares:
         Out of reach of sane input: it takes features some 1e7 times what they were scaled for.
         """
         self.num_recoveries += 1
-        self.precision = self._prior.copy()
-        self.covariance = _inverse(self.precision)
-        self.moment = self.precision @ self.coef
+        self.precision = np.zeros_like(self._prior)
+        self.moment = np.zeros_like(self.moment)
+        self._prior_moment = self._prior @ self.coef
+        self.covariance = _inverse(self.prior_weight * self._prior)
+
+    def _free(self) -> F64:
+        """The coefficients without their bounds."""
+        free: F64 = self.covariance @ (self.moment + self.prior_weight * self._prior_moment)
+        return free
 
     def _non_negative(self) -> F64:
-        coef: F64 = self.covariance @ self.moment
-        if coef.min() >= 0.0:
-            self._active[:] = True
-            return coef
-        active = self._active
-        tolerance = 1e-10 * float(np.abs(self.moment).max())
-        for _ in range(3 * len(coef)):
-            rows = np.flatnonzero(active)
-            part = np.linalg.solve(self.precision[rows[:, None], rows], self.moment[rows])
-            if part.size and part.min() < 0.0:
-                active[rows[part < 0.0]] = False
-                continue
-            coef = np.zeros_like(coef)
-            coef[rows] = part
-            pull = self.moment - self.precision @ coef
-            pull[rows] = 0.0
-            worst = int(pull.argmax())
-            if pull[worst] <= tolerance:
-                return coef
-            active[worst] = True
-        return np.maximum(coef, 0.0)  # cycled among nearly equal solutions: any of them will do
+        # In the dual: with coefficients Z held at 0, theta = free - P_Z mu where P_ZZ mu = free_Z,
+        # and mu <= 0 for all of Z at the optimum. Z is small, and mostly that of the last step.
+        free = self._free()
+        if free.min() >= 0.0:
+            self._zero = []
+            return free
+        zero, coef = self._zero, free
+        tolerance = -1e-12 * float(free.min())
+        for _ in range(3 * len(free)):
+            columns = self.covariance[:, zero]
+            pull = np.linalg.solve(columns[zero], free[zero])
+            coef = free - columns @ pull
+            coef[zero] = 0.0
+            if coef.min() < -tolerance:
+                zero = zero + np.flatnonzero(coef < -tolerance).tolist()
+            elif not zero or pull.max() <= 0.0:
+                break
+            else:
+                worst = int(pull.argmax())
+                zero = zero[:worst] + zero[worst + 1 :]
+        # Where it has cycled among nearly equal solutions, any of them will do.
+        self._zero = zero
+        return np.maximum(coef, 0.0)
 
     def leverage(self, row: F64) -> float:
         """Variance of row @ theta, in units of the noise of an observation of weight 1."""
@@ -131,70 +144,70 @@ class RecursiveLeastSquares:
     def loosen(self, keep: float, scale_variance: float) -> None:
         """Doubt what is known: keep a share of the precision, and let all coefficients move as one.
 
-        The covariance becomes ``P / keep + scale_variance * theta theta'``. When a machine slows
-        down, everything does, by one factor: the first observations after a change settle that
-        factor, later ones the rest.
+        To what the observations say, the covariance becomes ``P / keep + scale_variance * theta
+        theta'``; in terms of the precision, so that it need not have an inverse. When a machine
+        slows down, everything does, by one factor: the first observations after a change settle
+        that factor, later ones the rest.
         """
-        free = self.covariance @ self.moment
-        self.covariance = self.covariance / keep + scale_variance * np.outer(self.coef, self.coef)
-        precision = _inverse(self.covariance)
-        self.precision = 0.5 * (precision + precision.T)
-        self.moment = self.precision @ free
+        self.num_loosened += 1
+        free = self._free()
+        precision, moment = keep * self.precision, keep * self.moment
+        along = precision @ free
+        share = scale_variance / (1.0 + scale_variance * float(free @ along))
+        self.precision = precision - share * np.outer(along, along)
+        self.moment = moment - share * along * float(free @ moment)
+        self.covariance = _inverse(self.precision + self.prior_weight * self._prior)
 
     def rescale(self, factor: float) -> None:
         """Multiply all coefficients, and their deviations, by ``factor``."""
         self.coef = self.coef * factor
         self.moment = self.moment / factor
+        self._prior_moment = self._prior_moment / factor
         self.precision = self.precision / factor**2
         self._prior = self._prior / factor**2
         self.covariance = self.covariance * factor**2
-
-    def grow(self, precision: float) -> None:
-        """Append a coefficient whose prior is 0 with ``precision``."""
-
-        def widened(matrix: F64, corner: float) -> F64:
-            wide = np.pad(matrix, ((0, 1), (0, 1)))
-            wide[-1, -1] = corner
-            return wide
-
-        self._prior = widened(self._prior, precision)
-        self.precision = widened(self.precision, precision)
-        self.covariance = widened(self.covariance, 1.0 / precision)
-        self.moment = np.append(self.moment, 0.0)
-        self.coef = np.append(self.coef, 0.0)
-        self._active = np.append(self._active, True)
 
     def state(self) -> State:
         """Everything but ``forgetting``, as plain values."""
         return {
             "prior": pack(self._prior),
+            "prior_moment": pack(self._prior_moment),
+            "prior_weight": self.prior_weight,
             "precision": pack(self.precision),
             "moment": pack(self.moment),
             "coef": pack(self.coef),
             "covariance": pack(self.covariance),
-            "active": self._active.tolist(),
+            "zero": list(self._zero),
+            "num_loosened": self.num_loosened,
         }
 
     def restore(self, state: Mapping[str, Any], size: int) -> None:
         """Take over a `state` of ``size`` coefficients; raise ValueError when it is not one."""
         prior = unpack(state, "prior", (size, size))
         precision = unpack(state, "precision", (size, size))
-        if not min(_inverse(m).diagonal().min() for m in (prior, precision)) > 0.0:
+        weight = non_negative("prior_weight", state["prior_weight"])
+        if not min(_inverse(m).diagonal().min() for m in (prior, precision + weight * prior)) > 0.0:
             raise ValueError("precision is not positive definite")
+        prior_moment = unpack(state, "prior_moment", (size,))
         moment = unpack(state, "moment", (size,))
         coef = unpack(state, "coef", (size,))
         covariance = unpack(state, "covariance", (size, size))
-        active = np.array(state["active"], bool)
-        if len(active) != size or coef.min(initial=0.0) < 0.0:
+        zero = [int(index) for index in state["zero"]]
+        self.num_loosened = int(non_negative("num_loosened", state["num_loosened"]))
+        if len(set(zero)) != len(zero) or not all(0 <= index < size for index in zero):
             raise ValueError("coefficients do not match their model")
-        self._prior, self.precision, self.moment, self.coef = prior, precision, moment, coef
-        self.covariance, self._active = covariance, active
+        if coef.min(initial=0.0) < 0.0:
+            raise ValueError("coefficients do not match their model")
+        self._prior, self._prior_moment, self.prior_weight = prior, prior_moment, weight
+        self.precision, self.moment, self.coef = precision, moment, coef
+        self.covariance, self._zero = covariance, zero
 
 
 class Verdict(NamedTuple):
     """What to make of one observation."""
 
     value: float  #: the observation, drawn in to the clipping limit
+    trust: float  #: in (0, 1], what it counts of a usual observation
     clipped: bool
     shifted: bool  #: the level has changed for good: loosen the model, then learn ``value``
 
@@ -203,11 +216,10 @@ class ResidualFilter:
     """Learned relative noise, clipping of outliers, and recognition of a changed level.
 
     Residuals are divided by the deviation that they should have, noise and what the model does not
-    know yet taken together. Beyond ``clip_at`` deviations an observation is drawn in (Huber). The
-    cumulative sum (Page, Biometrika 41, 1954, 100) of drawn-in residuals, less `SLACK` deviations
-    per observation, exceeds `ALARM_AT` after 7 outliers in a row to the same side, after 17
-    residuals of two deviations, and by chance, were the noise normal, once in some 1e13
-    observations: then the level has changed.
+    know yet taken together. Beyond ``clip_at`` deviations an observation is drawn in, and counts
+    the less the further out it was: a redescending influence (Hampel et al., Robust Statistics,
+    1986). Huber's, full weight at the limit, lets an outlier of 50 times move a rarely seen shape
+    by percents. What stays out is a changed level: `CumulativeSum` (drift.py) tells.
 
     Parameters
     ----------
@@ -217,8 +229,6 @@ class ResidualFilter:
     window : observations that the learned noise remembers
     """
 
-    SLACK = 0.75
-    ALARM_AT = 20.0
     FIRST_COUNT = 10
 
     def __init__(
@@ -234,9 +244,12 @@ class ResidualFilter:
         self.variance = noise * noise
         self.count = 0
         self.num_clipped = 0
-        self.num_shifts = 0
-        self._above = 0.0
-        self._below = 0.0
+        self._drift = CumulativeSum()
+
+    @property
+    def num_shifts(self) -> int:
+        """Changes of level recognised."""
+        return self._drift.num_alarms
 
     @property
     def noise(self) -> float:
@@ -252,21 +265,19 @@ class ResidualFilter:
         spread = math.sqrt(self.variance * (1.0 + leverage))
         z = (observed - predicted) / (predicted * spread)
         drawn = min(max(z, -self.clip_at), self.clip_at)
-        self._above = max(self._above + drawn - self.SLACK, 0.0)
-        self._below = max(self._below - drawn - self.SLACK, 0.0)
-        shifted = max(self._above, self._below) > self.ALARM_AT
-        if shifted:
-            self._above = self._below = 0.0
-            self.num_shifts += 1
+        self._drift.update(drawn)
+        shifted = self._drift.drift_detected
         step = 1.0 / min(self.count + self.FIRST_COUNT, self.window)
         self.variance += step * (drawn * drawn - 1.0) * self.variance
         self.variance = max(self.variance, self.noise_floor**2)
         self.count += 1
+        trust = 1.0
         if clipped := drawn != z:
             self.num_clipped += 1
             if not shifted:
                 observed = predicted * (1.0 + drawn * spread)
-        return Verdict(observed, clipped, shifted)
+                trust = drawn / z
+        return Verdict(observed, trust, clipped, shifted)
 
     def state(self) -> State:
         """Everything but the constructor's arguments, as plain values."""
@@ -274,9 +285,7 @@ class ResidualFilter:
             "variance": self.variance,
             "count": self.count,
             "num_clipped": self.num_clipped,
-            "num_shifts": self.num_shifts,
-            "above": self._above,
-            "below": self._below,
+            "drift": self._drift.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -285,9 +294,7 @@ class ResidualFilter:
             self.variance = max(non_negative("variance", state["variance"]), self.noise_floor**2)
             self.count = int(non_negative("count", state["count"]))
             self.num_clipped = int(non_negative("num_clipped", state["num_clipped"]))
-            self.num_shifts = int(non_negative("num_shifts", state["num_shifts"]))
-            self._above = non_negative("above", state["above"])
-            self._below = non_negative("below", state["below"])
+            self._drift.restore(state["drift"])
         except KeyError as error:
             raise ValueError(f"filter state without {error}") from None
 
@@ -309,7 +316,7 @@ def learn(
         solver.loosen(_KEPT_PRECISION, (_COMMON_FACTOR / residuals.noise) ** 2)
     # By the larger of expected and observed: an outlier seen before the model knows better (a first
     # step that compiles) weighs next to nothing. The price is a bias of one noise variance.
-    weight = max(predicted, verdict.value) ** -2
+    weight = verdict.trust * max(predicted, verdict.value) ** -2
     solver.add(row, max(verdict.value - offset_s, 0.0), weight)
     return verdict
 

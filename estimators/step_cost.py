@@ -94,23 +94,30 @@ _SEGMENT = _Term(16.0, 0.12)
 _FIXED, _BATCH, _VERIFY, _CONTEXT, _PREFILL, _EAGER = range(6)
 _DRAFTING, _FORWARDS, _TOKENS, _CATCH_UP = range(6, 10)
 _SEGMENTS = 10  # and onwards: one per segment
-_NOISE = 0.1  # relative deviation of an observation that the prior's weight is reckoned against
+_NOISE = 0.1  # relative deviation of an observation that the prior's precision is in units of
 
 
-def _prior(num_segments: int, fixed_s: float) -> tuple[F64, F64]:
-    """Prior mean and precision: a shape known within some factors, a level known hardly at all."""
+def _prior(widths: F64, fixed_s: float) -> tuple[F64, F64]:
+    """Prior mean and precision: a shape known within some factors, a level known hardly at all.
+
+    ``widths``: [num_segments], tokens between two knots.
+    """
+    num_segments = len(widths)
     terms = [*_TARGET_TERMS.values(), *_DRAFT_TERMS.values(), *[_SEGMENT] * num_segments]
     share = np.array([term.prior for term in terms])
     mean = fixed_s * share
-    spread = 3.0 * fixed_s * np.maximum(share, 0.05) / _NOISE
-    covariance = np.diag(spread**2) + (30.0 / _NOISE) ** 2 * np.outer(mean, mean)
+    spread = 3.0 * fixed_s * np.maximum(share, 0.05)
+    # A narrow segment stands for a jump: all of it may add what a unit does elsewhere.
+    steep = np.maximum(_SEGMENT.scale / widths, 1.0)
+    spread[_SEGMENTS:] *= steep
+    covariance = np.diag((spread / _NOISE) ** 2) + (30.0 / _NOISE) ** 2 * np.outer(mean, mean)
     precision = np.linalg.inv(covariance)
     # Slopes of neighbouring segments differ by about as much as a slope is large.
     differences = np.zeros((num_segments - 1, len(terms)))
     for i in range(num_segments - 1):
-        differences[i, _SEGMENTS + i : _SEGMENTS + i + 2] = (1.0, -1.0)
-    stiffness = (_NOISE / (fixed_s * _SEGMENT.prior)) ** 2
-    precision += stiffness * differences.T @ differences
+        stiffness = _NOISE / (fixed_s * _SEGMENT.prior * max(steep[i], steep[i + 1]))
+        differences[i, _SEGMENTS + i : _SEGMENTS + i + 2] = (stiffness, -stiffness)
+    precision += differences.T @ differences
     return mean, 0.5 * (precision + precision.T)
 
 
@@ -123,7 +130,7 @@ class StepCost(Regressor):
     graph_sizes : token counts of captured graphs; the engine pads a pass up to the next of them,
         and runs a larger pass without a graph. None: no padding
     draft_forwards : False for proposers whose depth costs no sequential passes (prompt lookup)
-    forgetting, clip_at : as in `StepCostRegressor` (regressor.py)
+    forgetting, clip_at : see least_squares.py
     prior_fixed_s : the prior's cost of an empty step; with 1% of it per token (20 ms and 0.2 ms a
         token). The first few observations replace its level, and it weighs little in its shape
     enough : steps that make a cell of `coverage` seen
@@ -157,7 +164,7 @@ class StepCost(Regressor):
         self._low = np.array([0.0, *knots])
         self._width = np.array([*np.diff(self._low), math.inf])
         self._graphs = np.array(graph_sizes or (), np.float64)
-        mean, precision = _prior(len(self._low), prior_fixed_s)
+        mean, precision = _prior(self._width, prior_fixed_s)
         if not draft_forwards:
             mean[_FORWARDS] = 0.0
         self._solver = RecursiveLeastSquares(mean, precision, forgetting)
@@ -187,7 +194,8 @@ class StepCost(Regressor):
         units: F64 = np.clip(num_tokens[..., None] - self._low, 0.0, self._width) / _SEGMENT.scale
         return units
 
-    def _row(self, shape: StepShape) -> F64:
+    def row(self, shape: StepShape) -> F64:
+        """[num_terms]: the features of a step of ``shape``, in the units of the terms."""
         # Plain Python: for one shape it takes half the time of the vectorised features.
         batch, verify, prefill, context, forwards, tokens, catch_up = shape
         num_tokens = verify + prefill
@@ -233,13 +241,14 @@ class StepCost(Regressor):
         if draft_s is not None:
             non_negative("draft_s", draft_s)
 
-        row = self._row(shape)
+        row = self.row(shape)
         solver = self._solver
         if self._num_observed == 0:
             solver.rescale(max(step_s, RESOLUTION_S) / float(row @ solver.coef))
         overhead_s = self._overhead.value
         predicted = max(overhead_s + float(row @ solver.coef), RESOLUTION_S)
         residuals = self._filters["step"]
+        name = "step" if target_s is None or draft_s is None else "target"
         if target_s is None or draft_s is None:
             clipped = learn(solver, residuals, row, step_s, overhead_s).clipped
         else:
@@ -253,6 +262,9 @@ class StepCost(Regressor):
                 draft = learn(solver, self._filters["draft"], row * self._of_draft, draft_s)
                 clipped = clipped or draft.clipped
             self._overhead.add(max(step_s - part_s, 0.0))
+        # Precisions are in units of the noise: the quieter the machine, the sooner it, and not the
+        # prior, is believed.
+        self._solver.prior_weight = (self._filters[name].noise / _NOISE) ** 2
         solver.solve()
 
         band = bisect_left(self.knots, shape.verify_tokens + shape.prefill_tokens)
@@ -295,13 +307,13 @@ class StepCost(Regressor):
     def seconds(self, shape: StepShape) -> float:
         """Expected seconds of a step of ``shape``, overhead and drafting included; > 0."""
         self._check(shape)
-        expected = self._overhead.value + float(self._row(shape) @ self._solver.coef)
+        expected = self._overhead.value + float(self.row(shape) @ self._solver.coef)
         return max(expected, RESOLUTION_S)
 
     def std(self, shape: StepShape) -> float:
         """Standard deviation of the seconds of one step of ``shape``, in seconds."""
         self._check(shape)
-        leverage = self._solver.leverage(self._row(shape))
+        leverage = self._solver.leverage(self.row(shape))
         return self._filters["step"].noise * math.sqrt(self.seconds(shape) ** 2 + leverage)
 
     def target_curve(self, shape: StepShape, num_tokens: npt.ArrayLike) -> F64:
@@ -385,6 +397,11 @@ class StepCost(Regressor):
     def num_clipped(self) -> dict[str, int]:
         """Outliers drawn in, by what was timed: "target", "draft", "step"."""
         return {name: part.num_clipped for name, part in self._filters.items()}
+
+    @property
+    def num_changes(self) -> int:
+        """Times that a change of level made what was learned count for less."""
+        return self._solver.num_loosened
 
     @property
     def num_shifts(self) -> dict[str, int]:

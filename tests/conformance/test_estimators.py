@@ -18,7 +18,6 @@ from river.checks import common
 
 from smartspec.estimators.acceptance import AcceptanceEstimator
 from smartspec.estimators.base import OnlineEstimator, predict_interval
-from smartspec.estimators.regressor import StepCostRegressor
 from smartspec.estimators.step_cost import StepCost
 
 Observation = tuple[dict[str, Any], float]
@@ -63,7 +62,6 @@ CASES = {
         acceptance_stream,
     ),
     "StepCost": Case(lambda: StepCost(graph_sizes=(8, 16)), cost_stream),
-    "StepCostRegressor": Case(StepCostRegressor, cost_stream),
 }
 
 
@@ -250,9 +248,9 @@ def test_cost_per_observation_stays_when_many_were_learned(case: Case) -> None:
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
-@pytest.mark.parametrize("make", [StepCost, StepCostRegressor])
+@pytest.mark.parametrize("make", [StepCost])
 def test_costs_are_learned_as_well_when_the_machine_is_another(
-    make: type[StepCost | StepCostRegressor], factor: float
+    make: type[StepCost], factor: float
 ) -> None:
     model = make()
     for x, y in itertools.islice(cost_stream(0), 400):
@@ -316,13 +314,13 @@ RIVER_STREAM_CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("model", [StepCost, StepCostRegressor])
+@pytest.mark.parametrize("model", [StepCost])
 @pytest.mark.parametrize("check", RIVER_CHECKS, ids=lambda check: check.__name__)
 def test_river_accepts_the_regressor_when_it_checks(model: Any, check: Callable) -> None:
     check(model())
 
 
-@pytest.mark.parametrize("model", [StepCost, StepCostRegressor])
+@pytest.mark.parametrize("model", [StepCost])
 @pytest.mark.parametrize("check", RIVER_STREAM_CHECKS, ids=lambda check: check.__name__)
 def test_river_accepts_the_regressor_when_it_checks_on_a_stream(
     model: Any, check: Callable

@@ -191,6 +191,17 @@ def test_hello_is_asked_for_when_an_unknown_engine_reports() -> None:
     assert rig.loop.counters["reports"] == 0
 
 
+def test_operator_is_told_when_steps_take_longer_for_good(rig: Rig) -> None:
+    for seq in range(1, 201):
+        slow = 1.5 if seq > 160 else 1.0
+        rig.cycle(
+            b"a", step_report(seq, roster=seq == 1, step_s=0.03 * slow, target_s=0.025 * slow)
+        )
+    notes = [note for note in rig.bus.of(NoteEvent) if note.kind == "drift"]
+    assert notes and len(notes) == rig.loop.counters["cost_changes"] <= 3
+    assert notes[0].engine == "gpu0" and "1.5" in notes[0].text
+
+
 def test_bad_frame_is_counted_and_told_now_and_then(rig: Rig) -> None:
     for _ in range(50):
         rig.cycle(b"a", b"\xc1", step_report(1, step_s=float("nan")))

@@ -1,4 +1,4 @@
-"""StepCost and StepCostRegressor: coefficients, curves, outliers, changes, what is not known."""
+"""StepCost: coefficients, curves, outliers, changes, what is not known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 from smartspec.estimators.least_squares import RecursiveLeastSquares, ResidualFilter
-from smartspec.estimators.regressor import StepCostRegressor
 from smartspec.estimators.step_cost import StepCost, StepShape
 
 IDLE = StepShape(1, 1, 0, 500)
@@ -169,6 +168,50 @@ def test_one_outlier_moves_the_prediction_little_when_the_level_is_known() -> No
     assert residual.clipped and residual.observed_s == 1.002
     assert residual.predicted_s == before
     assert model.seconds(IDLE) == pytest.approx(before, rel=0.05)
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "sum"])
+def test_outliers_move_predictions_by_less_than_a_percent_when_300_steps_were_seen(
+    apart: bool,
+) -> None:
+    machine, model = Machine(17, outliers=0.0), StepCost()
+    machine.run(model, 300, apart)
+    probes = [machine.shape() for _ in range(30)]
+    for _ in range(20):
+        shape = machine.shape()
+        target, draft, overhead = machine.parts(shape)
+        target *= machine.rng.uniform(5, 50)
+        before = np.array([model.seconds(s) for s in (shape, *probes)])
+        parts = (target, draft) if apart else (None, None)
+        assert model.observe(shape, *parts, target + draft + overhead).clipped
+        after = np.array([model.seconds(s) for s in (shape, *probes)])
+        assert np.abs(after / before - 1.0).max() < 0.01
+        machine.run(model, 20, apart)
+
+
+def test_one_token_is_learned_from_few_steps_when_it_is_far_cheaper_than_two() -> None:
+    rng = np.random.default_rng(18)
+    model = StepCost(knots=(2, 16, 32, 64, 256), draft_forwards=False)
+
+    def observe(num_tokens: int) -> None:
+        step_s = 0.075 if num_tokens == 1 else 0.1 + 0.009 * (num_tokens - 2)
+        step_s *= 1.0 + NOISE * rng.normal()
+        model.observe(StepShape(1, num_tokens, 0, 300), None, None, step_s)
+
+    for _ in range(40):
+        observe(int(rng.integers(2, 7)))
+    for _ in range(3):
+        observe(1)
+    assert model.seconds(StepShape(1, 1, 0, 300)) == pytest.approx(0.075, rel=0.05)
+
+
+def test_cost_never_falls_with_tokens_or_context_when_far_outside_what_was_seen() -> None:
+    machine, model = Machine(19, concave), StepCost()
+    machine.run(model, 300)
+    curve = model.target_curve(StepShape(8, 8, 0, 4000), np.arange(1, 5000))
+    assert (np.diff(curve) >= 0.0).all() and curve[0] > 0.0
+    by_context = [model.seconds(StepShape(8, 8, 0, c)) for c in (0, 100, 10_000, 1_000_000)]
+    assert by_context == sorted(by_context) and by_context[0] > 0.0
 
 
 def test_model_recovers_within_20_steps_when_the_very_first_step_is_an_outlier() -> None:
@@ -358,8 +401,8 @@ def test_precision_is_kept_across_and_bounded_along_when_one_row_repeats() -> No
     solver.solve()
     assert solver.leverage(across) == pytest.approx(2.0)
     assert solver.leverage(np.array([0.0, 0.0, 1.0])) == pytest.approx(1.0)
-    assert solver.leverage(row) == pytest.approx(0.1, rel=1e-3)  # 1 - forgetting
-    assert solver.coef[:2].sum() == pytest.approx(2.0)
+    assert 1 / solver.leverage(row) == pytest.approx(1 / (1 - 0.9) + 0.5)  # and the prior's
+    assert solver.coef[:2].sum() == pytest.approx(2.0 * 10 / (10 + 0.5))
 
 
 def test_solver_recovers_and_says_so_when_its_precision_is_ruined() -> None:
@@ -371,6 +414,20 @@ def test_solver_recovers_and_says_so_when_its_precision_is_ruined() -> None:
     solver.add(np.array([1.0, 0.0]), 3.0, 1e6)
     solver.solve()
     assert solver.coef == pytest.approx([3.0, 1.0], rel=1e-3)
+
+
+def test_prior_counts_for_less_when_the_machine_is_quiet() -> None:
+    def distance(noise: float) -> float:
+        rng = np.random.default_rng(20)
+        model = StepCost(knots=(16,))
+        for _ in range(15):
+            n = int(rng.integers(2, 12))
+            step_s = (0.02 + 0.004 * n) * (1.0 + noise * rng.normal())
+            model.observe(StepShape(1, n), None, None, step_s)
+        low, high = model.target_curve(StepShape(1, 1), [2, 12])
+        return abs((high - low) / 10 / 0.004 - 1.0)
+
+    assert distance(0.003) < 0.05 < distance(0.1)
 
 
 def test_alarm_is_raised_soon_on_a_shift_and_not_when_outliers_come_singly() -> None:
@@ -385,25 +442,3 @@ def test_alarm_is_raised_soon_on_a_shift_and_not_when_outliers_come_singly() -> 
         residuals.judge(1.0, 1.3 * math.exp(NOISE * rng.normal()), 0.0).shifted for _ in range(8)
     ]
     assert any(shifted)
-
-
-def test_regressor_fits_named_features_when_they_come_and_go() -> None:
-    rng = np.random.default_rng(16)
-    model = StepCostRegressor()
-    for step in range(600):
-        x = {"a": float(rng.integers(1, 50))}
-        if step > 200 and rng.random() < 0.5:
-            x["b"] = float(rng.integers(1, 5))
-        y = 0.01 + 0.001 * x["a"] + 0.02 * x.get("b", 0.0)
-        model.learn_one(x, y * math.exp(NOISE * rng.normal()))
-    assert model.predict_one({"a": 20}) == pytest.approx(0.03, rel=0.03)
-    assert model.predict_one({"a": 20, "b": 3, "never seen": 9}) == pytest.approx(0.09, rel=0.03)
-
-
-def test_regressor_is_bounded_when_features_never_stop_coming() -> None:
-    model = StepCostRegressor(max_features=3)
-    model.learn_one({"a": 1, "b": 1, "c": 1}, 0.02)
-    before = model.state()
-    with pytest.raises(ValueError, match="more than 3"):
-        model.learn_one({"d": 1}, 0.02)
-    assert model.state() == before

@@ -1,0 +1,1 @@
+"""Step times of real GPUs, put together from public profiles: for benchmarks and simulation."""
