@@ -184,6 +184,9 @@ class RecursiveLeastSquares:
         moment = unpack(state, "moment", (size,))
         coef = unpack(state, "coef", (size,))
         covariance = unpack(state, "covariance", (size, size))
+        spread = np.linalg.eigvalsh(0.5 * (covariance + covariance.T))
+        if not spread.min(initial=0.0) >= -1e-9 * spread.max(initial=0.0):
+            raise ValueError("covariance is not one")
         active = np.array(state["active"], bool)
         if len(active) != size or coef.min(initial=0.0) < 0.0:
             raise ValueError("coefficients do not match their model")
