@@ -71,6 +71,9 @@ class Keys:
     def learned_of(self, key_id: str) -> str:
         return f"{self.learned}:{key_id}"
 
+    def learned_refused(self, key_id: str) -> str:
+        return f"{self.base}learned-refused:{key_id}"
+
     def stream_of(self, event: BusEvent) -> str | None:
         """The stream that keeps ``event``; None: it is kept in a hash only."""
         match event:
@@ -105,7 +108,7 @@ def read_learned(client: redis.Redis, keys: Keys, count: int) -> dict[str, bytes
 
 def put_learned_aside(client: redis.Redis, keys: Keys, key_id: str) -> str:
     """Keep a checkpoint that was refused under another key, which is returned."""
-    aside = f"{keys.base}learned-refused:{key_id}"
+    aside = keys.learned_refused(key_id)
     pipe = client.pipeline()
     pipe.rename(keys.learned_of(key_id), aside)
     pipe.zrem(keys.learned, key_id)
