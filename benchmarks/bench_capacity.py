@@ -96,6 +96,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "SMARTSPEC_RUNTIME_DIR": folder,
+            "SMARTSPEC_STATE_DIRECTORY": f"{folder}/state",
+            "SMARTSPEC_STATE_CHECKPOINT_S": "1",  # sixty times as often as by default
             "SMARTSPEC_TELEMETRY_PROMETHEUS_PORT": str(PORT),
         }
         command = [sys.executable, "-m", "smartspec.daemon.cli", "run"]

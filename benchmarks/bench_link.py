@@ -190,7 +190,10 @@ def main() -> None:
         figures |= take_turns_and_play_back(size, args.steps, ("moving_warm", "moving"), True)
     figures["fixed_length_us"] = float(np.median(time_steps(FixedLength(3), 256, 500, 0.0))) * 1e6
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"SMARTSPEC_RUNTIME_DIR": folder}
+        environment = os.environ | {
+            "SMARTSPEC_RUNTIME_DIR": folder,
+            "SMARTSPEC_STATE_ENABLED": "false",
+        }
         command = [sys.executable, "-m", "smartspec.daemon.cli", "run"]
         environment["SMARTSPEC_TELEMETRY_ENABLED"] = "false"
         daemon = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)

@@ -198,6 +198,22 @@ def inspect(
 
 
 @app.command()
+def state(
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+    config_file: ConfigFile = None,
+    set_: Assignments = None,
+) -> None:
+    """List what was learned and is kept, and what was refused and why.
+
+    Exit code: 2 the directory cannot be read.
+    """
+    settings = _load(config_file, set_)
+    from smartspec.daemon import stored_state
+
+    raise typer.Exit(stored_state.run(settings, as_json))
+
+
+@app.command()
 def worker(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Hugging Face id or local path.")] = None,

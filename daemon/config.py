@@ -97,6 +97,33 @@ class RedisSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ] = 86_400
 
 
+class StateSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What was learned, kept over restarts (docs/state.md)."""
+
+    enabled: Annotated[
+        bool, _doc("Keep what was learned in files and in Redis, and start from it.")
+    ] = True
+    directory: Annotated[
+        str,
+        _doc(
+            "Directory of the files. Empty: $STATE_DIRECTORY (systemd), else "
+            "$XDG_STATE_HOME/smartspec, else ~/.local/state/smartspec."
+        ),
+    ] = ""
+    checkpoint_s: Annotated[
+        Seconds,
+        _doc(
+            "Seconds between two checkpoints: what a crash may cost. The telemetry process writes "
+            "them; without it they are written at shutdown only."
+        ),
+    ] = 60.0
+    max_kept: Annotated[
+        Count,
+        Meta(le=1024),
+        _doc("Checkpoints kept, one per kind of engine; the oldest are deleted."),
+    ] = 64
+
+
 class TelemetrySettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The process beside the daemon that writes Redis and serves Prometheus."""
 
@@ -149,6 +176,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = ""
     control: ControlSettings = field(default_factory=ControlSettings)
     redis: RedisSettings = field(default_factory=RedisSettings)
+    state: StateSettings = field(default_factory=StateSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     log: LogSettings = field(default_factory=LogSettings)
 
@@ -373,6 +401,8 @@ def _resolve(values: dict[str, Any], env: Mapping[str, str]) -> Settings:
     values["runtime_dir"] = runtime_dir
     values["endpoint"] = values.get("endpoint") or f"ipc://{runtime_dir}/engines.sock"
     values["bus_endpoint"] = values.get("bus_endpoint") or f"ipc://{runtime_dir}/bus.sock"
+    directory = str(values.get("state.directory") or default_state_dir(env, runtime_dir))
+    values["state.directory"] = str(Path(directory).expanduser().absolute())
     tree: dict[str, Any] = {}
     for name, value in values.items():
         section, _, key = name.rpartition(".")
@@ -391,6 +421,17 @@ def default_runtime_dir(env: Mapping[str, str]) -> str:
     if given := env.get("XDG_RUNTIME_DIR"):
         return f"{given}/smartspec"
     return f"/tmp/smartspec-{os.getuid()}"
+
+
+def default_state_dir(env: Mapping[str, str], runtime_dir: str) -> str:
+    """Where learned state is kept when nothing is configured."""
+    if given := env.get("STATE_DIRECTORY"):
+        return given.partition(":")[0]
+    if given := env.get("XDG_STATE_HOME"):
+        return f"{given}/smartspec"
+    if given := env.get("HOME"):
+        return f"{given}/.local/state/smartspec"
+    return f"{runtime_dir}/state"
 
 
 def _check_endpoint(name: str, given: str, insecure: bool) -> None:

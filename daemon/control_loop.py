@@ -18,12 +18,15 @@ from smartspec.daemon.config import Settings
 from smartspec.daemon.engines import Engine, Observation, RosterGap
 from smartspec.daemon.event_bus import (
     Bus,
+    CheckpointEvent,
     DecisionEvent,
     EngineEvent,
     LoopEvent,
     NoteEvent,
     StepEvent,
 )
+from smartspec.daemon.learned import MAX_BYTES, Learned, ModelKey, RefusedState, encode, restore
+from smartspec.daemon.library import Library
 from smartspec.daemon.policy import Decision, Planner
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.messages import (
@@ -79,6 +82,7 @@ class ControlLoop:
     bus : where everything that happens is published
     clock : monotonic seconds, for all timing
     wall : seconds of the calendar, for events only
+    library : what was learned before; None: nothing
     """
 
     def __init__(
@@ -88,12 +92,14 @@ class ControlLoop:
         bus: Bus,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        library: Library | None = None,
     ) -> None:
         self._settings = settings
         self._transport = transport
         self._bus = bus
         self._clock = clock
         self._wall = wall
+        self._library = Library(settings.state.max_kept) if library is None else library
         self.epoch = secrets.randbits(48)
         self._heartbeat = messages.encode(Heartbeat(daemon_epoch=self.epoch))
         self._by_peer: dict[bytes, Session] = {}
@@ -102,7 +108,11 @@ class ControlLoop:
         self._answered_at: dict[bytes, float] = {}
         self._next_heartbeat_at = clock()
         self._next_tidy_at = clock()
+        self._next_checkpoint_at = clock() + settings.state.checkpoint_s
+        self._to_save: list[Engine] = []
         self.counters: Counter[str] = Counter()
+        if self._library.num_refused:
+            self.counters["states_refused"] = self._library.num_refused
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -238,7 +248,11 @@ class ControlLoop:
             self._refuse_engine(peer, hello, "control.max_engines is reached")
             return
         # Made first: a Hello that is refused must cost neither session nor what was learned.
-        engine = Engine(hello, known.engine if known else self._retired.get(hello.engine))
+        previous = known.engine if known else self._retired.get(hello.engine)
+        origin: list[str] = []
+        engine = Engine(hello, previous, lambda key: self._lend(key, origin))
+        if previous is not None and previous.learned is not engine.learned and previous.num_unsaved:
+            self._checkpoint(previous)  # or it would go with the name
         if known is not None:
             self._forget(known, "replaced")
         self._retired.pop(hello.engine, None)
@@ -259,6 +273,10 @@ class ControlLoop:
         self.counters["engines_connected"] += 1
         log.info("engine %s connected (epoch %d)", engine.name, hello.epoch)
         self._publish_engine(session, "connected")
+        for text in origin:
+            log.info("engine %s %s", engine.name, text)
+            kind = "warm_start" if engine.learned.num_steps else "cold_start"
+            self._bus.publish(NoteEvent(engine=engine.name, kind=kind, text=text))
 
     def _seat(self, session: Session, peer: bytes) -> None:
         """Note that an engine is reached at ``peer``: one connection, one engine."""
@@ -337,6 +355,84 @@ class ControlLoop:
                 NoteEvent(engine="", level="warning", kind="bad_frame", text=str(error))
             )
 
+    # -- what was learned ---------------------------------------------------------------------
+
+    def _engines(self) -> list[Engine]:
+        """Those connected, and those that have gone and may come back."""
+        return [session.engine for session in self._by_name.values()] + [*self._retired.values()]
+
+    def _lend(self, key: ModelKey, origin: list[str]) -> Learned | None:
+        """A copy of what is known of an engine's kind; ``origin`` is told where it is from."""
+        like = [e for e in self._engines() if e.key == key and e.learned.num_steps]
+        if like:
+            best = max(like, key=lambda engine: engine.learned.num_steps)
+            try:
+                learned = restore(best.learned.checkpoint(best.name, self._wall()))
+            except RefusedState:
+                self._count_failure("copying what was learned", None)
+            else:
+                origin.append(
+                    f"starts from what engine {best.name} knows, of {learned.num_steps} steps"
+                )
+                return learned
+        if (found := self._library.find(key)) is not None:
+            learned, checkpoint = found
+            age_s = max(0.0, self._wall() - checkpoint.saved_s)
+            origin.append(
+                f"starts from what engine {checkpoint.engine} knew {age_s:.0f} s ago, of "
+                f"{learned.num_steps} steps"
+            )
+            return learned
+        if (why := self._library.why_not(key)) is not None:
+            origin.append(f"starts cold: {why}")
+        return None
+
+    def _save_some(self, now: float) -> None:
+        """One checkpoint a turn, so that no turn is long however many engines there are."""
+        if now >= self._next_checkpoint_at:
+            self._next_checkpoint_at = now + self._settings.state.checkpoint_s
+            # Of engines of one kind, the one that has learned most since the last checkpoint.
+            busiest: dict[ModelKey, tuple[int, Engine]] = {}
+            for engine in self._engines():
+                if engine.num_unsaved > busiest.get(engine.key, (0,))[0]:
+                    busiest[engine.key] = engine.num_unsaved, engine
+                engine.num_unsaved = 0
+            self._to_save = [engine for _, engine in busiest.values()]
+        if self._to_save:
+            self._checkpoint(self._to_save.pop())
+
+    def _checkpoint(self, engine: Engine) -> CheckpointEvent | None:
+        if not self._settings.state.enabled:
+            return None
+        try:
+            checkpoint = engine.learned.checkpoint(engine.name, self._wall())
+            frame = encode(checkpoint)
+        except Exception:
+            self._count_failure("saving what was learned", None)
+            return None
+        engine.num_unsaved = 0
+        self._library.put(checkpoint)
+        if len(frame) > MAX_BYTES:
+            self.counters["checkpoints_too_large"] += 1
+            return None
+        event = CheckpointEvent(
+            t_s=checkpoint.saved_s, key_id=engine.key.id, frame=frame, engine=engine.name
+        )
+        self._bus.publish(event)
+        self.counters["checkpoints"] += 1
+        return event
+
+    def checkpoints(self) -> list[CheckpointEvent]:
+        """All that was learned in this life, published once more: for when the loop has ended."""
+        last: dict[ModelKey, Engine] = {}
+        for engine in self._engines():
+            rival = last.get(engine.key)
+            mine = (engine.num_unsaved, engine.learned.num_steps)
+            if rival is None or mine > (rival.num_unsaved, rival.learned.num_steps):
+                last[engine.key] = engine
+        events = (self._checkpoint(e) for e in last.values() if e.num_reports or e.num_unsaved)
+        return [event for event in events if event is not None]
+
     # -- time -----------------------------------------------------------------------------------
 
     def _keep_time(self) -> None:
@@ -345,6 +441,7 @@ class ControlLoop:
             self._next_heartbeat_at = now + self._settings.control.heartbeat_s
             for peer in self._by_peer:
                 self._transport.send(peer, self._heartbeat)
+        self._save_some(now)
         if now >= self._next_tidy_at:
             self._next_tidy_at = now + 1.0
             timeout_s = self._settings.control.engine_timeout_s

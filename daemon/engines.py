@@ -6,19 +6,19 @@ either taken whole or refused whole, with the field's name.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from smartspec.daemon.learned import MAX_GRAPH_SIZES, Learned, ModelKey
 from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, bucket_index
 from smartspec.engine_adapter.messages import (
     MAX_BATCH,
     MAX_STEP_S,
-    BucketAxis,
     Hello,
     MessageError,
     Roster,
@@ -28,14 +28,12 @@ from smartspec.engine_adapter.messages import (
     unpack,
 )
 from smartspec.estimators.acceptance import AcceptanceEstimator
-from smartspec.estimators.features import BUCKET_EDGES
 from smartspec.estimators.request_rows import Rows
 from smartspec.estimators.step_cost import StepCost, StepShape
 
 U8 = npt.NDArray[np.uint8]
 MAX_TOKENS = 1 << 28  #: no step has more of anything
 MAX_PASS_TOKENS = 1 << 22  #: nor more of prompts: cost curves travel as f32, exact to 2^24
-MAX_GRAPH_SIZES = 1024
 MAX_NAMES = 64  #: features, or execution modes
 MOST = {
     "num_prefill_tokens": MAX_PASS_TOKENS,
@@ -46,9 +44,7 @@ MOST = {
     "num_waiting": MAX_TOKENS,
 }
 POLICIES_KEPT = 64  #: to tell how late a report's policy was
-#: Where a step's cost may bend. On a CPU one token (matrix times vector) is far cheaper than two;
-#: a GPU's roofline shows in the hundreds.
-COST_KNOTS = (2, 16, 32, 64, 256)
+STEERED = ("policy", "probe")  #: sources of lengths that were ours
 SMOOTHING = 0.1  #: of load between reports
 
 
@@ -83,51 +79,55 @@ class Observation(NamedTuple):
         return bool(self.num_drafted.any())
 
 
+def nobody(key: ModelKey) -> Learned | None:
+    """Lends nothing: an engine that nobody knows starts cold."""
+    return None
+
+
 class Engine:
     """State of one engine epoch.
 
     Parameters
     ----------
     hello : its introduction
-    previous : the same engine before its restart; what it learned is kept when the fingerprint
-        and the limits that shape the models are the same
+    previous : the same engine before its restart; what it learned is kept when the key (the
+        fingerprint, and the limits that shape the models) is the same
+    lend : asked for models of their own to start from when it is not
 
     Raises `MessageError` when the introduction contradicts itself.
     """
 
-    acceptance: AcceptanceEstimator
-    step_cost: StepCost
+    learned: Learned
+    num_unsaved: int  #: steps learned since checkpoints were last taken
     num_reports: int
     last_seq: int
     policy_seq: int
 
-    def __init__(self, hello: Hello, previous: Engine | None = None) -> None:
+    def __init__(
+        self,
+        hello: Hello,
+        previous: Engine | None = None,
+        lend: Callable[[ModelKey], Learned | None] = nobody,
+    ) -> None:
         _check_hello(hello)
         limits = hello.limits
         self.hello = hello
         self.name = hello.engine
         self.max_length = limits.max_length
-        self.axes = tuple(
-            BucketAxis(feature=name, edges=BUCKET_EDGES[name])
-            for name in limits.features
-            if name in BUCKET_EDGES
-        )
+        self.key = ModelKey.of(hello)
+        self.axes = self.key.axes
         self._edges = [np.array(axis.edges, np.float32) for axis in self.axes]
         self._feature_rows = [limits.features.index(axis.feature) for axis in self.axes]
-        self.is_warm = False
-        if previous is not None and previous._model_key() == self._model_key():
-            self.acceptance = previous.acceptance
-            self.step_cost = previous.step_cost
-            self.acceptance.forget_requests()
-            self.is_warm = previous.is_warm or previous.num_reports > 100
+        if previous is not None and previous.key == self.key:
+            self.learned = previous.learned
+            self.learned.acceptance.forget_requests()
+            self.num_unsaved = previous.num_unsaved
         else:
-            num_buckets = math.prod(len(edges) + 1 for edges in self._edges)
-            self.acceptance = AcceptanceEstimator(num_buckets, max(1, self.max_length))
-            self.step_cost = StepCost(
-                knots=COST_KNOTS,
-                graph_sizes=limits.graph_sizes,
-                draft_forwards=not limits.drafts_known_first,
-            )
+            self.learned = lend(self.key) or Learned.new(self.key)
+            self.num_unsaved = 0
+        self.acceptance: AcceptanceEstimator = self.learned.acceptance
+        self.step_cost: StepCost = self.learned.step_cost
+        self.is_warm = self.learned.is_warm  #: at its start
 
         self.batch: Batch | None = None
         self._rows_batch: Batch | None = None
@@ -145,17 +145,6 @@ class Engine:
         self.num_refused = 0  #: reports that could not be believed
         self.policy_seq = 0 if previous is None else previous.policy_seq
         self._report_of_policy: OrderedDict[int, int] = OrderedDict()
-
-    def _model_key(self) -> tuple[Any, ...]:
-        """What must be equal for learned models to fit."""
-        limits = self.hello.limits
-        return (
-            self.hello.fingerprint,
-            limits.max_length,
-            limits.graph_sizes,
-            limits.drafts_known_first,
-            self.axes,
-        )
 
     # -- reports --------------------------------------------------------------------------------
 
@@ -243,6 +232,9 @@ class Engine:
         """Take a step into both models; returns the seconds that were predicted for it."""
         report, batch = observation.report, observation.batch
         drafted = observation.num_drafted
+        self.num_unsaved += 1
+        self.learned.num_steps += 1
+        self.learned.num_steered += report.source in STEERED
         if len(batch.ids):
             rows = self.rows(batch)
             if self.hello.limits.drafts_known_first:

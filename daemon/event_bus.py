@@ -100,13 +100,21 @@ class LoopEvent(Event, frozen=True, kw_only=True, tag="loop"):
     counters: dict[str, int] = {}  #: totals since the daemon started
 
 
-BusEvent = StepEvent | DecisionEvent | EngineEvent | NoteEvent | LoopEvent
+class CheckpointEvent(Event, frozen=True, kw_only=True, gc=False, tag="checkpoint"):
+    """What was learned of one kind of engine, to be stored: newer ones replace older ones."""
+
+    key_id: str  #: learned.ModelKey.id
+    frame: bytes  #: learned.encode
+    engine: str = ""  #: the one that learned it
+
+
+BusEvent = StepEvent | DecisionEvent | EngineEvent | NoteEvent | LoopEvent | CheckpointEvent
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(BusEvent)
 _TOPICS = {
     kind: str(kind.__struct_config__.tag).encode()
-    for kind in (StepEvent, DecisionEvent, EngineEvent, NoteEvent, LoopEvent)
+    for kind in (StepEvent, DecisionEvent, EngineEvent, NoteEvent, LoopEvent, CheckpointEvent)
 }
 
 

@@ -168,11 +168,11 @@ def _overview(views: list[View]) -> Any:
             _signed(state.gain_over_none),
             state.reason or "-",
         )
-        table.add_row(*map(_shown, cells))
+        table.add_row(*map(shown, cells))
     return table
 
 
-def _shown(text: str) -> Any:
+def shown(text: str) -> Any:
     """Text as it is: names and reasons come from elsewhere, and must not steer the terminal."""
     from rich.text import Text
 
@@ -226,10 +226,10 @@ def _details(view: View) -> Any:
         ("probes", f"{state.num_probes} requests drafted for only to learn"),
     ]
     for name, text in rows:
-        table.add_row(name, _shown(text))
+        table.add_row(name, shown(text))
     for number, event in enumerate(view.events):
-        table.add_row("last events" if number == 0 else "", _shown(_event(event)))
-    return Panel(table, title=_shown(f"engine {state.engine}"), title_align="left", expand=False)
+        table.add_row("last events" if number == 0 else "", shown(_event(event)))
+    return Panel(table, title=shown(f"engine {state.engine}"), title_align="left", expand=False)
 
 
 def _condition(view: View) -> str:
@@ -341,4 +341,4 @@ def _watch(
             try:
                 live.update(render(read(settings, engine, wall())))
             except InspectError as error:
-                live.update(_shown(f"{error}; trying again"))
+                live.update(shown(f"{error}; trying again"))

@@ -21,7 +21,7 @@ import msgspec
 
 from smartspec.daemon import config, logs
 from smartspec.daemon.config import ConfigError, Settings
-from smartspec.daemon.event_bus import Bus, EventBus, NoteEvent
+from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ class Loop(Protocol):
     """What is run: control_loop.ControlLoop, or a stand-in."""
 
     def cycle(self, timeout_s: float) -> str | None: ...
+
+    def checkpoints(self) -> list[CheckpointEvent]: ...
 
     def close(self) -> None: ...
 
@@ -235,12 +237,37 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
 
     from smartspec.daemon.control_loop import ControlLoop
     from smartspec.daemon.transport import Server
+    from smartspec.daemon.warm_start import load
 
+    library = load(settings)  # this may wait for a disk, or a second for Redis: no engine does
     try:
         transport = Server(settings.endpoint)
     except (zmq.ZMQError, OSError) as error:
         raise ServiceError(f"endpoint: cannot listen at {settings.endpoint} ({error})") from error
-    return ControlLoop(settings, transport, bus, time.monotonic)
+    return ControlLoop(settings, transport, bus, time.monotonic, library=library)
+
+
+def save_last(settings: Settings, last: list[CheckpointEvent]) -> None:
+    """Write what was learned until the end, whatever has become of the telemetry process.
+
+    After it has ended, so that nothing older is written over it. Never raises.
+    """
+    from smartspec.daemon.warm_start import state_directory
+
+    directory = state_directory(settings)
+    for event in last:
+        try:
+            directory.write(event.key_id, event.frame)
+        except OSError as error:
+            log.error(
+                "state.directory: %s cannot be written (%s): what was learned since the last "
+                "checkpoint is lost; name a directory that the daemon may write",
+                directory.path,
+                error,
+            )
+            return
+    if last:
+        log.info("learned state of %d kinds of engines is saved", len(last))
 
 
 def run(
@@ -261,6 +288,7 @@ def run(
     bus = _bind_bus(settings.bus_endpoint)
     telemetry = TelemetryChild(partial(start_telemetry, settings), bus)
     loop = None
+    last: list[CheckpointEvent] = []
     try:
         loop = loop_factory(settings, bus)
         # What lives now lives for good: collections need not look at it again. What the loop makes
@@ -287,8 +315,13 @@ def run(
         log.info("stopping")
     finally:
         if loop is not None:
+            try:
+                last = loop.checkpoints()
+            except Exception:
+                log.exception("what was learned since the last checkpoint is lost")
             loop.close()
         telemetry.close()
+        save_last(settings, last)
         bus.close()
         lock.release()
 

@@ -363,8 +363,8 @@ class AcceptanceEstimator:
 
     # -- state ------------------------------------------------------------------------------
 
-    def state(self) -> State:
-        """The table and the requests. A new engine epoch keeps the first: see `forget_requests`."""
+    def state(self, *, requests: bool = True) -> State:
+        """The table and, if wanted, the ``requests``, which end with their engine's epoch."""
         return {
             "kind": type(self).__name__,
             "params": {
@@ -383,7 +383,7 @@ class AcceptanceEstimator:
             },
             "counts": pack(self._counts),
             "presence": pack(self._presence),
-            "requests": self._requests.state(),
+            "requests": self._requests.state() if requests else None,
         }
 
     def forget_requests(self) -> None:
@@ -403,8 +403,11 @@ class AcceptanceEstimator:
                 raise ValueError("counts are not of accepted among reached drafts")
             if not 0.0 <= presence[0] <= presence[1] * (1 + 1e-9):
                 raise ValueError("presence is not of hits among tries")
+            if max(counts.max(), presence[1]) > model.window * (1 + 1e-9):
+                raise ValueError("counts are above the window")
             model._counts, model._presence = counts, presence
-            model._requests.restore(state["requests"])
+            if state["requests"] is not None:
+                model._requests.restore(state["requests"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a state of {cls.__name__}: {error!r}") from None
         return model

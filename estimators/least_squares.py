@@ -192,6 +192,9 @@ class RecursiveLeastSquares:
         moment = unpack(state, "moment", (size,))
         coef = unpack(state, "coef", (size,))
         covariance = unpack(state, "covariance", (size, size))
+        spread = np.linalg.eigvalsh(0.5 * (covariance + covariance.T))
+        if not spread.min(initial=0.0) >= -1e-9 * spread.max(initial=0.0):
+            raise ValueError("covariance is not one")
         zero = [int(index) for index in state["zero"]]
         self.num_loosened = int(non_negative("num_loosened", state["num_loosened"]))
         if len(set(zero)) != len(zero) or not all(0 <= index < size for index in zero):

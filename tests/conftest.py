@@ -23,6 +23,10 @@ settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 
+# No test starts from what another, or the user's own daemon, has learned; tests of it say so.
+os.environ["SMARTSPEC_STATE_ENABLED"] = "false"
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout that the tests stand in."""

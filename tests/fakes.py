@@ -188,6 +188,7 @@ def step_report(
         "features": wire.pack([[0.5] * size, [4.0] * size], "f32"),
         "context_tokens": 100 * size,
         "num_draft_tokens": 2 * size,
+        "source": "policy",
         **more,
     }
     if isinstance(roster, wire.Roster):

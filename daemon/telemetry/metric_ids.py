@@ -107,5 +107,9 @@ REDIS_LOST = Metric("smartspec_redis_lost_events", "counter", "Events never writ
 REDIS_BUFFERED = Metric(
     "smartspec_redis_buffered_events", "gauge", "Events waiting to be written.", ()
 )
+STATE_WRITTEN = Metric("smartspec_state_written", "counter", "Checkpoints written to files.", ())
+STATE_FAILURES = Metric(
+    "smartspec_state_failures", "counter", "Checkpoints that could not be written to files.", ()
+)
 
 ALL: tuple[Metric, ...] = tuple(v for v in list(globals().values()) if isinstance(v, Metric))

@@ -1,4 +1,4 @@
-"""The telemetry process: reads the event bus, writes Redis, serves Prometheus.
+"""The telemetry process: reads the event bus, writes Redis and checkpoints, serves Prometheus.
 
 A process of its own, since whatever shares an interpreter with the loop delays decisions. It may
 be killed at any time: the daemon starts it again, and what happened meanwhile is missing from the
@@ -15,16 +15,19 @@ import threading
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import (
     BusEvent,
+    CheckpointEvent,
     DecisionEvent,
     EngineEvent,
     StepEvent,
     Subscriber,
     subscribe,
 )
+from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineTracker
 from smartspec.daemon.telemetry.prometheus import ADDRESS, PrometheusExporter
 from smartspec.daemon.telemetry.redis_store import RedisStore, connect
+from smartspec.daemon.warm_start import state_directory
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class Telemetry:
     Parameters
     ----------
     subscriber : the event bus
-    store, exporter : None: not wanted
+    store, exporter, writer : None: not wanted
     """
 
     def __init__(
@@ -47,10 +50,12 @@ class Telemetry:
         subscriber: Subscriber,
         store: RedisStore | None,
         exporter: PrometheusExporter | None,
+        writer: CheckpointWriter | None = None,
     ) -> None:
         self._subscriber = subscriber
         self._store = store
         self._exporter = exporter
+        self._writer = writer
         self._trackers: dict[str, EngineTracker] = {}
         self._changed: set[str] = set()
 
@@ -76,6 +81,8 @@ class Telemetry:
             self._exporter.note(event, tracker.state if tracker else None)
         if self._store is not None:
             self._store.add(event)
+        if self._writer is not None and isinstance(event, CheckpointEvent):
+            self._writer.add(event)
 
     def _hand_on(self) -> None:
         if self._store is not None:
@@ -85,7 +92,7 @@ class Telemetry:
                 del self._trackers[name]
         self._changed.clear()
         if self._exporter is not None:
-            self._exporter.note_telemetry(self._subscriber.num_missed, self._store)
+            self._exporter.note_telemetry(self._subscriber.num_missed, self._store, self._writer)
 
     def close(self) -> None:
         self.turn()
@@ -103,14 +110,21 @@ def run(settings: Settings, stop: threading.Event) -> None:
         settings.redis.stream_maxlen,
         settings.redis.ttl_s,
         revive=valkey.ensure if valkey else _nothing,
+        max_learned=settings.state.max_kept,
     )
     store.start()
-    telemetry = Telemetry(subscribe(settings.bus_endpoint), store, exporter)
+    writer = None
+    if settings.state.enabled:
+        writer = CheckpointWriter(state_directory(settings), tell=store.add)
+        writer.start()
+    telemetry = Telemetry(subscribe(settings.bus_endpoint), store, exporter, writer)
     try:
         while not stop.wait(TURN_S):
             telemetry.turn()
     finally:
         telemetry.close()
+        if writer is not None:
+            writer.close()
         store.close()
         if valkey is not None:
             valkey.close()

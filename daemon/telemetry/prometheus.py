@@ -23,6 +23,7 @@ from smartspec.daemon.event_bus import (
     StepEvent,
 )
 from smartspec.daemon.telemetry import metric_ids as ids
+from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.engine_state import EngineState
 from smartspec.daemon.telemetry.redis_store import RedisStore
 
@@ -95,7 +96,12 @@ class PrometheusExporter:
                 for name, total in event.counters.items():
                     self._raise_to(ids.LOOP, name, total)
 
-    def note_telemetry(self, num_missed: dict[str, int], store: RedisStore | None) -> None:
+    def note_telemetry(
+        self,
+        num_missed: dict[str, int],
+        store: RedisStore | None,
+        writer: CheckpointWriter | None = None,
+    ) -> None:
         """What the telemetry process knows of itself."""
         for topic, total in num_missed.items():
             self._raise_to(ids.BUS_MISSED, topic, total)
@@ -104,6 +110,9 @@ class PrometheusExporter:
             self._of(ids.REDIS_BUFFERED).set(store.num_buffered)
             self._raise_to(ids.REDIS_FAILURES, "", store.num_failures)
             self._raise_to(ids.REDIS_LOST, "", store.num_lost)
+        if writer is not None:
+            self._raise_to(ids.STATE_WRITTEN, "", writer.num_written)
+            self._raise_to(ids.STATE_FAILURES, "", writer.num_failures)
 
     def forget(self, engine: str) -> None:
         """Drop all series of an engine."""

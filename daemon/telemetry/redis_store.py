@@ -26,6 +26,7 @@ from redis.retry import Retry
 
 from smartspec.daemon.event_bus import (
     BusEvent,
+    CheckpointEvent,
     DecisionEvent,
     EngineEvent,
     LoopEvent,
@@ -56,6 +57,7 @@ class Keys:
         self.engines = f"{self.base}engines"
         self.daemon = f"{self.base}daemon"
         self.events = f"{self.base}events"
+        self.learned = f"{self.base}learned"
 
     def engine(self, name: str) -> str:
         return f"{self.base}engine:{name}"
@@ -65,6 +67,12 @@ class Keys:
 
     def decisions(self, name: str) -> str:
         return f"{self.base}decisions:{name}"
+
+    def learned_of(self, key_id: str) -> str:
+        return f"{self.learned}:{key_id}"
+
+    def learned_refused(self, key_id: str) -> str:
+        return f"{self.base}learned-refused:{key_id}"
 
     def stream_of(self, event: BusEvent) -> str | None:
         """The stream that keeps ``event``; None: it is kept in a hash only."""
@@ -90,6 +98,24 @@ def connect(url: str, timeout_s: float = SOCKET_TIMEOUT_S) -> redis.Redis:
     )
 
 
+def read_learned(client: redis.Redis, keys: Keys, count: int) -> dict[str, bytes]:
+    """The newest ``count`` checkpoints by their key's id. Raises RedisError."""
+    newest: Any = client.zrevrange(keys.learned, 0, count - 1)
+    ids = [member.decode("utf-8", "replace") for member in newest]
+    frames: Any = client.mget([keys.learned_of(key_id) for key_id in ids]) if ids else []
+    return {key_id: frame for key_id, frame in zip(ids, frames, strict=True) if frame is not None}
+
+
+def put_learned_aside(client: redis.Redis, keys: Keys, key_id: str) -> str:
+    """Keep a checkpoint that was refused under another key, which is returned."""
+    aside = keys.learned_refused(key_id)
+    pipe = client.pipeline()
+    pipe.rename(keys.learned_of(key_id), aside)
+    pipe.zrem(keys.learned, key_id)
+    pipe.execute()
+    return aside
+
+
 class _Entry:
     """An event on its way to a stream; its id is fixed when it is first sent."""
 
@@ -111,6 +137,7 @@ class RedisStore:
     revive : called before the first write and after a failed one (starts an embedded server);
         may raise OSError
     max_buffered : events kept while Redis is away
+    max_learned : checkpoints kept in Redis; the oldest are deleted
 
     Attributes
     ----------
@@ -125,6 +152,7 @@ class RedisStore:
         ttl_s: int,
         revive: Callable[[], None] = lambda: None,
         max_buffered: int = MAX_BUFFERED,
+        max_learned: int = 64,
     ) -> None:
         self._client = client
         self.keys = Keys(prefix)
@@ -132,10 +160,12 @@ class RedisStore:
         self._ttl_s = ttl_s
         self._revive = revive
         self._max_buffered = max_buffered
+        self._max_learned = max_learned
         self._lock = threading.Lock()
         self._entries: deque[_Entry] = deque()
         self._states: dict[str, Any] = {}
         self._daemon: Mapping[Any, Any] = {}
+        self._checkpoints: dict[str, CheckpointEvent] = {}
         self._last_ids: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -154,6 +184,8 @@ class RedisStore:
         with self._lock:
             if isinstance(event, LoopEvent):
                 self._daemon = to_fields(event)
+            elif isinstance(event, CheckpointEvent):
+                self._checkpoints[event.key_id] = event
             if stream is None:
                 return
             self._entries.append(_Entry(stream, event))
@@ -217,12 +249,16 @@ class RedisStore:
             with self._lock:
                 batch = [self._entries[i] for i in range(min(MAX_BATCH, len(self._entries)))]
                 states, self._states = self._states, {}
+                checkpoints, self._checkpoints = self._checkpoints, {}
                 daemon = self._daemon
             try:
                 self._write(batch, states, daemon)
+                if checkpoints:
+                    self._write_learned(checkpoints)
             except BaseException:
                 with self._lock:
                     self._states = {**states, **self._states}
+                    self._checkpoints = {**checkpoints, **self._checkpoints}
                 raise
             with self._lock:
                 # The buffer may have overflowed meanwhile and dropped part of the batch.
@@ -278,6 +314,17 @@ class RedisStore:
         num_refused = sum(refused[: len(batch)])
         self.num_lost += num_refused
         self.num_written += len(batch) - num_refused
+
+    def _write_learned(self, checkpoints: dict[str, CheckpointEvent]) -> None:
+        """Unlike the rest it does not expire: it is for the day that an engine returns."""
+        pipe = self._client.pipeline()
+        for key_id, event in checkpoints.items():
+            pipe.set(self.keys.learned_of(key_id), event.frame)
+            pipe.zadd(self.keys.learned, {key_id: event.t_s})
+        pipe.zrange(self.keys.learned, 0, -self._max_learned - 1)
+        for member in pipe.execute()[-1]:
+            self._client.delete(self.keys.learned_of(member.decode("utf-8", "replace")))
+            self._client.zrem(self.keys.learned, member)
 
     @staticmethod
     def _is_refused(answer: Any, repeated: bool) -> bool:

@@ -218,7 +218,11 @@ class DaemonProcess:
             path.unlink(missing_ok=True)  # so that those seen below are of this daemon
         self.process = Process(
             "daemon",
-            ["run", "--runtime-dir", str(runtime_dir), "--prometheus-port", "0"],
+            # Every daemon starts cold: what an arm learned must not help another.
+            [
+                *("run", "--runtime-dir", str(runtime_dir), "--prometheus-port", "0"),
+                *("--set", "state.enabled=false"),
+            ],
             log,
         )
 

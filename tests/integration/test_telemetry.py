@@ -21,9 +21,11 @@ from typing import Any
 import psutil
 import pytest
 import redis
+from learned_state import ENGINE, FRAME
 
-from smartspec.daemon import config, inspect
+from smartspec.daemon import config, inspect, warm_start
 from smartspec.daemon.event_bus import (
+    CheckpointEvent,
     DecisionEvent,
     EngineEvent,
     EventBus,
@@ -333,8 +335,8 @@ def test_stopped_redis_leaves_the_process_small_and_alive(runtime_dir: Path, bus
                 time.sleep(0.02)
         grown = psutil.Process(process.pid).memory_info().rss - before
         assert grown < 120 << 20, f"grew by {grown >> 20} MiB"
-        page = scrape(port)
-        assert "smartspec_redis_up 0.0" in page, "scraping must work while Redis hangs"
+        # Scraping must work while Redis hangs; a write that hangs is noticed when it times out.
+        eventually(lambda: "smartspec_redis_up 0.0" in scrape(port))
         server.resume()
         eventually(lambda: "smartspec_redis_up 1.0" in scrape(port))
         eventually(lambda: client.xlen("smartspec:v1:steps:worker-0") > 1000)
@@ -460,6 +462,7 @@ def test_documented_keys_are_those_written() -> None:
     keys = Keys("<prefix>")
     written = {keys.engines, keys.daemon, keys.events}
     written |= {f("<name>") for f in (keys.engine, keys.steps, keys.decisions)}
+    written |= {f("<key>") for f in (keys.learned_of, keys.learned_refused)} | {keys.learned}
     assert table("Keys") == written
     assert table("`engine:<name>`") == set(EngineState.__struct_fields__)
     assert table("`steps:<name>`") == {"type", *StepEvent.__struct_fields__}
@@ -469,3 +472,56 @@ def test_documented_keys_are_those_written() -> None:
         *NoteEvent.__struct_fields__,
     }
     assert table("`daemon`") == {*LoopEvent.__struct_fields__, *redis_store.TOTALS}
+
+
+# -- what was learned -----------------------------------------------------------------------------
+
+KEY = ENGINE.key.id
+
+
+def new_host(runtime_dir: Path) -> Any:
+    """What a daemon knows at its start that shares the Redis, but has no files."""
+    overrides = {
+        "runtime_dir": str(runtime_dir),
+        "redis.url": f"unix://{runtime_dir}/own.sock",
+        "state.directory": f"{runtime_dir}/none",
+    }
+    return warm_start.load(config.load(env={}, overrides=overrides))
+
+
+def test_new_host_starts_from_redis_when_it_has_no_file(runtime_dir: Path) -> None:
+    with valkey_server(runtime_dir / "own.sock"):
+        client = connect(f"unix://{runtime_dir}/own.sock")
+        store = RedisStore(client, "smartspec:", 100, 60, max_learned=2)
+        for at in range(3):
+            key_id = f"{at:016x}-{0:08x}"
+            store.add(CheckpointEvent(t_s=float(at), key_id=key_id, frame=b"?"))
+        store.add(CheckpointEvent(key_id=KEY, frame=FRAME))
+        store.flush()
+        keys = Keys("smartspec:")
+        assert client.zcard(keys.learned) == 2, "the oldest are pruned"
+        assert client.ttl(keys.learned_of(KEY)) == -1
+        library = new_host(runtime_dir)
+        assert (len(library), library.num_refused) == (1, 1)
+        assert library.find(ENGINE.key)[0].num_steps == ENGINE.learned.num_steps
+        assert client.zcard(keys.learned) == 1
+        refused = f"{keys.base}learned-refused:{2:016x}-{0:08x}"
+        assert client.get(refused) == b"?", "kept aside"
+        client.close()
+
+
+def test_checkpoint_reaches_redis_when_it_was_away(runtime_dir: Path) -> None:
+    server = EmbeddedValkey(runtime_dir / "own.sock")
+    client = connect(f"unix://{runtime_dir}/own.sock", timeout_s=0.5)
+    store = RedisStore(client, "smartspec:", 100, 60)
+    store.add(CheckpointEvent(key_id=KEY, frame=FRAME))
+    with pytest.raises(redis.RedisError):
+        store.flush()
+    assert len(new_host(runtime_dir)) == 0, "and a start without it is cold, not late"
+    server.ensure()
+    try:
+        store.flush()
+        assert len(new_host(runtime_dir)) == 1
+    finally:
+        client.close()
+        server.close()

@@ -201,6 +201,8 @@ _DAEMON = """
     class IdleLoop:
         def cycle(self, timeout_s):
             time.sleep(timeout_s)
+        def checkpoints(self):
+            return []
         def close(self):
             print("closed", flush=True)
 
@@ -370,6 +372,8 @@ def test_unit_gives_the_directory_that_the_settings_expect() -> None:
     assert settings.endpoint == f"ipc:///run/{name}/engines.sock"
     assert section["RestartPreventExitStatus"] == "2"
     assert section["Type"] == "exec"
+    state = config.load(env={"STATE_DIRECTORY": f"/var/lib/{section['StateDirectory']}"}).state
+    assert state.enabled and state.directory == "/var/lib/smartspec"
     for hardening in ("NoNewPrivileges", "DynamicUser", "ProtectHome", "PrivateTmp"):
         assert section[hardening] == "yes"
 
