@@ -267,11 +267,11 @@ class Ladder:
 
     def at(self, lengths: npt.ArrayLike) -> tuple[I64, float]:
         """Given lengths (one for all, or [B]) within floors and ceilings: (lengths, gain)."""
-        lengths = self.clip(lengths)
+        clipped = self.clip(lengths)
         if self.floor is not None:
-            lengths = np.maximum(lengths, self.floor)
-        taken = _DEPTHS[: self.max_length] < lengths
-        return lengths, self.weight_sum + float(self._expected(self.worth)[taken].sum())
+            clipped = np.maximum(clipped, self.floor)
+        taken = _DEPTHS[: self.max_length] < clipped
+        return clipped, self.weight_sum + float(self._expected(self.worth)[taken].sum())
 
 
 def step_seconds(
