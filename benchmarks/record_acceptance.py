@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,10 +41,9 @@ from smartspec.engine_adapter.reference.sequence import Request, SamplingParams,
 from smartspec.engine_adapter.reference.worker import Worker
 
 PARTS = ROOT / "build" / "traces"
-PART = 24  #: prompts
+PART = 12  #: prompts, decoded together
 MAX_PROMPT_TOKENS = 1000
 MAX_ANSWER_TOKENS = 96
-BATCH = PART
 MODEL_LEN = MAX_PROMPT_TOKENS + MAX_ANSWER_TOKENS
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -64,7 +62,7 @@ class Recorder:
         limit = min(MODEL_LEN, target.config.max_position_embeddings)
         self.worker = Worker(
             target,
-            max_num_running=BATCH,
+            max_num_running=PART,
             max_model_len=limit,
             max_prefill_tokens=512,
             eos_token_ids=eos_token_ids,
@@ -158,8 +156,13 @@ def ask(prompt: Prompt, tokenizer: Any, temperature: float) -> Request:
     )
 
 
-def part_file(temperature: float, number: int) -> Path:
-    return PARTS / f"t{temperature:g}_{number:02d}.npz"
+def recorded(temperature: float) -> set[int]:
+    """Questions whose answers at this temperature lie in some part."""
+    done: set[int] = set()
+    for path in PARTS.glob(f"t{temperature:g}_*.npz"):
+        with np.load(path) as part:
+            done.update(part["question_id"].tolist())
+    return done
 
 
 def join() -> None:
@@ -186,14 +189,14 @@ def main() -> None:
     loaded = models.load(device="cpu")
     thin = models.without_layers(loaded.model, models.DEFAULT_DRAFT_DROP_LAYERS)
     recorder = Recorder(loaded.model, thin, loaded.eos_token_ids)
-    for number in range(-(-len(chosen) // PART)):
-        path = part_file(arguments.temperature, number)
-        if path.exists():
-            continue
+    done = recorded(arguments.temperature)
+    left = [prompt for prompt in chosen if prompt.question_id not in done]
+    while left:
         if time.monotonic() - begin > arguments.budget_s:
-            print("out of time: run again to go on")
+            print(f"out of time with {len(left)} prompts left: run again to go on")
             break
-        some = chosen[number * PART : (number + 1) * PART]
+        some, left = left[:PART], left[PART:]
+        path = PARTS / f"t{arguments.temperature:g}_{some[0].question_id:03d}.npz"
         requests = [ask(prompt, loaded.tokenizer, arguments.temperature) for prompt in some]
         columns = recorder.record(requests)
         np.savez_compressed(

@@ -1,4 +1,4 @@
-"""Prompts of Spec-Bench (Xia et al., "Unlocking Efficiency in LLM Inference", ACL Findings 2024)."""
+"""First turns of Spec-Bench (Xia et al. 2024), as recordings use them."""
 
 from __future__ import annotations
 
