@@ -167,9 +167,7 @@ class Learned:
         """Models that have seen nothing."""
         return cls(
             key,
-            AcceptanceEstimator(
-                key.num_buckets, max(1, key.max_length), axis_sizes=key.axis_sizes
-            ),
+            AcceptanceEstimator(key.num_buckets, max(1, key.max_length), axis_sizes=key.axis_sizes),
             StepCost(
                 knots=COST_KNOTS,
                 graph_sizes=key.graph_sizes,

@@ -339,3 +339,10 @@ def test_rare_buckets_follow_their_digits_when_features_add_up() -> None:
 def test_axes_are_refused_when_they_do_not_make_the_buckets(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="axis_sizes"):
         AcceptanceEstimator(num_buckets=6, axis_sizes=sizes)
+
+
+def test_state_is_refused_when_its_effects_are_out_of_range() -> None:
+    state = AcceptanceEstimator(num_buckets=6, axis_sizes=(2, 3)).state()
+    state["effects"] = {"shape": [5, 2], "data": np.full((5, 2), 1e6).astype("<f8").tobytes()}
+    with pytest.raises(ValueError, match="effects"):
+        AcceptanceEstimator.from_state(state)
