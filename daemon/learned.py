@@ -85,8 +85,13 @@ class ModelKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"{fingerprint_id(self.fingerprint)}-{_hash(shape)[:8]}"
 
     @property
+    def axis_sizes(self) -> tuple[int, ...]:
+        """Digits per axis of a bucket's index."""
+        return tuple(len(axis.edges) + 1 for axis in self.axes)
+
+    @property
     def num_buckets(self) -> int:
-        return math.prod(len(axis.edges) + 1 for axis in self.axes)
+        return math.prod(self.axis_sizes)
 
     def check(self) -> None:
         """Raise `RefusedState` unless an engine of this release could have this key."""
@@ -162,7 +167,7 @@ class Learned:
         """Models that have seen nothing."""
         return cls(
             key,
-            AcceptanceEstimator(key.num_buckets, max(1, key.max_length)),
+            AcceptanceEstimator(key.num_buckets, max(1, key.max_length), axis_sizes=key.axis_sizes),
             StepCost(
                 knots=COST_KNOTS,
                 graph_sizes=key.graph_sizes,

@@ -7,9 +7,18 @@ rest nothing is known. What is estimated is therefore the hazard
     h[b, j] = P(draft j is accepted | draft j is reached, bucket b)
 
 from discounted counts of both events; accepted / drafted would be biased down, the more so the
-longer the drafts. A bucket's hazard is shrunk to the one pooled over buckets, and that to the
-pooled hazard of the depth before, so that an untried depth is expected to go on as the last.
-The survival of the bucket is the running product.
+longer the drafts. The pooled hazard of a depth is shrunk to that of the depth before, so that an
+untried depth is expected to go on as the last. The survival of a bucket is the running product.
+
+A bucket is one digit per axis (a feature, cut), and most of a hundred buckets are seen too seldom
+to be learned alone. A bucket's hazard is therefore shrunk to that of an additive logistic model
+
+    logit m[b, j] = logit pooled[j] + sum_a u_a[digit_a(b), j > 1]
+
+whose effects u are shared by all buckets of a digit, at the first depth and at the others. Since
+its inputs are the digits alone, the counts are all the evidence that there is: the model is fitted
+to them by Newton's method, one axis with every step learned, and so forgets as they do, needs no
+learning rate and samples nothing. (Ridge-penalised; within an axis the Hessian is diagonal.)
 
 Requests differ within a bucket. Request i accepts with probability h ** c_i, a proportional-hazards
 model with a gamma frailty c (Vaupel, Manton and Stallard, Demography 16, 1979, 439). With
@@ -24,7 +33,9 @@ Two memories are chained: c of the last hundred steps is the mean that a second 
 the last ten, starts from. In simulation (acceptance Beta(1.4, 0.6) over requests; nats per step;
 1.20 by the table alone) one memory of half-life 64 loses 0.919 while requests stay what they are
 and 1.093 where each changes every 40 steps; one of 8 loses 0.946 and 1.028; the two, 0.918 and
-1.030.
+1.030. That was with alpha 2 and 4; real answers differ less, and with features in the table less is
+left for c: on recorded ones (benchmarks/bench_acceptance.py, the tasks for tuning, prompt lookup)
+alpha 2 and 4 lose 0.618 nats per draft and 12 and 32 0.600, at the price of following later.
 """
 
 from __future__ import annotations
@@ -41,6 +52,10 @@ from smartspec.estimators.request_rows import RequestRows, Rows
 
 F32 = npt.NDArray[np.float32]
 
+EFFECT_RIDGE = 5.0  #: precision of an effect's prior, of mean 0
+MAX_EFFECT = 10.0  #: in logits
+MAX_EFFECT_STEP = 1.0  #: of one sweep: Newton's method overshoots where little was seen
+PRESENCE_STRENGTH = 2.0  #: steps that the pooled presence is worth in a request's
 HAZARD_RANGE = (1e-3, 1.0 - 1e-4)  #: keeps logarithms finite and every depth worth a probe
 CORRECTION_RANGE = (0.05, 20.0)
 
@@ -66,13 +81,15 @@ class AcceptanceEstimator:
     num_buckets, max_length : the table's shape [num_buckets, max_length], both >= 1
     window : observations that a cell remembers
     prior, prior_weight : hazard expected at first, and the observations that it is worth
-    bucket_weight : observations that the pooled hazard is worth in a bucket's
+    bucket_weight : observations that the additive model is worth in a bucket's hazard
     request_half_life, recent_half_life : drafted steps after which a request's rejections count
         half, in its long and its short memory
     request_strength, recent_strength : alpha of the two: the rejections that the expectation is
         worth that a request is average, or goes on as it did
     presence_half_life : steps after which a request's matches and misses count half
     max_requests : requests remembered; the least recently seen are forgotten
+    axis_sizes : digits per axis of a bucket's index, the first axis slowest; their product is
+        ``num_buckets``. Empty: one axis
     """
 
     def __init__(
@@ -82,13 +99,14 @@ class AcceptanceEstimator:
         window: int = 2000,
         prior: float = 0.7,
         prior_weight: float = 10.0,
-        bucket_weight: float = 20.0,
+        bucket_weight: float = 30.0,
         request_half_life: float = 48.0,
         recent_half_life: float = 6.0,
-        request_strength: float = 2.0,
-        recent_strength: float = 4.0,
+        request_strength: float = 12.0,
+        recent_strength: float = 32.0,
         presence_half_life: float = 16.0,
         max_requests: int = 4096,
+        axis_sizes: tuple[int, ...] = (),
     ) -> None:
         for name, count in (("num_buckets", num_buckets), ("max_length", max_length)):
             if count < 1:
@@ -107,6 +125,9 @@ class AcceptanceEstimator:
                 raise ValueError(f"{name} must be > 0, got {weight}")
         if not 0.0 < prior < 1.0:
             raise ValueError(f"prior must be in (0, 1), got {prior}")
+        sizes = tuple(axis_sizes) or (num_buckets,)
+        if min(sizes) < 1 or math.prod(sizes) != num_buckets:
+            raise ValueError(f"axis_sizes {sizes} do not make num_buckets = {num_buckets}")
         self.num_buckets = num_buckets
         self.max_length = max_length
         self.window = window
@@ -119,6 +140,12 @@ class AcceptanceEstimator:
         self.recent_strength = recent_strength
         self.presence_half_life = presence_half_life
         self.max_requests = max_requests
+        self.axis_sizes = axis_sizes
+        self._sizes = sizes
+        self._num_groups = min(2, max_length)  # the first depth, and the others
+        self._group_of_depth = np.minimum(np.arange(max_length), 1)
+        self._effects: F64 = np.zeros((sum(sizes), self._num_groups))
+        self._turn = 0  # the axis fitted last
         self._fade = 0.5 ** (1.0 / np.array((request_half_life, recent_half_life)))
         self._presence_fade = 0.5 ** (1.0 / presence_half_life)
         # [reached, accepted]; the last row of the middle axis pools the buckets.
@@ -218,7 +245,46 @@ class AcceptanceEstimator:
         mass = self.window * (1.0 - fade) / np.maximum(new[0], 1.0)
         self._counts *= fade
         self._counts += new * mass
+        self._fit_effects()
         self._log_survival = None
+
+    def _axes(self) -> list[slice]:
+        """Rows of the effects that belong to each axis."""
+        ends = np.cumsum(self._sizes).tolist()
+        return [slice(end - size, end) for end, size in zip(ends, self._sizes, strict=True)]
+
+    def _logits(self, pooled: F64) -> F64:
+        """The additive model, [*axis sizes, max_length]."""
+        num_axes = len(self._sizes)
+        logit: F64 = np.log(pooled / (1.0 - pooled)).reshape((1,) * num_axes + (-1,))
+        for place, rows in enumerate(self._axes()):
+            effects = self._effects[rows][:, self._group_of_depth]
+            shape = [1] * num_axes + [self.max_length]
+            shape[place] = len(effects)
+            logit = logit + effects.reshape(shape)
+        return logit
+
+    def _fit_effects(self) -> None:
+        """One axis, in turn."""
+        if self.num_buckets == 1:
+            return
+        reached, accepted = self._counts[:, :-1].reshape(2, *self._sizes, self.max_length)
+        place = self._turn = (self._turn + 1) % len(self._sizes)
+        others = tuple(axis for axis in range(len(self._sizes)) if axis != place)
+        mean = 1.0 / (1.0 + np.exp(-self._logits(self._pooled())))
+        expected = reached * mean
+        slope = self._by_group((accepted - expected).sum(axis=others))
+        curvature = self._by_group((expected * (1.0 - mean)).sum(axis=others))
+        effects = self._effects[self._axes()[place]]
+        step = (slope - EFFECT_RIDGE * effects) / (curvature + EFFECT_RIDGE)
+        effects += np.minimum(np.maximum(step, -MAX_EFFECT_STEP), MAX_EFFECT_STEP)
+        np.clip(effects, -MAX_EFFECT, MAX_EFFECT, out=effects)
+
+    def _by_group(self, by_depth: F64) -> F64:
+        """Sums [digits, groups] of [digits, max_length]."""
+        starts = range(self._num_groups)
+        sums: F64 = np.add.reduceat(by_depth, starts, axis=1)
+        return sums
 
     def learn_presence(self, rows: Rows, available: npt.ArrayLike) -> None:
         """Take in for which requests drafts were to be had (a lookup matched); bools [B]."""
@@ -237,19 +303,27 @@ class AcceptanceEstimator:
 
     # -- what was learned -------------------------------------------------------------------
 
+    def _pooled(self) -> F64:
+        """Hazards over all buckets, [max_length], within `HAZARD_RANGE`."""
+        reached, accepted = self._counts[:, -1].tolist()
+        expected, weight = self.prior, self.prior_weight
+        pooled = []
+        for tried, passed in zip(reached, accepted, strict=True):
+            expected = (passed + weight * expected) / (tried + weight)
+            pooled.append(expected)
+        clipped: F64 = np.clip(np.array(pooled), *HAZARD_RANGE)
+        return clipped
+
     def _refresh(self) -> None:
         if self._log_survival is not None:
             return
         reached, accepted = self._counts
-        pooled = np.empty(self.max_length)
-        expected = self.prior
-        weight = self.prior_weight
-        for depth in range(self.max_length):
-            expected = (accepted[-1, depth] + weight * expected) / (reached[-1, depth] + weight)
-            pooled[depth] = expected
+        pooled = self._pooled()
         hazard = np.empty((self.num_buckets + 1, self.max_length))
         hazard[-1] = pooled
-        hazard[:-1] = (accepted[:-1] + self.bucket_weight * pooled) / (
+        expected = 1.0 / (1.0 + np.exp(-self._logits(pooled)))
+        hazard[:-1] = expected.reshape(self.num_buckets, self.max_length)
+        hazard[:-1] = (accepted[:-1] + self.bucket_weight * hazard[:-1]) / (
             reached[:-1] + self.bucket_weight
         )
         self._hazard = np.clip(hazard, *HAZARD_RANGE)
@@ -310,7 +384,7 @@ class AcceptanceEstimator:
         """P(drafts are to be had), [B] in (0, 1): a request's own rate shrunk to the pooled one."""
         self._requests.check(rows)
         counts = self._requests.counts[rows]
-        weight = self.request_strength
+        weight = PRESENCE_STRENGTH
         rate = (counts[:, _HITS] + weight * self.pooled_presence()) / (counts[:, _TRIES] + weight)
         return rate.astype(np.float32)
 
@@ -380,7 +454,10 @@ class AcceptanceEstimator:
                 "recent_strength": self.recent_strength,
                 "presence_half_life": self.presence_half_life,
                 "max_requests": self.max_requests,
+                "axis_sizes": list(self.axis_sizes),
             },
+            "effects": pack(self._effects),
+            "turn": self._turn,
             "counts": pack(self._counts),
             "presence": pack(self._presence),
             "requests": self._requests.state() if requests else None,
@@ -396,7 +473,13 @@ class AcceptanceEstimator:
         try:
             if state["kind"] != cls.__name__:
                 raise ValueError(f"state of a {state['kind']}, expected {cls.__name__}")
-            model = cls(**state["params"])
+            params = dict(state["params"])
+            params["axis_sizes"] = tuple(params.get("axis_sizes", ()))
+            model = cls(**params)
+            model._effects = unpack(state, "effects", model._effects.shape)
+            if np.abs(model._effects).max() > MAX_EFFECT:
+                raise ValueError(f"effects are above {MAX_EFFECT}")
+            model._turn = _whole("turn", state["turn"]) % len(model._sizes)
             counts = unpack(state, "counts", model._counts.shape)
             presence = unpack(state, "presence", (2,))
             if counts.min() < 0.0 or (counts[1] > counts[0] * (1 + 1e-9)).any():

@@ -6,11 +6,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from smartspec.engine_adapter.base import FEATURE_TOKEN_ACCEPTANCE
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sampling import Draws, sample
 from smartspec.engine_adapter.reference.sequence import Sequence
+from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 
 class DraftModel:
@@ -28,7 +30,7 @@ class DraftModel:
     """
 
     name = "draft"
-    features: tuple[str, ...] = ()
+    features: tuple[str, ...] = (FEATURE_TOKEN_ACCEPTANCE,)
 
     def __init__(
         self, runner: ModelRunner, max_length: int = 8, max_pass_tokens: int = 512
@@ -40,12 +42,12 @@ class DraftModel:
         self._runner = runner
         self._max_pass_tokens = max_pass_tokens
         self._num_computed: dict[int, int] = {}  # true tokens in the draft model's cache
+        self._rates = TokenAcceptance()
         self._num_fed: dict[int, int] = {}  # of this step's drafts, how many are in it too
 
     def available(self, sequences: list[Sequence]) -> Availability:
-        size = len(sequences)
-        ceiling = np.full(size, self.max_length, np.uint8)
-        return Availability(ceiling, np.empty((0, size), np.float32))
+        ceiling = np.full(len(sequences), self.max_length, np.uint8)
+        return Availability(ceiling, self._rates.rates([s.tokens[-1] for s in sequences])[None])
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         drafts: list[list[int]] = [[] for _ in sequences]
@@ -84,9 +86,17 @@ class DraftModel:
         return Proposal(drafts, num_forwards + len(passes), len(drawn), num_catch_up)
 
     def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+        before: list[int] = []
+        outcome: list[bool] = []
         for sequence, count in zip(sequences, num_accepted, strict=True):
             if sequence.id in self._num_fed:
-                self._num_computed[sequence.id] += min(count, self._num_fed[sequence.id])
+                num_fed = self._num_fed[sequence.id]
+                start = self._num_computed[sequence.id]  # tokens before its drafts
+                reached = sequence.tokens[start - 1 : start + min(count, num_fed)]
+                before += reached
+                outcome += [depth < count for depth in range(len(reached))]
+                self._num_computed[sequence.id] += min(count, num_fed)
+        self._rates.learn(before, outcome)
 
     def forget(self, sequence: Sequence) -> None:
         self._num_computed.pop(sequence.id, None)

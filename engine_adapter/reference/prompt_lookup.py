@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.base import FEATURE_MATCH_LENGTH
+from smartspec.engine_adapter.base import FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
+from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 #: Occurrences of the shortest n-gram that are compared, latest first: bounds a lookup's time in
 #: text that repeats itself over and over.
@@ -96,7 +97,7 @@ class PromptLookup:
     """
 
     name = "lookup"
-    features: tuple[str, ...] = (FEATURE_MATCH_LENGTH,)
+    features: tuple[str, ...] = (FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE)
     caches: tuple[KvCache, ...] = ()
 
     def __init__(self, max_length: int = 8, min_ngram: int = 2, max_ngram: int = 8) -> None:
@@ -109,6 +110,8 @@ class PromptLookup:
         self._max_ngram = max_ngram
         self._indexes: dict[int, NgramIndex] = {}
         self._matches: dict[int, Match] = {}
+        self._num_tokens: dict[int, int] = {}  # of each sequence when it was looked up
+        self._rates = TokenAcceptance()
 
     def available(self, sequences: list[Sequence]) -> Availability:
         lengths = []
@@ -117,9 +120,12 @@ class PromptLookup:
             if index is None:
                 index = self._indexes[sequence.id] = NgramIndex(self._min_ngram, self._max_ngram)
             match = self._matches[sequence.id] = index.find(sequence.tokens)
+            self._num_tokens[sequence.id] = sequence.num_tokens
             lengths.append(match.length)
         found = np.array(lengths, np.float32)
-        return Availability(np.where(found > 0, self.max_length, 0).astype(np.uint8), found[None])
+        rates = self._rates.rates([sequence.tokens[-1] for sequence in sequences])
+        ceiling = np.where(found > 0, self.max_length, 0).astype(np.uint8)
+        return Availability(ceiling, np.stack((found, rates)))
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         drafts = []
@@ -133,8 +139,23 @@ class PromptLookup:
         return Proposal(drafts)
 
     def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
-        pass  # the index follows the tokens
+        # The index follows the tokens. What the copy would have been is known without a draft.
+        before: list[int] = []
+        outcome: list[bool] = []
+        for sequence in sequences:
+            match, tokens = self._matches[sequence.id], sequence.tokens
+            if not match.length:
+                continue
+            begin = self._num_tokens[sequence.id]
+            # While it is right, a copy that runs on into itself is the sequence as it now is.
+            for copied, place in enumerate(range(begin, len(tokens)), match.end):
+                before.append(tokens[place - 1])
+                outcome.append(tokens[copied] == tokens[place])
+                if not outcome[-1]:
+                    break
+        self._rates.learn(before, outcome)
 
     def forget(self, sequence: Sequence) -> None:
         self._indexes.pop(sequence.id, None)
         self._matches.pop(sequence.id, None)
+        self._num_tokens.pop(sequence.id, None)

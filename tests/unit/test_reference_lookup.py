@@ -75,7 +75,7 @@ def test_copy_follows_the_match_when_there_is_one() -> None:
     sequence = sequence_of([1, 2, 3, 4, 5, 6, 1, 2, 3])
     offer = proposer.available([sequence])
     assert offer.ceiling.tolist() == [3]
-    assert offer.features.tolist() == [[3.0]]
+    assert offer.features.tolist() == [[3.0], [0.5]]
     assert proposer.propose([sequence], np.array([2])).drafts == [[4, 5]]
 
 
@@ -84,7 +84,7 @@ def test_nothing_can_be_drafted_when_nothing_matches() -> None:
     sequence = sequence_of([1, 2, 3])
     offer = proposer.available([sequence])
     assert offer.ceiling.tolist() == [0]
-    assert offer.features.tolist() == [[0.0]]
+    assert offer.features.tolist() == [[0.0], [0.5]]
     assert proposer.propose([sequence], np.array([0])).drafts == [[]]
 
 

@@ -1,0 +1,73 @@
+"""Recorded acceptance: what would have been accepted at every position of every answer.
+
+Made by record_acceptance.py; its head says how and why a position's run tells the outcome of any
+length.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from spec_bench import TASKS
+
+FILE = Path(__file__).parent / "data" / "acceptance.npz"
+MAX_LENGTH = 8
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+
+class Answer(NamedTuple):
+    """One answer; columns [P] over its tokens after the first, as a step would decode them.
+
+    A step that begins at position p and drafts k <= P - p has min(k, run[p]) drafts accepted, and
+    the next begins at p + that + 1.
+    """
+
+    question_id: int
+    task: str
+    temperature: float
+    num_prompt: int  #: tokens
+    token: npt.NDArray[np.uint16]
+    target_logprob: F32  #: natural, at temperature 1, of the answer's own token
+    match_length: U8  #: tokens that prompt lookup matched; 0: it has nothing to propose
+    lookup_run: U8  #: copied tokens accepted, 0 to `MAX_LENGTH`
+    draft_run: U8  #: the same of the draft model
+    draft_confidence: F32  #: probability that the draft model gives the token it proposes here
+
+    @property
+    def size(self) -> int:
+        return len(self.token)
+
+    @property
+    def ceiling(self) -> U8:
+        """Longest drafts whose every outcome was recorded: one token must be left to decode."""
+        left = self.size - np.arange(self.size) - 1
+        return np.minimum(left, MAX_LENGTH).astype(np.uint8)
+
+
+def load(path: Path = FILE) -> list[Answer]:
+    """All recorded answers, in the order of recording."""
+    with np.load(path) as file:
+        columns = {name: file[name] for name in file.files}
+    ends = np.cumsum(columns["num_positions"].astype(np.int64))
+    answers = []
+    for i, (end, size) in enumerate(zip(ends, columns["num_positions"], strict=True)):
+        at = slice(int(end) - int(size), int(end))
+        answers.append(
+            Answer(
+                int(columns["question_id"][i]),
+                TASKS[columns["task"][i]],
+                float(columns["temperature"][i]),
+                int(columns["num_prompt"][i]),
+                columns["token"][at],
+                columns["target_logprob"][at].astype(np.float32),
+                columns["match_length"][at],
+                columns["lookup_run"][at],
+                columns["draft_run"][at],
+                columns["draft_confidence"][at].astype(np.float32),
+            )
+        )
+    return answers

@@ -1,0 +1,59 @@
+"""How often drafts are right after a given token: what an engine knows, and a daemon does not.
+
+Some tokens are easy to go on from (half a word, an opening bracket) and some are not (a comma).
+The rate is kept per token, over all requests, shrunk to the rate of all tokens; it changes only
+when drafts were verified, so it goes stale but is never lost while nothing is drafted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from smartspec.engine_adapter.base import F32
+
+MEMORY = 512.0  #: drafts after one token beyond which older ones fade
+STRENGTH = 2.0  #: drafts that the rate of all tokens is worth in that of one
+
+
+class TokenAcceptance:
+    """Rates of acceptance by the token before the draft; grows with the largest id seen.
+
+    >>> rates = TokenAcceptance()
+    >>> rates.learn([1, 1, 2], [True, True, False])
+    >>> [round(rate, 2) for rate in rates.rates([1, 2]).tolist()]
+    [0.8, 0.4]
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((0, 2))  # [accepted, reached] by token
+        self._all = np.array((1.0, 2.0))
+
+    def learn(self, before: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
+        """Take in drafts that were reached: the token before each, and whether it was accepted."""
+        tokens = np.asarray(before, np.intp)
+        outcome = np.asarray(accepted, np.float64)
+        if not len(tokens):
+            return
+        self._make_room(int(tokens.max()) + 1)
+        np.add.at(self._counts, tokens, np.stack((outcome, np.ones(len(outcome))), axis=1))
+        self._all += outcome.sum(), len(outcome)
+        seen = np.unique(tokens)
+        self._counts[seen] *= np.minimum(1.0, MEMORY / self._counts[seen, 1:])
+        self._all *= min(1.0, 16 * MEMORY / self._all[1])
+
+    def rates(self, tokens: npt.ArrayLike) -> F32:
+        """P(the draft after this token is accepted), [B] in (0, 1)."""
+        ids = np.asarray(tokens, np.intp)
+        if len(ids):
+            self._make_room(int(ids.max()) + 1)
+        counts = self._counts[ids]
+        accepted, reached = counts[:, 0], counts[:, 1]
+        pooled = self._all[0] / self._all[1]
+        rate: F32 = ((accepted + STRENGTH * pooled) / (reached + STRENGTH)).astype(np.float32)
+        return rate
+
+    def _make_room(self, size: int) -> None:
+        if size > len(self._counts):
+            more = np.zeros((max(size, 2 * len(self._counts)) - len(self._counts), 2))
+            self._counts = np.concatenate((self._counts, more))
