@@ -97,7 +97,7 @@ def main() -> None:
         environment = os.environ | {
             "SMARTSPEC_RUNTIME_DIR": folder,
             "SMARTSPEC_STATE_DIRECTORY": f"{folder}/state",
-            "SMARTSPEC_STATE_CHECKPOINT_S": "1",  # sixty times as often as by default
+            "SMARTSPEC_STATE_CHECKPOINT_S": "10",  # six times as often as by default
             "SMARTSPEC_TELEMETRY_PROMETHEUS_PORT": str(PORT),
         }
         command = [sys.executable, "-m", "smartspec.daemon.cli", "run"]
