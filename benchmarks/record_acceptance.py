@@ -13,8 +13,8 @@ The trace therefore holds every course that decoding could have taken under any 
   token at every position, and run[p] is the number of positions in a row from p at which it
   agrees.
 
-Work goes in parts that are kept in build/traces, so that it may be stopped and gone on with; what
-is there is joined into benchmarks/data/acceptance.npz (columns: acceptance_traces.py).
+Work goes in parts, each added to benchmarks/data/acceptance.npz (columns: acceptance_traces.py) as
+it is done, so that it may be stopped and gone on with. Delete the file to begin anew.
 
 Run: python benchmarks/record_acceptance.py --temperature 0 --limit 240 [--budget-s 270]
 """
@@ -29,7 +29,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from acceptance_traces import FILE, MAX_LENGTH
-from figures import ROOT
 from spec_bench import TASKS, Prompt, prompts
 
 from smartspec.engine_adapter.reference import model as models
@@ -40,7 +39,6 @@ from smartspec.engine_adapter.reference.sampling import Draws, num_agreeing, sam
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams, Sequence
 from smartspec.engine_adapter.reference.worker import Worker
 
-PARTS = ROOT / "build" / "traces"
 PART = 12  #: prompts, decoded together
 MAX_PROMPT_TOKENS = 1000
 MAX_ANSWER_TOKENS = 96
@@ -156,25 +154,23 @@ def ask(prompt: Prompt, tokenizer: Any, temperature: float) -> Request:
     )
 
 
-def recorded(temperature: float) -> set[int]:
-    """Questions whose answers at this temperature lie in some part."""
-    done: set[int] = set()
-    for path in PARTS.glob(f"t{temperature:g}_*.npz"):
-        with np.load(path) as part:
-            done.update(part["question_id"].tolist())
-    return done
+def read() -> Columns:
+    """Everything recorded so far; empty when there is nothing."""
+    if not FILE.exists():
+        return {}
+    with np.load(FILE) as file:
+        return {name: file[name] for name in file.files}
 
 
-def join() -> None:
-    """All parts recorded so far as one file."""
-    parts = []
-    for path in sorted(PARTS.glob("t*.npz")):
-        with np.load(path) as part:
-            parts.append({name: part[name] for name in part.files})
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def add(part: Columns) -> int:
+    """Put a part behind what is there; the file is whole at any time. Returns its answers."""
+    before = read()
+    joined = {name: np.concatenate([before.get(name, part[name][:0]), part[name]]) for name in part}
     FILE.parent.mkdir(exist_ok=True)
-    np.savez_compressed(FILE, **joined)
-    print(f"{len(joined['question_id'])} answers in {FILE.relative_to(ROOT)}")
+    new = FILE.with_suffix(".new.npz")
+    np.savez_compressed(new, **joined)
+    new.replace(FILE)
+    return len(joined["question_id"])
 
 
 def main() -> None:
@@ -184,32 +180,34 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=270.0, help="no new part after this")
     arguments = parser.parse_args()
     chosen = prompts()[: arguments.limit]
-    PARTS.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     loaded = models.load(device="cpu")
     thin = models.without_layers(loaded.model, models.DEFAULT_DRAFT_DROP_LAYERS)
     recorder = Recorder(loaded.model, thin, loaded.eos_token_ids)
-    done = recorded(arguments.temperature)
+    before = read()
+    done: set[int] = set()
+    if before:
+        same = before["temperature"] == np.float32(arguments.temperature)
+        done.update(before["question_id"][same].tolist())
     left = [prompt for prompt in chosen if prompt.question_id not in done]
     while left:
         if time.monotonic() - begin > arguments.budget_s:
             print(f"out of time with {len(left)} prompts left: run again to go on")
             break
         some, left = left[:PART], left[PART:]
-        path = PARTS / f"t{arguments.temperature:g}_{some[0].question_id:03d}.npz"
         requests = [ask(prompt, loaded.tokenizer, arguments.temperature) for prompt in some]
         columns = recorder.record(requests)
-        np.savez_compressed(
-            path,
-            question_id=np.array([prompt.question_id for prompt in some], np.uint16),
-            task=np.array([TASKS.index(prompt.task) for prompt in some], np.uint8),
-            temperature=np.full(len(some), arguments.temperature, np.float32),
-            num_prompt=np.array([len(request.prompt) for request in requests], np.uint16),
-            num_positions=np.array([len(c["token"]) for c in columns], np.uint16),
-            **{name: np.concatenate([c[name] for c in columns]) for name in columns[0]},
+        num_answers = add(
+            {
+                "question_id": np.array([prompt.question_id for prompt in some], np.uint16),
+                "task": np.array([TASKS.index(prompt.task) for prompt in some], np.uint8),
+                "temperature": np.full(len(some), arguments.temperature, np.float32),
+                "num_prompt": np.array([len(request.prompt) for request in requests], np.uint16),
+                "num_positions": np.array([len(c["token"]) for c in columns], np.uint16),
+            }
+            | {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
         )
-        print(f"{path.name}: {time.monotonic() - begin:.0f} s", flush=True)
-    join()
+        print(f"{num_answers} answers after {time.monotonic() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
