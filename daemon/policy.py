@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smartspec.daemon import goodput
-from smartspec.daemon.engines import Engine, Observation
+from smartspec.daemon.engines import STEERED, Engine, Observation
 from smartspec.daemon.goodput import Optimum
 from smartspec.daemon.probing import Prober
 from smartspec.engine_adapter.lengths import (
@@ -82,7 +82,7 @@ class Planner:
         self._meet_targets = meet_targets
         self._fallback: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._table: npt.NDArray[np.float32] | None = None
-        self._told: Policy | None = None  #: the last one that was news
+        self._told_roster: int | None = None  #: of the last policy that was news
         self._num_untold = 0
         self._num_decisions = 0
 
@@ -142,11 +142,12 @@ class Planner:
             if presence is not None:  # of what this step could draft
                 ladder = Ladder(survival, batch.weight, batch.floor, observation.num_available)
             is_news = not _did_as_well(observation, ladder, optimum, curves, draft, other)
-        if self._told is None or is_news:
+        if is_news:
             seq = engine.next_policy_seq(observation.report.seq)
+            self._told_roster = batch.version
             self._num_untold = 0
         else:
-            seq = self._told.seq
+            seq = engine.policy_seq
             engine.confirm_policy(seq, observation.report.seq)
             self._num_untold += 1
         policy = Policy(
@@ -178,8 +179,6 @@ class Planner:
             reason=reason,
             meet_targets=self._meet_targets,
         )
-        if is_news:
-            self._told = policy
         return Decision(
             policy,
             optimum.choice.lengths,
@@ -194,13 +193,12 @@ class Planner:
 
     def _may_keep(self) -> bool:
         """Whether the last step was chosen by the newest policy, for the batch it was made for."""
-        told, last = self._told, self.engine.last
+        last = self.engine.last
         return (
-            told is not None
-            and last is not None
-            and last.report.source in ("policy", "probe")
-            and last.report.policy_seq == told.seq
-            and last.batch.version == told.roster_version
+            last is not None
+            and last.report.source in STEERED
+            and last.report.policy_seq == self.engine.policy_seq
+            and last.batch.version == self._told_roster
             and self._num_untold < TOLD_EVERY
             and self.engine.hello.limits.modes == (RAGGED,)
         )
