@@ -194,7 +194,8 @@ class ControlLoop:
     def _learn(self, session: Session, observations: list[Observation]) -> None:
         began = self._clock()
         predicted: list[float | None] = []
-        num_changes = session.engine.step_cost.num_changes
+        costs, acceptance = session.engine.step_cost, session.engine.acceptance
+        num_cost_changes, num_changes = costs.num_changes, acceptance.num_changes
         for observation in observations:
             seconds = None
             try:
@@ -206,21 +207,26 @@ class ControlLoop:
         session.learn_s = (self._clock() - began) / len(observations)
         for observation, seconds in zip(observations, predicted, strict=True):
             self._bus.publish(self._step_event(session, observation, seconds))
-        if session.engine.step_cost.num_changes > num_changes:
-            self._note_drift(session, observations[-1], predicted[-1])
+        if costs.num_changes > num_cost_changes:
+            last = observations[-1].report
+            times = last.step_s / (predicted[-1] or last.step_s)
+            self._note_drift(session, "cost", f"steps take {times:.2f} times what was expected")
+        if acceptance.num_changes > num_changes:
+            self._note_drift(
+                session, "acceptance", "first drafts are no longer accepted as they were"
+            )
         if session.decision is not None:
             self._bus.publish(self._decision_event(session, session.decision))
             session.decision = None
 
-    def _note_drift(self, session: Session, last: Observation, predicted_s: float | None) -> None:
-        self.counters["cost_changes"] += 1
-        times = last.report.step_s / (predicted_s or last.report.step_s)
+    def _note_drift(self, session: Session, of: str, text: str) -> None:
+        self.counters[f"{of}_changes"] += 1
         self._bus.publish(
             NoteEvent(
                 engine=session.engine.name,
                 level="warning",
                 kind="drift",
-                text=f"steps take {times:.2f} times what was expected: older ones now count less",
+                text=f"{text}: older ones now count less",
             )
         )
 

@@ -18,6 +18,9 @@ SWEEPS = 2  #: times that the first start tries every length
 MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
 BATCH_PROBES = 8  #: requests that share the drafter's forwards in one probe
 SPACING = 8  #: decisions between two probes, or two looks at what one would cost
+#: Lengths probed in turn, 0 for the longest: while some requests speculate, and while none does.
+#: Then what is wanted is news of the first draft, of which a cheap probe brings most.
+TURNS, TURNS_WHEN_OFF = (2, 0, 1), (1, 1, 2, 1, 1, 0)
 SAVINGS_S = 60.0  #: what was earned in more than this time is not saved up
 
 
@@ -86,8 +89,8 @@ class Prober:
         if self._since_last < SPACING or self._purse_s <= 0:
             return 0, 0
         self._since_last = 0
-        length = (2, self.max_length, 1)[self._turn % 3]
-        length = min(length, self.max_length)
+        turns = TURNS if optimum.choice.lengths.any() else TURNS_WHEN_OFF
+        length = min(turns[self._turn % len(turns)] or self.max_length, self.max_length)
         count = min(ladder.size, BATCH_PROBES) if draft.per_forward_s > 0 else 1
         cost_s = self._cost_s(optimum, ladder, curve, draft, num_other_tokens, length, count)
         if cost_s is None or cost_s > self._purse_s:

@@ -36,6 +36,11 @@ and 1.093 where each changes every 40 steps; one of 8 loses 0.946 and 1.028; the
 1.030. That was with alpha 2 and 4; real answers differ less, and with features in the table less is
 left for c: on recorded ones (benchmarks/bench_acceptance.py, the tasks for tuning, prompt lookup)
 alpha 2 and 4 lose 0.618 nats per draft and 12 and 32 0.600, at the price of following later.
+
+Where little is drafted, the counts outlive what they were counted from: at length 0 only probes
+bring news, and a window of them can last for hours. Whether first drafts go on being accepted as
+expected is therefore watched by a cumulative sum (drift.py), and when they do not, the counts keep
+the weight of a few observations: what is expected then is mostly the prior, which is worth a try.
 """
 
 from __future__ import annotations
@@ -48,6 +53,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smartspec.estimators.base import F64, State, non_negative, pack, unpack
+from smartspec.estimators.drift import CumulativeSum
 from smartspec.estimators.request_rows import RequestRows, Rows
 
 F32 = npt.NDArray[np.float32]
@@ -58,6 +64,10 @@ MAX_EFFECT_STEP = 1.0  #: of one sweep: Newton's method overshoots where little 
 PRESENCE_STRENGTH = 2.0  #: steps that the pooled presence is worth in a request's
 HAZARD_RANGE = (1e-3, 1.0 - 1e-4)  #: keeps logarithms finite and every depth worth a probe
 CORRECTION_RANGE = (0.05, 20.0)
+CHANGE_THRESHOLD = 12.0  #: deviations in sum: four surprises in a row of MAX_SURPRISE
+MAX_SURPRISE = 4.0  #: deviations that one step may count for
+SMALL_CHANGE = 0.1  #: of a hazard: the window follows such changes by itself
+KEPT_AFTER_CHANGE = 4.0  #: observations that the counts of a depth are worth after a change
 
 # Columns of a request's counts: rejections and exposures, long and short memory; matches and tries.
 _EVENTS, _RECENT_EVENTS, _EXPOSURE, _RECENT_EXPOSURE, _HITS, _TRIES = range(6)
@@ -152,6 +162,7 @@ class AcceptanceEstimator:
         self._counts = np.zeros((2, num_buckets + 1, max_length))
         self._presence = np.zeros(2)  # discounted hits and tries, over all requests
         self._requests = RequestRows(max_requests, num_columns=6)
+        self._changes = CumulativeSum(threshold=CHANGE_THRESHOLD)
         self._log_survival: F32 | None = None
         self._hazard: F64 = np.zeros((0, 0))
         self._cumulative: F64 = np.zeros((0, 0))
@@ -181,8 +192,30 @@ class AcceptanceEstimator:
         if not some.all():
             rows, bucket, proposed, passed = rows[some], bucket[some], proposed[some], passed[some]
         if len(rows):
+            self._watch(rows, bucket, passed)
             self._learn_requests(rows, bucket, proposed, passed)
             self._learn_table(bucket, proposed, passed)
+
+    @property
+    def num_changes(self) -> int:
+        """Times that acceptance was found to have changed for good, since the start."""
+        return self._changes.num_alarms
+
+    def _watch(
+        self, rows: Rows, bucket: npt.NDArray[np.intp], passed: npt.NDArray[np.intp]
+    ) -> None:
+        """Compare first drafts with what was expected of them; forget when it is another world."""
+        self._refresh()
+        c = self._posterior(self._requests.counts[rows])
+        expected = np.exp(-c * self._cumulative[bucket, 1])
+        surprise = float(np.count_nonzero(passed) - expected.sum())
+        variance = float(expected @ (1.0 - expected)) + (SMALL_CHANGE * len(rows)) ** 2
+        z = surprise / math.sqrt(variance)
+        self._changes.update(min(max(z, -MAX_SURPRISE), MAX_SURPRISE))
+        if self._changes.drift_detected:
+            kept = np.minimum(1.0, KEPT_AFTER_CHANGE / np.maximum(self._counts[0, -1], 1.0))
+            self._counts *= kept
+            self._log_survival = None
 
     def _outcomes(self, *columns: npt.ArrayLike) -> list[npt.NDArray[np.intp]]:
         limits = (self.num_buckets - 1, self.max_length, self.max_length)
@@ -460,6 +493,7 @@ class AcceptanceEstimator:
             "turn": self._turn,
             "counts": pack(self._counts),
             "presence": pack(self._presence),
+            "changes": self._changes.state(),
             "requests": self._requests.state() if requests else None,
         }
 
@@ -489,6 +523,7 @@ class AcceptanceEstimator:
             if max(counts.max(), presence[1]) > model.window * (1 + 1e-9):
                 raise ValueError("counts are above the window")
             model._counts, model._presence = counts, presence
+            model._changes.restore(state["changes"])
             if state["requests"] is not None:
                 model._requests.restore(state["requests"])
         except (KeyError, TypeError) as error:

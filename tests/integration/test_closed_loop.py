@@ -207,8 +207,11 @@ def test_lengths_come_back_when_acceptance_improves() -> None:
         pair.run(150)
         assert mean_length(pair.engine.choices[-20:]) < 0.5
         pair.engine.set_batch(np.full(6, 0.9))  # other requests: nothing is held against them
-        pair.run(600)
-        assert pair.run(50) > 0.9 * best_uniform(pair.engine)
+        best = best_uniform(pair.engine)
+        # In 75 to 350 steps in trials: when depends on which probe comes when, and so on timing.
+        assert any(pair.run(50) > 0.9 * best for _ in range(16))
+        assert pair.run(50) > 0.9 * best  # and they stay
+        assert pair.loop.counters["acceptance_changes"] >= 1
 
 
 def test_daemon_only_watches_when_observing() -> None:

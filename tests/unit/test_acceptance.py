@@ -55,6 +55,37 @@ def test_table_is_finite_and_falls_with_depth_when_all_or_nothing_is_accepted() 
     assert np.exp(table[0, -1]) > 0.98 and np.exp(table[1, 0]) < 0.02
 
 
+def test_old_counts_are_given_up_when_a_few_probes_say_that_the_world_has_changed() -> None:
+    rng = np.random.default_rng(0)
+    estimator = AcceptanceEstimator(max_length=4)
+    low, high = np.full((1, 4), 0.05), np.full((1, 4), 0.9)
+    for step in range(1000):
+        row, one = estimator.rows(np.array([step // 50])), np.array([2])
+        estimator.learn_many(row, [0], one, draft(rng, low, one))
+    assert estimator.num_changes == 0 and estimator.pooled_hazards()[0] < 0.1
+    for probe in range(12):
+        row, one = estimator.rows(np.array([100 + probe])), np.array([2])
+        estimator.learn_many(row, [0], one, draft(rng, high, one))
+    assert estimator.num_changes == 1 and estimator.pooled_hazards()[0] > 0.5
+    again = AcceptanceEstimator.from_state(estimator.state())
+    assert again.num_changes == 1
+
+
+@pytest.mark.parametrize("size", [1, 8, 256])
+def test_requests_that_differ_are_no_change(size: int) -> None:
+    rng = np.random.default_rng(size)
+    estimator = AcceptanceEstimator(max_length=4)
+    for step in range(4000 // min(size, 16)):
+        if step % 40 == 0:  # others come: Beta(1.4, 0.6) over requests
+            hazards = np.repeat(rng.beta(1.4, 0.6, (size, 1)), 4, axis=1)
+        drafted = rng.integers(0, 5, size)
+        rows = estimator.rows(np.arange(size) + size * (step // 40))
+        accepted = draft(rng, hazards, drafted)
+        estimator.learn_many(rows, np.zeros(size, np.intp), drafted, accepted)
+    # Requests alone one after the other, each of its own acceptance, may look like one.
+    assert estimator.num_changes <= (3 if size == 1 else 0)
+
+
 def test_every_cell_starts_at_the_prior_when_nothing_was_seen() -> None:
     estimator = AcceptanceEstimator(num_buckets=2, max_length=3, prior=0.7)
     assert estimator.hazards() == pytest.approx(0.7)
