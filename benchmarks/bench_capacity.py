@@ -4,7 +4,8 @@ A real daemon process with its telemetry, and scripted engines (mocks: no model)
 that report on an absolute schedule, late or not. Staleness is what the engines see: steps between
 the report that the policy in force knew, and the step it steers (1 is the least possible). Then
 the same while Prometheus' page is scraped ten times a second; decision times are the daemon's own,
-from its event bus.
+from its event bus. What the machine took is given beside them: the share of time in which the loop
+was ready and did not run, and the share of all cores that the hypervisor gave to others.
 """
 
 from __future__ import annotations
@@ -39,13 +40,18 @@ def scrape(stop: threading.Event, port: int) -> None:
             page.read()
 
 
+def run_queue_s(pid: int) -> float:
+    """Seconds that a process's first thread was ready and did not run, by Linux's own count."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+
+
 def run(
     engines: list[ScriptedEngine], daemon: psutil.Process, bus: str, rate: float, seconds: float
 ) -> dict[str, np.ndarray | float]:
     """Drive all engines at ``rate`` steps per second; what the daemon then did."""
     subscriber = subscribe(bus)
     rng = np.random.default_rng(1)
-    used = daemon.cpu_times()
+    used, waited, stolen = daemon.cpu_times(), run_queue_s(daemon.pid), psutil.cpu_times().steal
     began = time.monotonic()
     staleness: list[int] = []
     decide_s: list[float] = []
@@ -81,6 +87,8 @@ def run(
         "staleness": np.array(staleness),
         "decide_s": np.array(decide_s),
         "cpu_share": (after.user + after.system - used.user - used.system) / elapsed,
+        "wait_share": (run_queue_s(daemon.pid) - waited) / elapsed,
+        "steal_share": (psutil.cpu_times().steal - stolen) / elapsed / psutil.cpu_count(),
         "late_p99_s": float(np.percentile(late_s, 99)),
     }
 
@@ -141,6 +149,10 @@ def main() -> None:
             "decision_p99_ms": float(np.percentile(quiet["decide_s"], 99)) * 1e3,
             "staleness_p99_steps_scraped": float(np.percentile(scraped["staleness"], 99)),
             "decision_p99_ms_scraped": float(np.percentile(scraped["decide_s"], 99)) * 1e3,
+            "loop_wait_share": float(quiet["wait_share"]),
+            "steal_share": float(quiet["steal_share"]),
+            "loop_wait_share_scraped": float(scraped["wait_share"]),
+            "steal_share_scraped": float(scraped["steal_share"]),
             "driver_late_p99_ms": float(quiet["late_p99_s"]) * 1e3,
         },
     )

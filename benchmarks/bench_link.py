@@ -213,7 +213,8 @@ def main() -> None:
             figures["paused_fixed_length_us"] = own
             for what, kill in (("stopped", signal.SIGSTOP), ("dead", signal.SIGKILL)):
                 daemon.send_signal(kill)
-                time.sleep(1.2)
+                link.choose(Steps(256).batch)  # its last words are heard now,
+                time.sleep(1.2)  # and it is silent for longer than SILENCE_S
                 link.choose(Steps(256).batch)  # past the time to live
                 link._program = None  # and past the fallback, which lasts a minute
                 warm = np.median(time_steps(link, 256, args.steps, 0.0)) * 1e6

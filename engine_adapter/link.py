@@ -131,6 +131,7 @@ class EngineLink:
         self._roster_sent = False
         self._hello_due = False
         self._looked = False  #: whether `choose` has received in this step
+        self._writable = False  #: whether the socket took frames when last asked: asking is dear
         self._closed = False
 
     # -- the engine's side ----------------------------------------------------------------------
@@ -160,10 +161,12 @@ class EngineLink:
             if not self._looked:  # once per step
                 self._receive()
             self._looked = False
-            if not self._in_touch() or not self._ready() & POLLOUT:
+            if self._in_touch() and self._writable:
+                self._send_report(facts)
+            else:
                 self.stats.num_reports_dropped += 1
-                return
-            self._send_report(facts)
+        except zmq.Again:
+            self.stats.num_reports_dropped += 1
         except Exception:
             self._note_error("reporting a step")
 
@@ -371,7 +374,9 @@ class EngineLink:
         )
 
     def _ready(self) -> int:
-        return int(self._socket.getsockopt(EVENTS))
+        events = int(self._socket.getsockopt(EVENTS))
+        self._writable = bool(events & POLLOUT)
+        return events
 
     # -- trouble --------------------------------------------------------------------------------
 
