@@ -6,6 +6,9 @@ repetition. Compared is SmartSpec's mean latency with that of the best of the ot
 and overall; "the best" is the one with the lowest mean over all repetitions, which favours it: it
 is chosen with the very numbers that it is compared by. `paired.py` gives the statistics.
 
+The hypervisor's share of the machine during each arm is kept beside its latencies: it tells a slow arm
+from a slow machine.
+
 What each repetition measured is kept in build/figures/demo_raw.jsonl as it comes in, and
 `--resume` goes on from there after an interruption.
 """
@@ -17,11 +20,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from figures import FOLDER, record
 from paired import paired_ratio
 from rich.console import Console
@@ -61,15 +66,13 @@ def measure(raw: Path, repetitions: int, seed: int, quick: bool, console: Consol
             schedule = schedules.build(prompts, capacity, seed=seed + repetition)
             shift = repetition % len(ARMS)
             order = ARMS[shift:] + ARMS[:shift]
-            played = {
-                arm.name: session.play(
-                    arm,
-                    schedule,
-                    warm_up,
-                    f"repetition {repetition + 1}/{repetitions}, {arm.title}",
-                )
-                for arm in order
-            }
+            played: dict[str, ArmPlayed] = {}
+            stolen: dict[str, float] = {}
+            for arm in order:
+                title = f"repetition {repetition + 1}/{repetitions}, {arm.title}"
+                with stolen_share() as share:
+                    played[arm.name] = session.play(arm, schedule, warm_up, title)
+                stolen[arm.name] = share()
             row = {
                 "repetition": repetition,
                 "seed": seed + repetition,
@@ -77,6 +80,7 @@ def measure(raw: Path, repetitions: int, seed: int, quick: bool, console: Consol
                 "capacity_requests_per_s": capacity,
                 "order": list(played),
                 "arms": {name: arm_row(result) for name, result in played.items()},
+                "stolen_share": stolen,
                 "num_different_answers": len(
                     summary.compare_answers(
                         {arm.name: played[arm.name].played.requests for arm in ARMS}
@@ -92,6 +96,15 @@ def measure(raw: Path, repetitions: int, seed: int, quick: bool, console: Consol
                 for name in (*OTHERS, SMARTSPEC)
             )
             console.print(f"repetition {repetition + 1}: {means}", highlight=False)
+
+
+@contextmanager
+def stolen_share() -> Iterator[Callable[[], float]]:
+    """Share of all cores' time that the hypervisor gave to other machines."""
+    began, before = time.monotonic(), psutil.cpu_times().steal
+    yield lambda: float(
+        (psutil.cpu_times().steal - before) / (time.monotonic() - began) / psutil.cpu_count()
+    )
 
 
 def arm_row(result: ArmPlayed) -> dict[str, Any]:
