@@ -6,8 +6,8 @@ repetition. Compared is SmartSpec's mean latency with that of the best of the ot
 and overall; "the best" is the one with the lowest mean over all repetitions, which favours it: it
 is chosen with the very numbers that it is compared by. `paired.py` gives the statistics.
 
-The hypervisor's share of the machine during each arm is kept beside its latencies: it tells a slow arm
-from a slow machine.
+The hypervisor's share of the machine during each arm is kept beside its latencies: it tells a slow
+arm from a slow machine.
 
 What each repetition measured is kept in build/figures/demo_raw.jsonl as it comes in, and
 `--resume` goes on from there after an interruption.
