@@ -251,19 +251,27 @@ class Engine:
         if self.hello.limits.drafts_known_first:
             # Found, not computed; but whatever they cost must be seen as theirs.
             num_draft_tokens = max(num_draft_tokens, int(drafted.sum()))
+        size, num_drafts = len(batch.ids), int(drafted.sum())
+        if report.mode == UNIFORM:  # as many are computed for all as for the longest
+            num_drafts = size * int(drafted.max(initial=0))
         shape = StepShape(
-            batch=len(batch.ids),
-            verify_tokens=len(batch.ids) + int(drafted.sum()),
+            batch=size,
+            verify_tokens=size + num_drafts,
             prefill_tokens=report.num_prefill_tokens,
             context_tokens=report.context_tokens,
             draft_forwards=report.num_draft_forwards,
             draft_tokens=num_draft_tokens,
             catch_up_tokens=report.num_catch_up_tokens,
+            ragged=float(self.is_dear(report.mode)),
         )
         if not len(batch.ids) and not report.num_prefill_tokens:
             return None
         residual = self.step_cost.observe(shape, report.target_s, report.draft_s, report.step_s)
         return float(residual.predicted_s)
+
+    def is_dear(self, mode: str) -> bool:
+        """Whether a step in this mode is ragged where the engine could have run it uniform."""
+        return mode == RAGGED and UNIFORM in self.hello.limits.modes
 
     # -- policies -------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from smartspec.engine_adapter.lengths import (
     F64,
     I64,
     RAGGED,
+    UNIFORM,
     CostCurve,
     DraftCost,
     Ladder,
@@ -113,13 +114,14 @@ class Planner:
         draft = DraftCost(*engine.step_cost.draft_cost())
         other = round(shape.prefill_tokens)
         optimum = goodput.solve(ladder, curves, draft, other)
-        none = ladder.weight_sum / float(curves[0].at(ladder.size + other))
+        even = curves[-1]  # of single lengths, such as 0
+        none = ladder.weight_sum / float(even.at(ladder.size + other))
         probe_length, num_probes = self.prober.plan(
             engine, optimum, ladder, curves[0], draft, other
         )
         every = FALLBACK_EVERY if self._num_decisions >= YOUNG else FALLBACK_EVERY // 5
         if self._num_decisions and self._num_decisions % every == 0:
-            self._fallback = self._fallback_table(ladder, curves[0], draft)
+            self._fallback = self._fallback_table(ladder, even, draft)
         self._num_decisions += 1
         reason = self._reason(optimum, none, num_probes, probe_length)
         num_targets = num_out_of_reach = 0
@@ -184,7 +186,7 @@ class Planner:
             optimum.choice.lengths,
             optimum.value_of_time,
             none,
-            partial(self._goodput_static, ladder, curves[0], draft, other),
+            partial(self._goodput_static, ladder, even, draft, other),
             optimum.choice.mode,
             num_targets,
             num_out_of_reach,
@@ -200,20 +202,26 @@ class Planner:
             and last.report.policy_seq == self.engine.policy_seq
             and last.batch.version == self._told_roster
             and self._num_untold < TOLD_EVERY
-            and self.engine.hello.limits.modes == (RAGGED,)
         )
 
     def _curves(self, shape: StepShape) -> list[CostCurve]:
-        """Seconds by tokens in the pass, wide enough for a batch that has since doubled."""
+        """Seconds by tokens in the pass, wide enough for a batch that has since doubled.
+
+        One per mode of the engine, uniform last.
+        """
         limits = self.engine.hello.limits
         most = min(2 * round(shape.batch) + 8, limits.max_num_running) * (1 + limits.max_length)
         prefill = round(shape.prefill_tokens)
         num_tokens = self.engine.step_cost.breakpoints(1, most + 2 * prefill)
         if prefill > 1:
             num_tokens = np.union1d(num_tokens, [prefill])  # the curve's own kink
-        seconds = tuple(self.engine.step_cost.target_curve(shape, num_tokens).tolist())
         tokens = tuple(num_tokens.astype(np.float64).tolist())
-        return [CostCurve(mode, tokens, seconds) for mode in limits.modes]
+        curves = []
+        for mode in sorted(limits.modes, key=lambda mode: mode == UNIFORM):
+            shape = shape._replace(ragged=float(self.engine.is_dear(mode)))
+            seconds = self.engine.step_cost.target_curve(shape, num_tokens)
+            curves.append(CostCurve(mode, tokens, tuple(seconds.tolist())))
+        return curves
 
     def _goodput_static(
         self, ladder: Ladder, curve: CostCurve, draft: DraftCost, other: int
@@ -268,7 +276,9 @@ def _did_as_well(
     best = choose_lengths(ladder, optimum.value_of_time, optimum.depth, *given)
     lengths, gain = ladder.at(observation.num_drafted)
     drafts, depth = np.array(float(lengths.sum())), int(lengths.max(initial=0))
-    num_tokens = ladder.size + num_other_tokens + drafts
-    seconds = float(step_seconds(curves[0], draft, num_tokens, drafts, depth))
+    curve = next((one for one in curves if one.mode == observation.report.mode), curves[0])
+    verified = ladder.size * depth if curve.mode == UNIFORM else drafts
+    num_tokens = ladder.size + num_other_tokens + verified
+    seconds = float(step_seconds(curve, draft, num_tokens, drafts, depth))
     loss = best.gain - gain - optimum.value_of_time * (best.seconds - seconds)
     return loss <= WORTH_TELLING * best.gain

@@ -27,6 +27,7 @@ import numpy as np
 from smartspec.estimators.base import F64, State, non_negative, pack, unpack
 from smartspec.estimators.drift import CumulativeSum
 
+LARGEST_PRECISION = 1e60  #: far above any, and its square still a number
 #: Seconds; times below are noise of clock and operating system.
 RESOLUTION_S = 2e-5
 
@@ -186,6 +187,8 @@ class RecursiveLeastSquares:
         prior = unpack(state, "prior", (size, size))
         precision = unpack(state, "precision", (size, size))
         weight = non_negative("prior_weight", state["prior_weight"])
+        if not max(np.abs(prior).max(), np.abs(precision).max(), weight) < LARGEST_PRECISION:
+            raise ValueError("precision is larger than any that can be learned")
         if not min(_inverse(m).diagonal().min() for m in (prior, precision + weight * prior)) > 0.0:
             raise ValueError("precision is not positive definite")
         prior_moment = unpack(state, "prior_moment", (size,))

@@ -2,11 +2,13 @@
 
     seconds = overhead + target + draft
     target  = c_0 + c_batch B + sum_s c_s N_s + c_verify V + c_ctx C + c_prefill P + c_eager [N > G]
+              + c_ragged [ragged]
     draft   = d_0 [drafting] + d_forward D + d_token n + d_catch_up m
 
 B decoding requests; N = V + P tokens of the target's pass, V verified and P of prompts, rounded up
 to a captured graph size where the engine pads; N_s the tokens of N that lie in segment s between
-two knots; C context tokens; D sequential draft forwards of n tokens; m tokens that the drafter had
+two knots; [ragged] whether an engine that has graphs for batches of one length ran one of several;
+C context tokens; D sequential draft forwards of n tokens; m tokens that the drafter had
 to catch up on. It is the linear model of SmartSpec (arXiv 2406.14066, T = c_ctx N_context + c_tok
 N_batched + c_0) with what practice adds to it. A slope per segment, rather than hinges on one
 slope, makes ">= 0 for every coefficient" the same as "the curve never falls with N", while concave
@@ -49,6 +51,7 @@ class StepShape(NamedTuple):
     draft_forwards: float = 0.0  #: sequential draft passes
     draft_tokens: float = 0.0  #: tokens drafted in them
     catch_up_tokens: float = 0.0  #: tokens that the drafter processed to be in step again
+    ragged: float = 0.0  #: 1: of several lengths, on an engine that runs a single one faster
 
     @property
     def drafting(self) -> bool:
@@ -83,6 +86,7 @@ _TARGET_TERMS = {
     "context": _Term(4096.0, 0.05),
     "prefill": _Term(16.0, 0.0),
     "eager": _Term(1.0, 0.0),
+    "ragged": _Term(1.0, 0.0),
 }
 _DRAFT_TERMS = {
     "drafting": _Term(1.0, 0.05),
@@ -91,9 +95,9 @@ _DRAFT_TERMS = {
     "catch_up": _Term(64.0, 0.05),
 }
 _SEGMENT = _Term(16.0, 0.12)
-_FIXED, _BATCH, _VERIFY, _CONTEXT, _PREFILL, _EAGER = range(6)
-_DRAFTING, _FORWARDS, _TOKENS, _CATCH_UP = range(6, 10)
-_SEGMENTS = 10  # and onwards: one per segment
+_FIXED, _BATCH, _VERIFY, _CONTEXT, _PREFILL, _EAGER, _RAGGED = range(7)
+_DRAFTING, _FORWARDS, _TOKENS, _CATCH_UP = range(7, 11)
+_SEGMENTS = 11  # and onwards: one per segment
 _NOISE = 0.1  # relative deviation of an observation that the prior's precision is in units of
 
 
@@ -197,7 +201,7 @@ class StepCost(Regressor):
     def row(self, shape: StepShape) -> F64:
         """[num_terms]: the features of a step of ``shape``, in the units of the terms."""
         # Plain Python: for one shape it takes half the time of the vectorised features.
-        batch, verify, prefill, context, forwards, tokens, catch_up = shape
+        batch, verify, prefill, context, forwards, tokens, catch_up, ragged = shape
         num_tokens = verify + prefill
         graphs = self.graph_sizes or ()
         eager = bool(graphs) and num_tokens > graphs[-1]
@@ -210,6 +214,7 @@ class StepCost(Regressor):
             context / _TARGET_TERMS["context"].scale,
             prefill / _TARGET_TERMS["prefill"].scale,
             float(eager),
+            ragged,
             float(shape.drafting),
             forwards / _DRAFT_TERMS["forwards"].scale if self.draft_forwards else 0.0,
             tokens / _DRAFT_TERMS["tokens"].scale,
@@ -321,7 +326,7 @@ class StepCost(Regressor):
 
         Parameters
         ----------
-        shape : batch, context and prefill of the step; its verified tokens are not used
+        shape : batch, context, prefill and mode of the step; its verified tokens are not used
         num_tokens : [M], all tokens of the pass, ``shape.prefill_tokens`` among them
 
         Returns seconds [M] > 0, overhead included, never falling with N.
@@ -334,6 +339,7 @@ class StepCost(Regressor):
             + coef[_BATCH] * shape.batch / _TARGET_TERMS["batch"].scale
             + coef[_CONTEXT] * shape.context_tokens / _TARGET_TERMS["context"].scale
             + coef[_PREFILL] * shape.prefill_tokens / _TARGET_TERMS["prefill"].scale
+            + coef[_RAGGED] * shape.ragged
         )
         curve = self._segments(self._padded(tokens)) @ coef[_SEGMENTS:]
         curve += fixed

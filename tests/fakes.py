@@ -278,6 +278,7 @@ class Steering:
             num_draft_forwards=facts.num_draft_forwards,
             num_draft_tokens=facts.num_draft_tokens,
             num_waiting=facts.num_waiting,
+            mode=facts.mode,
             policy_seq=self._chosen[0],
             source=self._chosen[1],
         )

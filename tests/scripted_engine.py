@@ -17,7 +17,7 @@ from smartspec.engine_adapter.base import (
     LengthSource,
     StepFacts,
 )
-from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.lengths import RAGGED, UNIFORM, Choice
 from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
 
 
@@ -31,6 +31,7 @@ class Costs:
     beyond_s: float = 0.0
     draft_forward_s: float = 0.0
     draft_token_s: float = 0.0
+    ragged_s: float = 0.0  #: more, for several lengths in one pass
     noise: float = 0.02
 
 
@@ -42,6 +43,7 @@ def hello(
     lookup: bool = True,
     static_length: int = 3,
     max_num_running: int = 512,
+    modes: tuple[str, ...] = (RAGGED,),
 ) -> Hello:
     return Hello(
         engine=name,
@@ -55,6 +57,7 @@ def hello(
             if lookup
             else (FEATURE_LAST_SHARE,),
             drafts_known_first=lookup,
+            modes=modes,
         ),
     )
 
@@ -131,6 +134,8 @@ class ScriptedEngine:
         num_tokens = size + total
         noise = 1 + c.noise * self.rng.standard_normal(2)
         target = c.base_s + c.token_s * num_tokens + c.beyond_s * max(0, num_tokens - c.knee)
+        uniform = c.ragged_s > 0 and int(lengths.min(initial=depth)) == depth
+        target += 0.0 if uniform else c.ragged_s
         draft = 0.0 if self.lookup else c.draft_forward_s * depth + c.draft_token_s * total
         target_s, draft_s = target * noise[0], draft * noise[1]
         facts = StepFacts(
@@ -145,6 +150,7 @@ class ScriptedEngine:
             num_draft_forwards=0 if self.lookup else depth,
             num_draft_tokens=0 if self.lookup else total,
             num_waiting=self.num_waiting,
+            mode=UNIFORM if uniform else RAGGED,
         )
         self.tokens += int(accepted.sum()) + size
         self.seconds += facts.step_s

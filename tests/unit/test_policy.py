@@ -14,7 +14,9 @@ from scripted_engine import Costs, ScriptedEngine, hello
 from smartspec.daemon.engines import Engine
 from smartspec.daemon.policy import TOLD_EVERY, Decision, Planner
 from smartspec.engine_adapter import messages as wire
+from smartspec.engine_adapter.lengths import RAGGED, UNIFORM
 from smartspec.engine_adapter.program import Program
+from smartspec.estimators.step_cost import StepShape
 
 
 def planned(
@@ -23,11 +25,12 @@ def planned(
     steps: int = 200,
     *,
     meet_targets: bool = True,
+    modes: tuple[str, ...] = (RAGGED,),
     **more: Any,
 ) -> tuple[ScriptedEngine, Steering]:
     """An engine after some steps under its planner, without probes."""
     lookup = more.get("lookup", True)
-    engine = Engine(hello(lookup=lookup))
+    engine = Engine(hello(lookup=lookup, modes=modes))
     planner = Planner(
         engine, daemon_epoch=9, probe_share=0.0, seed_sweep=True, meet_targets=meet_targets
     )
@@ -180,6 +183,23 @@ def test_every_mode_of_the_engine_gets_a_curve(modes: tuple[str, ...]) -> None:
     limits = msgspec.structs.replace(greeting.limits, modes=modes)
     decision = decision_for(Engine(msgspec.structs.replace(greeting, limits=limits)))
     assert tuple(curve.mode for curve in decision.policy.curves) == modes
+
+
+@pytest.mark.parametrize(("ragged_s", "mode"), [(0.0005, RAGGED), (0.02, UNIFORM)])
+def test_one_length_for_all_is_chosen_where_several_cost_more_than_they_bring(
+    ragged_s: float, mode: str
+) -> None:
+    costs = Costs(base_s=0.02, token_s=0.001, draft_token_s=0.0002, ragged_s=ragged_s)
+    acceptance = [0.95] * 4 + [0.1] * 4
+    modes = (UNIFORM, RAGGED)
+    _, source = planned(acceptance, costs, 400, lookup=False, modes=modes)
+    late = source.decisions[-50:]
+    assert sum(decision.mode == mode for decision in late) >= 45
+    assert not all(decision.is_news for decision in late)  # nor told when it would say nothing new
+    cost = source.engine.step_cost
+    shape = StepShape(8, 8, 0, 1600)
+    extra = cost.seconds(shape._replace(ragged=1.0)) - cost.seconds(shape)
+    assert extra == pytest.approx(ragged_s, rel=0.3, abs=0.001)
 
 
 def test_lengths_keep_to_what_was_available_when_drafts_are_not_known_first() -> None:
