@@ -21,6 +21,7 @@ from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
     EngineEvent,
+    LinkCounts,
     LoopEvent,
     NoteEvent,
     StepEvent,
@@ -57,6 +58,9 @@ class Transport(Protocol):
     def receive(self) -> tuple[bytes, bytes] | None: ...
     def send(self, peer: bytes, frame: bytes) -> bool: ...  # False: the peer has gone
     def close(self) -> None: ...
+
+    @property
+    def num_unsendable(self) -> int: ...
 
 
 class Session:
@@ -379,13 +383,7 @@ class ControlLoop:
             for session in list(self._by_name.values()):
                 if now - session.heard_at > timeout_s:
                     self._forget(session, "lost")
-            self._bus.publish(
-                LoopEvent(
-                    t_s=self._wall(),
-                    num_engines=len(self._by_name),
-                    counters=dict(self.counters),
-                )
-            )
+            self._bus.publish(self._loop_event())
 
     def close(self) -> None:
         self._transport.close()
@@ -405,6 +403,19 @@ class ControlLoop:
                 fingerprint=messages.to_plain(hello.fingerprint),
                 limits=messages.to_plain(hello.limits),
             )
+        )
+
+    def _loop_event(self) -> LoopEvent:
+        outside = {
+            "frames_unsendable": self._transport.num_unsendable,
+            "events_dropped": self._bus.num_dropped,
+        }
+        links = {name: _link_counts(s.engine) for name, s in self._by_name.items()}
+        return LoopEvent(
+            t_s=self._wall(),
+            num_engines=len(self._by_name),
+            counters={**self.counters, **outside},
+            links={name: counts for name, counts in links.items() if counts != LinkCounts()},
         )
 
     def _step_event(
@@ -457,3 +468,7 @@ class ControlLoop:
             num_targets=decision.num_targets,
             num_targets_out_of_reach=decision.num_out_of_reach,
         )
+
+
+def _link_counts(engine: Engine) -> LinkCounts:
+    return LinkCounts(**{name: getattr(engine, name) for name in LinkCounts.__struct_fields__})
