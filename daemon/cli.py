@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from smartspec.daemon import config
+from smartspec.daemon import config, config_text
 from smartspec.daemon.config import ConfigError, Settings
 
 EXIT_USAGE = 2
@@ -366,7 +366,7 @@ def demo(
 @config_app.command("defaults")
 def config_defaults() -> None:
     """Print a file with every setting, explained, at its default."""
-    typer.echo(config.default_toml(), nl=False)
+    typer.echo(config_text.default_toml(), nl=False)
 
 
 @config_app.command("check")
@@ -379,7 +379,7 @@ def config_check(config_file: ConfigFile = None, set_: Assignments = None) -> No
 @config_app.command("show")
 def config_show(config_file: ConfigFile = None, set_: Assignments = None) -> None:
     """Print the settings in force: file, environment and flags together."""
-    typer.echo(config.to_toml(_load(config_file, set_)), nl=False)
+    typer.echo(config_text.to_toml(_load(config_file, set_)), nl=False)
 
 
 #: Options of `worker` that are for the process that serves HTTP, not for its decode process.

@@ -1,14 +1,13 @@
 """Settings: one TOML file, environment variables over it, flags over these.
 
-Every key is declared once, below, with its type, bounds, default and what it means; the default
-file (`default_toml`), the names of the environment variables and the error messages follow from
-that. Loaded once, then frozen.
+Every key is declared once, below, with its type, bounds, default and what it means; the names of
+the environment variables, the error messages, the default file and the reference (config_text.py)
+follow from that. Loaded once, then frozen.
 """
 
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import os
 import re
 import tomllib
@@ -20,14 +19,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
+from smartspec.daemon.endpoints import MAX_SOCKET_PATH, check_endpoint
+from smartspec.daemon.endpoints import ConfigError as ConfigError
+
 ENV_PREFIX = "SMARTSPEC_"
-#: Longest path of a Unix socket on Linux (107 bytes); ZeroMQ and Redis sockets live in runtime_dir.
-MAX_SOCKET_PATH = 107
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used: names the key, what was given and what was expected."""
-
 
 Seconds = Annotated[float, Meta(gt=0, le=1e9)]  # bounded: TOML knows inf
 Share = Annotated[float, Meta(ge=0, le=0.5)]
@@ -224,37 +219,6 @@ def _keys(struct: type[Struct], prefix: str) -> Iterator[Key]:
             yield Key(prefix + info.name, kind, info.default, doc)
 
 
-def default_toml() -> str:
-    """The default configuration file: every key, its meaning, its variable and its default."""
-    lines = [
-        "# SmartSpec settings. Every key may be left out; shown are the defaults.",
-        "# The environment variable SMARTSPEC_<SECTION>_<KEY> overrides a key; a flag, both.",
-    ]
-    section = ""
-    for key in keys().values():
-        head, _, name = key.name.rpartition(".")
-        if head != section:
-            section = head
-            lines += ["", f"[{section}]"]
-        lines += ["", *_comment(key.doc), f"{name} = {_toml(key.default)}"]
-    return "\n".join(lines) + "\n"
-
-
-def to_toml(settings: Settings) -> str:
-    """The settings in force, as a file that `load` reads back to the same."""
-    values = _flatten(msgspec.to_builtins(settings))
-    lines: list[str] = []
-    section = ""
-    for key in keys().values():
-        head, _, name = key.name.rpartition(".")
-        if head != section:
-            section = head
-            lines += ["", f"[{section}]"]
-        value = redacted(values[key.name]) if key.name == "redis.url" else values[key.name]
-        lines.append(f"{name} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
-
-
 def redacted(url: str) -> str:
     """``url`` without its password, so that it can be shown.
 
@@ -264,26 +228,12 @@ def redacted(url: str) -> str:
     return re.sub(r"(://[^:@/]*:)[^@/]*@", r"\1***@", url)
 
 
-def _comment(text: str, width: int = 92) -> list[str]:
-    lines, line = [], "#"
-    for word in text.split():
-        if len(line) + 1 + len(word) > width:
-            lines.append(line)
-            line = "#"
-        line += " " + word
-    return [*lines, line]
-
-
-def _toml(value: Any) -> str:
-    # JSON strings, numbers and booleans are TOML as well.
-    return msgspec.json.encode(value).decode()
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}."))
         else:
             flat[prefix + name] = value
     return flat
@@ -312,7 +262,7 @@ def load(
     known = keys()
     values: dict[str, Any] = {}
     if path is not None:
-        for name, given in _flatten(_read(Path(path))).items():
+        for name, given in flatten(_read(Path(path))).items():
             key = _known(known, name, f"{path}: ")
             values[name] = _value(key, given, f"{path}: {name}", strict=True)
     for variable, key in _variables(known, env):
@@ -409,7 +359,7 @@ def _resolve(values: dict[str, Any], env: Mapping[str, str]) -> Settings:
         (tree.setdefault(section, {}) if section else tree)[key] = value
     settings = msgspec.convert(tree, Settings)
     for name, given in (("endpoint", settings.endpoint), ("bus_endpoint", settings.bus_endpoint)):
-        _check_endpoint(name, given, settings.insecure)
+        check_endpoint(name, given, settings.insecure)
     _check_together(settings)
     return settings
 
@@ -432,39 +382,6 @@ def default_state_dir(env: Mapping[str, str], runtime_dir: str) -> str:
     if given := env.get("HOME"):
         return f"{given}/.local/state/smartspec"
     return f"{runtime_dir}/state"
-
-
-def _check_endpoint(name: str, given: str, insecure: bool) -> None:
-    scheme, separator, address = given.partition("://")
-    if scheme == "ipc" and address:
-        if len(os.fsencode(address)) > MAX_SOCKET_PATH:
-            raise ConfigError(
-                f"{name}: got a path of {len(os.fsencode(address))} bytes ({address}), expected at "
-                f"most {MAX_SOCKET_PATH}, the limit of Unix sockets: choose a shorter runtime_dir"
-            )
-        return
-    if scheme != "tcp" or not separator:
-        raise ConfigError(f"{name}: got {given!r}, expected ipc://PATH or tcp://127.0.0.1:PORT")
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{name}: got {given!r}, expected a port from 1 to 65535 after the host")
-    if not _is_loopback(host):
-        raise ConfigError(
-            f"{name}: got {given!r}, expected ipc://PATH or a loopback address: whoever reaches "
-            "any other could steer the engines, and encryption with CURVE keys is not there yet"
-        )
-    if not insecure:
-        raise ConfigError(
-            f"{name}: got {given!r}, expected insecure = true beside it: every local user can "
-            "connect to a tcp:// address; ipc:// keeps others out by file permissions"
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_together(settings: Settings) -> None:
@@ -494,10 +411,3 @@ def _check_together(settings: Settings) -> None:
         raise ConfigError(
             f"bus_endpoint: got {settings.bus_endpoint!r}, expected another address than endpoint"
         )
-
-
-def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose value differs, as (old, new)."""
-    before = _flatten(msgspec.to_builtins(old))
-    after = _flatten(msgspec.to_builtins(new))
-    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}

@@ -10,22 +10,24 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
 from smartspec.daemon.config import Settings
+from smartspec.daemon.counters import Counters
 from smartspec.daemon.engines import Engine, Observation, RosterGap
 from smartspec.daemon.event_bus import (
     Bus,
     CheckpointEvent,
     DecisionEvent,
     EngineEvent,
+    LinkCounts,
     LoopEvent,
     NoteEvent,
     StepEvent,
 )
-from smartspec.daemon.learned import MAX_BYTES, Learned, ModelKey, RefusedState, encode, restore
+from smartspec.daemon.keeper import Keeper
+from smartspec.daemon.learned import Learned, ModelKey
 from smartspec.daemon.library import Library
 from smartspec.daemon.policy import Decision, Planner
 from smartspec.engine_adapter import messages
@@ -56,6 +58,9 @@ class Transport(Protocol):
     def receive(self) -> tuple[bytes, bytes] | None: ...
     def send(self, peer: bytes, frame: bytes) -> bool: ...  # False: the peer has gone
     def close(self) -> None: ...
+
+    @property
+    def num_unsendable(self) -> int: ...
 
 
 class Session:
@@ -99,7 +104,6 @@ class ControlLoop:
         self._bus = bus
         self._clock = clock
         self._wall = wall
-        self._library = Library(settings.state.max_kept) if library is None else library
         self.epoch = secrets.randbits(48)
         self._heartbeat = messages.encode(Heartbeat(daemon_epoch=self.epoch))
         self._by_peer: dict[bytes, Session] = {}
@@ -108,11 +112,11 @@ class ControlLoop:
         self._answered_at: dict[bytes, float] = {}
         self._next_heartbeat_at = clock()
         self._next_tidy_at = clock()
-        self._next_checkpoint_at = clock() + settings.state.checkpoint_s
-        self._to_save: list[Engine] = []
-        self.counters: Counter[str] = Counter()
-        if self._library.num_refused:
-            self.counters["states_refused"] = self._library.num_refused
+        self.counters = Counters()
+        library = Library(settings.state.max_kept) if library is None else library
+        if library.num_refused:
+            self.counters["states_refused"] = library.num_refused
+        self._keeper = Keeper(settings.state, library, bus, self.counters, clock(), wall)
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -148,7 +152,7 @@ class ControlLoop:
             except MessageError as error:
                 self._refuse_frame(peer, session, error)
             except Exception:
-                self._count_failure("receiving", session)
+                self.counters.failed("receiving", session.engine.name if session else "")
         return arrived
 
     def _take(
@@ -179,7 +183,7 @@ class ControlLoop:
         try:
             decision = session.planner.decide()
         except Exception:
-            self._count_failure("deciding", session)
+            self.counters.failed("deciding", session.engine.name)
             return None
         if decision is None:
             return None
@@ -202,7 +206,7 @@ class ControlLoop:
                 seconds = session.engine.learn(observation)
                 session.planner.prober.account(observation)
             except Exception:
-                self._count_failure("learning", session)
+                self.counters.failed("learning", session.engine.name)
             predicted.append(seconds)
         session.learn_s = (self._clock() - began) / len(observations)
         for observation, seconds in zip(observations, predicted, strict=True):
@@ -230,13 +234,6 @@ class ControlLoop:
             )
         )
 
-    def _count_failure(self, doing: str, session: Session | None) -> None:
-        """A fault of ours costs one engine one decision, never the loop."""
-        self.counters[f"failures_{doing}"] += 1
-        if self.counters[f"failures_{doing}"] == 1:
-            name = session.engine.name if session else "of an unknown peer"
-            log.exception("error while %s for engine %s", doing, name)
-
     # -- engines come and go --------------------------------------------------------------------
 
     def _welcome(self, peer: bytes, hello: Hello) -> None:
@@ -256,9 +253,15 @@ class ControlLoop:
         # Made first: a Hello that is refused must cost neither session nor what was learned.
         previous = known.engine if known else self._retired.get(hello.engine)
         origin: list[str] = []
-        engine = Engine(hello, previous, lambda key: self._lend(key, origin))
+
+        def lend(key: ModelKey) -> Learned | None:
+            learned, words = self._keeper.lend(key, self._engines())
+            origin.append(words)
+            return learned
+
+        engine = Engine(hello, previous, lend)
         if previous is not None and previous.learned is not engine.learned and previous.num_unsaved:
-            self._checkpoint(previous)  # or it would go with the name
+            self._keeper.save(previous)  # or it would go with the name
         if known is not None:
             self._forget(known, "replaced")
         self._retired.pop(hello.engine, None)
@@ -279,7 +282,7 @@ class ControlLoop:
         self.counters["engines_connected"] += 1
         log.info("engine %s connected (epoch %d)", engine.name, hello.epoch)
         self._publish_engine(session, "connected")
-        for text in origin:
+        for text in filter(None, origin):
             log.info("engine %s %s", engine.name, text)
             kind = "warm_start" if engine.learned.num_steps else "cold_start"
             self._bus.publish(NoteEvent(engine=engine.name, kind=kind, text=text))
@@ -367,77 +370,9 @@ class ControlLoop:
         """Those connected, and those that have gone and may come back."""
         return [session.engine for session in self._by_name.values()] + [*self._retired.values()]
 
-    def _lend(self, key: ModelKey, origin: list[str]) -> Learned | None:
-        """A copy of what is known of an engine's kind; ``origin`` is told where it is from."""
-        like = [e for e in self._engines() if e.key == key and e.learned.num_steps]
-        if like:
-            best = max(like, key=lambda engine: engine.learned.num_steps)
-            try:
-                learned = restore(best.learned.checkpoint(best.name, self._wall()))
-            except RefusedState:
-                self._count_failure("copying what was learned", None)
-            else:
-                origin.append(
-                    f"starts from what engine {best.name} knows, of {learned.num_steps} steps"
-                )
-                return learned
-        if (found := self._library.find(key)) is not None:
-            learned, checkpoint = found
-            age_s = max(0.0, self._wall() - checkpoint.saved_s)
-            origin.append(
-                f"starts from what engine {checkpoint.engine} knew {age_s:.0f} s ago, of "
-                f"{learned.num_steps} steps"
-            )
-            return learned
-        if (why := self._library.why_not(key)) is not None:
-            origin.append(f"starts cold: {why}")
-        return None
-
-    def _save_some(self, now: float) -> None:
-        """One checkpoint a turn, so that no turn is long however many engines there are."""
-        if now >= self._next_checkpoint_at:
-            self._next_checkpoint_at = now + self._settings.state.checkpoint_s
-            # Of engines of one kind, the one that has learned most since the last checkpoint.
-            busiest: dict[ModelKey, tuple[int, Engine]] = {}
-            for engine in self._engines():
-                if engine.num_unsaved > busiest.get(engine.key, (0,))[0]:
-                    busiest[engine.key] = engine.num_unsaved, engine
-                engine.num_unsaved = 0
-            self._to_save = [engine for _, engine in busiest.values()]
-        if self._to_save:
-            self._checkpoint(self._to_save.pop())
-
-    def _checkpoint(self, engine: Engine) -> CheckpointEvent | None:
-        if not self._settings.state.enabled:
-            return None
-        try:
-            checkpoint = engine.learned.checkpoint(engine.name, self._wall())
-            frame = encode(checkpoint)
-        except Exception:
-            self._count_failure("saving what was learned", None)
-            return None
-        engine.num_unsaved = 0
-        self._library.put(checkpoint)
-        if len(frame) > MAX_BYTES:
-            self.counters["checkpoints_too_large"] += 1
-            return None
-        event = CheckpointEvent(
-            t_s=checkpoint.saved_s, key_id=engine.key.id, frame=frame, engine=engine.name
-        )
-        self._bus.publish(event)
-        self.counters["checkpoints"] += 1
-        return event
-
     def checkpoints(self) -> list[CheckpointEvent]:
         """All that was learned in this life, published once more: for when the loop has ended."""
-        last: dict[ModelKey, Engine] = {}
-        for engine in self._engines():
-            rival = last.get(engine.key)
-            mine = (engine.num_unsaved, engine.learned.num_steps)
-            if rival is None or mine > (rival.num_unsaved, rival.learned.num_steps):
-                last[engine.key] = engine
-        events = (self._checkpoint(e) for e in last.values() if e.num_reports or e.num_unsaved)
-        return [event for event in events if event is not None]
+        return self._keeper.save_all(self._engines())
 
     # -- time -----------------------------------------------------------------------------------
 
@@ -447,20 +382,14 @@ class ControlLoop:
             self._next_heartbeat_at = now + self._settings.control.heartbeat_s
             for peer in self._by_peer:
                 self._transport.send(peer, self._heartbeat)
-        self._save_some(now)
+        self._keeper.save_some(now, self._engines)
         if now >= self._next_tidy_at:
             self._next_tidy_at = now + 1.0
             timeout_s = self._settings.control.engine_timeout_s
             for session in list(self._by_name.values()):
                 if now - session.heard_at > timeout_s:
                     self._forget(session, "lost")
-            self._bus.publish(
-                LoopEvent(
-                    t_s=self._wall(),
-                    num_engines=len(self._by_name),
-                    counters=dict(self.counters),
-                )
-            )
+            self._bus.publish(self._loop_event())
 
     def close(self) -> None:
         self._transport.close()
@@ -480,6 +409,19 @@ class ControlLoop:
                 fingerprint=messages.to_plain(hello.fingerprint),
                 limits=messages.to_plain(hello.limits),
             )
+        )
+
+    def _loop_event(self) -> LoopEvent:
+        outside = {
+            "frames_unsendable": self._transport.num_unsendable,
+            "events_dropped": self._bus.num_dropped,
+        }
+        links = {name: _link_counts(s.engine) for name, s in self._by_name.items()}
+        return LoopEvent(
+            t_s=self._wall(),
+            num_engines=len(self._by_name),
+            counters={**self.counters, **outside},
+            links={name: counts for name, counts in links.items() if counts != LinkCounts()},
         )
 
     def _step_event(
@@ -532,3 +474,7 @@ class ControlLoop:
             num_targets=decision.num_targets,
             num_targets_out_of_reach=decision.num_out_of_reach,
         )
+
+
+def _link_counts(engine: Engine) -> LinkCounts:
+    return LinkCounts(**{name: getattr(engine, name) for name in LinkCounts.__struct_fields__})

@@ -143,6 +143,8 @@ class Engine:
         self.num_missed = 0  #: steps that no report told of
         self.num_repeated = 0  #: reports that came twice or out of order
         self.num_refused = 0  #: reports that could not be believed
+        self.num_throttled = 0  #: reports that were one too many to be read
+        self.num_dropped = 0  #: reports that it could not send, as it says itself
         self.policy_seq = 0 if previous is None else previous.policy_seq
         self._report_of_policy: OrderedDict[int, int] = OrderedDict()
 
@@ -163,6 +165,7 @@ class Engine:
             self.num_missed += report.seq - self.last_seq - 1
         self.last_seq = report.seq
         self.num_reports += 1
+        self.num_dropped = report.num_dropped
         self._follow(observation)
         return observation
 

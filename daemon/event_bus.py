@@ -93,11 +93,22 @@ class NoteEvent(Event, frozen=True, kw_only=True, gc=False, tag="note"):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class LinkCounts(Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
+    """Reports of one engine that taught nothing, since it connected."""
+
+    num_dropped: int = 0  #: by the engine, that could not send them; as it says itself
+    num_missed: int = 0  #: steps that no report told of, those dropped included
+    num_repeated: int = 0  #: came twice or out of order
+    num_refused: int = 0  #: could not be believed
+    num_throttled: int = 0  #: beyond limits.max_reports_per_s, and so not read
+
+
 class LoopEvent(Event, frozen=True, kw_only=True, tag="loop"):
     """The daemon itself, once a second."""
 
     num_engines: int = 0
     counters: dict[str, int] = {}  #: totals since the daemon started
+    links: dict[str, LinkCounts] = {}  #: by engine, of those that have anything to count
 
 
 class CheckpointEvent(Event, frozen=True, kw_only=True, gc=False, tag="checkpoint"):
@@ -126,6 +137,8 @@ def encode(event: BusEvent) -> bytes:
 class Bus(Protocol):
     """Where the loop says what it does. Never blocks, never raises."""
 
+    num_dropped: int  #: events that could not be handed on at all
+
     def publish(self, event: BusEvent) -> None: ...
 
     def close(self) -> None: ...
@@ -133,6 +146,8 @@ class Bus(Protocol):
 
 class NullBus:
     """A bus that nobody listens to."""
+
+    num_dropped = 0
 
     def publish(self, event: BusEvent) -> None:
         pass

@@ -19,7 +19,7 @@ from typing import IO, Protocol
 
 import msgspec
 
-from smartspec.daemon import config, logs
+from smartspec.daemon import config_text, logs
 from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
 
@@ -219,7 +219,7 @@ def reload_settings(current: Settings, load: Callable[[], Settings]) -> Settings
     except ConfigError as error:
         log.error("SIGHUP: the settings in force stay: %s", error)
         return current
-    changed = config.differences(current, new)
+    changed = config_text.differences(current, new)
     waiting = {name: pair for name, pair in changed.items() if not name.startswith("log.")}
     if len(waiting) < len(changed):
         logs.configure(new.log)

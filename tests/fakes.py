@@ -44,6 +44,7 @@ class FakeTransport:
         self.gone: set[bytes] = set()
         self.waits: list[float] = []
         self.closed = False
+        self.num_unsendable = 0
 
     def wait(self, timeout_s: float) -> bool:
         self.waits.append(timeout_s)
@@ -78,6 +79,7 @@ class RecordingBus:
 
     def __init__(self) -> None:
         self.events: list[BusEvent] = []
+        self.num_dropped = 0
 
     def publish(self, event: BusEvent) -> None:
         self.events.append(event)

@@ -32,6 +32,13 @@ NUM_RUNNING = Metric("smartspec_running_requests", "gauge", "Requests decoding."
 NUM_WAITING = Metric("smartspec_waiting_requests", "gauge", "Requests queued.")
 KV_USAGE = Metric("smartspec_kv_usage_ratio", "gauge", "Share of the KV room in use.")
 CONNECTED = Metric("smartspec_engine_connected", "gauge", "1 while the engine reports.")
+REPORTS_LOST = Metric(
+    "smartspec_lost_reports",
+    "counter",
+    "Reports that taught nothing: dropped by the engine, missed (those included), repeated, "
+    "refused or throttled.",
+    ("engine", "how"),
+)
 ENGINE_EVENTS = Metric(
     "smartspec_engine_events", "counter", "Engines that came or went.", ("state",)
 )

@@ -42,7 +42,7 @@ class PrometheusExporter:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self._metrics: dict[ids.Metric, Any] = {m: self._make(m) for m in ids.ALL}
-        self._last: dict[tuple[ids.Metric, str], float] = {}
+        self._last: dict[tuple[ids.Metric, tuple[str, ...]], float] = {}
         self._series: dict[str, set[tuple[ids.Metric, tuple[str, ...]]]] = {}
         self._server: Any = None
 
@@ -94,7 +94,11 @@ class PrometheusExporter:
             case LoopEvent():
                 self._of(ids.NUM_ENGINES).set(event.num_engines)
                 for name, total in event.counters.items():
-                    self._raise_to(ids.LOOP, name, total)
+                    self._raise_to(ids.LOOP, total, name)
+                for engine, counts in event.links.items():
+                    for how in counts.__struct_fields__:
+                        total = getattr(counts, how)
+                        self._raise_to(ids.REPORTS_LOST, total, engine, how.removeprefix("num_"))
 
     def note_telemetry(
         self,
@@ -104,26 +108,27 @@ class PrometheusExporter:
     ) -> None:
         """What the telemetry process knows of itself."""
         for topic, total in num_missed.items():
-            self._raise_to(ids.BUS_MISSED, topic, total)
+            self._raise_to(ids.BUS_MISSED, total, topic)
         if store is not None:
             self._of(ids.REDIS_UP).set(store.up)
             self._of(ids.REDIS_BUFFERED).set(store.num_buffered)
-            self._raise_to(ids.REDIS_FAILURES, "", store.num_failures)
-            self._raise_to(ids.REDIS_LOST, "", store.num_lost)
+            self._raise_to(ids.REDIS_FAILURES, store.num_failures)
+            self._raise_to(ids.REDIS_LOST, store.num_lost)
         if writer is not None:
-            self._raise_to(ids.STATE_WRITTEN, "", writer.num_written)
-            self._raise_to(ids.STATE_FAILURES, "", writer.num_failures)
+            self._raise_to(ids.STATE_WRITTEN, writer.num_written)
+            self._raise_to(ids.STATE_FAILURES, writer.num_failures)
 
     def forget(self, engine: str) -> None:
         """Drop all series of an engine."""
         for metric, labels in self._series.pop(engine, ()):
             self._metrics[metric].remove(*labels)
+            self._last.pop((metric, labels), None)
 
-    def _raise_to(self, metric: ids.Metric, label: str, total: float) -> None:
+    def _raise_to(self, metric: ids.Metric, total: float, *labels: str) -> None:
         """Bring a counter to a total kept elsewhere; a lower one means a restart there."""
-        last = self._last.get((metric, label), 0.0)
-        self._last[metric, label] = total
-        counter = self._of(metric, label) if metric.labels else self._of(metric)
+        last = self._last.get((metric, labels), 0.0)
+        self._last[metric, labels] = total
+        counter = self._of(metric, *labels)
         counter.inc(total - last if total >= last else total)
 
     def _note_step(self, event: StepEvent, state: EngineState | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from smartspec.daemon import config
+from smartspec.daemon import config, config_text
 from smartspec.daemon.config import ConfigError, Settings
 
 
@@ -21,11 +21,11 @@ def load(text: str | None = None, tmp: Path | None = None, **given: Any) -> Sett
 
 
 def test_defaults_are_those_of_the_documented_file(tmp_path: Path) -> None:
-    assert load(config.default_toml(), tmp_path) == load()
+    assert load(config_text.default_toml(), tmp_path) == load()
 
 
 def test_every_field_is_documented_in_the_default_file() -> None:
-    paragraphs = config.default_toml().split("\n\n")
+    paragraphs = config_text.default_toml().split("\n\n")
     for key in config.keys().values():
         name = key.name.rpartition(".")[2]
         assert len(key.doc) > 20, f"{key.name} has no description"
@@ -139,7 +139,7 @@ def test_password_is_not_shown_when_a_url_is_refused() -> None:
         load(overrides={"redis.url": "http://me:hunter2@db"})
     assert "hunter2" not in str(caught.value)
     settings = load(overrides={"redis.url": "redis://me:hunter2@db"})
-    assert "hunter2" not in config.to_toml(settings)
+    assert "hunter2" not in config_text.to_toml(settings)
 
 
 def test_loopback_tcp_is_allowed_when_insecure_is_set() -> None:
@@ -165,9 +165,9 @@ def test_paths_follow_the_runtime_directory(env: dict[str, str], expected: str) 
 
 def test_settings_in_force_can_be_read_back(tmp_path: Path) -> None:
     settings = load(overrides={"control.ttl_s": 3.5, "mode": "observe", "log.json": True})
-    assert load(config.to_toml(settings), tmp_path) == settings
+    assert load(config_text.to_toml(settings), tmp_path) == settings
 
 
 def test_differences_name_the_keys_that_changed() -> None:
     old, new = load(), load(overrides={"control.ttl_s": 3.0})
-    assert config.differences(old, new) == {"control.ttl_s": (1.0, 3.0)}
+    assert config_text.differences(old, new) == {"control.ttl_s": (1.0, 3.0)}

@@ -15,6 +15,7 @@ from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
     EngineEvent,
+    LinkCounts,
     LoopEvent,
     NoteEvent,
     StepEvent,
@@ -460,6 +461,23 @@ def test_counters_are_published_every_second(rig: Rig) -> None:
     assert 4 <= len(events) <= 6
     assert events[-1].num_engines == 1
     assert events[-1].counters["engines_connected"] == 1
+
+
+def test_what_the_link_lost_is_published_per_engine(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    rig.cycle(b"a", step_report(1))  # again
+    rig.cycle(b"a", step_report(2, step_s=-1.0))
+    rig.cycle(b"a", step_report(5, num_dropped=2))
+    rig.transport.num_unsendable = 3
+    rig.bus.num_dropped = 4
+    rig.clock.now += 1.1
+    rig.loop.cycle(0.0)
+    event = rig.bus.of(LoopEvent)[-1]
+    expected = LinkCounts(num_dropped=2, num_missed=3, num_repeated=1, num_refused=2)
+    assert event.links == {"gpu0": expected}
+    assert event.counters["policies_sent"] >= 1
+    assert event.counters["frames_unsendable"] == 3
+    assert event.counters["events_dropped"] == 4
 
 
 def test_transport_is_closed_with_the_loop(rig: Rig) -> None:

@@ -39,6 +39,7 @@ def runtime_dir() -> Iterator[Path]:
 class ListBus:
     def __init__(self) -> None:
         self.events: list[BusEvent] = []
+        self.num_dropped = 0
 
     def publish(self, event: BusEvent) -> None:
         self.events.append(event)
