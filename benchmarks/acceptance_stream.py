@@ -18,6 +18,7 @@ from smartspec.engine_adapter.base import (
     FEATURE_MATCH_LENGTH,
     FEATURE_TOKEN_ACCEPTANCE,
 )
+from smartspec.engine_adapter.reference.draft_model import NOT_DRAFTED
 from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 BATCH = 8
@@ -45,6 +46,7 @@ class Decoding:
         self.run = answer.lookup_run if self.is_lookup else answer.draft_run
         self.ceiling = answer.ceiling
         self.position = 1  # the first has no token before it in the record
+        self.goes_on = False  # drafted for in the last step: its first draft is run beforehand
 
     @property
     def done(self) -> bool:
@@ -71,6 +73,7 @@ class Decoding:
         reached *= self.available > 0
         rates.learn(self.answer.token[p - 1 : p - 1 + reached], np.arange(reached) < passed)
         self.position += accepted + 1
+        self.goes_on = drafted > 0
         return accepted
 
 
@@ -80,7 +83,10 @@ def features(batch: Sequence[Decoding], rates: TokenAcceptance) -> dict[str, F64
         FEATURE_TOKEN_ACCEPTANCE: rates.rates([one.token_before for one in batch]),
         FEATURE_MATCH_LENGTH: np.array([one.answer.match_length[one.position] for one in batch]),
         FEATURE_DRAFT_CONFIDENCE: np.array(
-            [one.answer.draft_confidence[one.position] for one in batch]
+            [
+                one.answer.draft_confidence[one.position] if one.goes_on else NOT_DRAFTED
+                for one in batch
+            ]
         ),
     }
     return {name: column.astype(np.float64) for name, column in known.items()}

@@ -12,8 +12,9 @@ of all. Their constants are chosen on three tasks, and the scores come from the 
 the other way round; the first split is the headline. The margin's standard error is clustered by
 request.
 
-`draft_ahead` is the draft model with the confidence of its first draft known beforehand, as in
-engines that draft a step ahead; the reference worker does not.
+`draft_ahead` is the draft model as the reference worker runs it: whoever was drafted for in the
+last step has the confidence of its first draft known. `draft` goes without, as engines do that tell
+none.
 
 Run: python benchmarks/bench_acceptance.py
 """

@@ -29,7 +29,8 @@ FEATURE_LAST_SHARE = "last_accepted_share"  #: accepted / drafted when last draf
 FEATURE_MATCH_LENGTH = "match_length"  #: tokens matched by prompt lookup; 0 without a match
 #: share of drafts accepted that came after the token that the request now ends with, 0 to 1
 FEATURE_TOKEN_ACCEPTANCE = "token_acceptance"
-#: probability that the drafter gives its first draft, 0 to 1, where it drafts a step ahead
+#: probability that the drafter gives its first draft, 0 to 1, where that is run before lengths are
+#: chosen; -1 for a request where it was not
 FEATURE_DRAFT_CONFIDENCE = "draft_confidence"
 
 

@@ -14,6 +14,6 @@ BUCKET_EDGES: dict[str, tuple[float, ...]] = {
     "match_length": (3.0, 4.0, 5.0, 6.0, 8.0),
     # share of drafts accepted after the token that the request ends with
     "token_acceptance": (0.15, 0.25, 0.35, 0.45, 0.55, 0.7),
-    # probability that the draft model gives its first draft, where it is known beforehand
-    "draft_confidence": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7),
+    # probability that the draft model gives its first draft; below 0 where it is not known then
+    "draft_confidence": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7),
 }

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from smartspec.engine_adapter.base import FEATURE_TOKEN_ACCEPTANCE
+from smartspec.engine_adapter.base import (
+    FEATURE_DRAFT_CONFIDENCE,
+    FEATURE_TOKEN_ACCEPTANCE,
+)
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sampling import Draws, sample
 from smartspec.engine_adapter.reference.sequence import Sequence
 from smartspec.engine_adapter.token_acceptance import TokenAcceptance
+
+NOT_DRAFTED = -1.0  #: confidence of a request whose first draft is not known
+
+
+class Spent(NamedTuple):
+    """What a step's drafts took; fields as in `Proposal`."""
+
+    num_forwards: int = 0
+    num_draft_tokens: int = 0
+    num_catch_up_tokens: int = 0
+
+    def plus(
+        self, num_forwards: int = 0, num_draft_tokens: int = 0, num_catch_up_tokens: int = 0
+    ) -> Spent:
+        return Spent(
+            self.num_forwards + num_forwards,
+            self.num_draft_tokens + num_draft_tokens,
+            self.num_catch_up_tokens + num_catch_up_tokens,
+        )
 
 
 class DraftModel:
@@ -22,6 +46,10 @@ class DraftModel:
     length 0, the target's own token after a rejection) is fed when a request is next drafted for,
     and counted as catch-up. A rejection only moves the mark back: later tokens overwrite.
 
+    Requests that were drafted for in the last step have their first draft run before lengths are
+    chosen, so that its confidence can tell how far to go. Then k drafts take k - 1 more passes;
+    the next step's first is the k-th.
+
     Parameters
     ----------
     runner : the draft model, with as many cache rows as the target, and as long
@@ -30,7 +58,7 @@ class DraftModel:
     """
 
     name = "draft"
-    features: tuple[str, ...] = (FEATURE_TOKEN_ACCEPTANCE,)
+    features: tuple[str, ...] = (FEATURE_TOKEN_ACCEPTANCE, FEATURE_DRAFT_CONFIDENCE)
 
     def __init__(
         self, runner: ModelRunner, max_length: int = 8, max_pass_tokens: int = 512
@@ -43,47 +71,81 @@ class DraftModel:
         self._max_pass_tokens = max_pass_tokens
         self._num_computed: dict[int, int] = {}  # true tokens in the draft model's cache
         self._rates = TokenAcceptance()
-        self._num_fed: dict[int, int] = {}  # of this step's drafts, how many are in it too
+        self._num_fed: dict[int, int] = {}  # of the last drafts, how many are in it too
+        self._first: dict[int, int] = {}  # first drafts that are known before lengths are chosen
+        self._spent = Spent()  # in this step
 
     def available(self, sequences: list[Sequence]) -> Availability:
+        """Runs the first draft of those who were drafted for last: lengths are chosen knowing it.
+
+        The pass is not lost as long as they go on being drafted for: `propose` goes on from it.
+        """
+        self._spent = Spent()
+        confidence = np.full(len(sequences), NOT_DRAFTED, np.float32)
+        goes_on = [i for i, s in enumerate(sequences) if s.id in self._num_fed]
+        self._first = {}
+        if goes_on:
+            chosen = [sequences[i] for i in goes_on]
+            logits = self._begin(chosen)
+            tokens = self._draw(logits, chosen, 0)
+            chance = logits.float().softmax(-1).gather(-1, tokens[:, None])[:, 0]
+            confidence[goes_on] = chance.cpu().numpy()
+            ids = [sequence.id for sequence in chosen]
+            self._first = dict(zip(ids, tokens.tolist(), strict=True))
         ceiling = np.full(len(sequences), self.max_length, np.uint8)
-        return Availability(ceiling, self._rates.rates([s.tokens[-1] for s in sequences])[None])
+        rates = self._rates.rates([s.tokens[-1] for s in sequences])
+        return Availability(ceiling, np.stack((rates, confidence)))
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         drafts: list[list[int]] = [[] for _ in sequences]
         active = np.flatnonzero(lengths)
-        self._num_fed = {}
+        self._num_fed = {sequences[i].id: 0 for i in active}
         if len(active) == 0:
-            return Proposal(drafts)
-        num_catch_up, num_forwards = self._catch_up([sequences[i] for i in active])
-        passes: list[tuple[npt.NDArray[np.intp], torch.Tensor]] = []
-        depth = 0
-        while len(active):
+            return Proposal(drafts, *self._spent)
+        passes = [(active, self._first_drafts([sequences[i] for i in active]))]
+        depth = 1
+        while len(active := active[lengths[active] > depth]):
             chosen = [sequences[i] for i in active]
-            if depth == 0:
-                segments = [self._unseen(s) for s in chosen]
-                fresh = None
-            else:
-                before, tokens = passes[-1]
-                stayed = torch.from_numpy(np.flatnonzero(np.isin(before, active)))
-                fresh = tokens[stayed.to(tokens.device)]
-                segments = [Segment(s.row, s.num_tokens + depth - 1, [0], 1) for s in chosen]
+            before, tokens = passes[-1]
+            stayed = torch.from_numpy(np.flatnonzero(np.isin(before, active)))
+            fresh = tokens[stayed.to(tokens.device)]
+            segments = [Segment(s.row, s.num_tokens + depth - 1, [0], 1) for s in chosen]
             logits = self._runner.forward(segments, fresh)
-            draws = Draws.of(
-                (s.request.sampling, s.seed, range(s.num_tokens + depth, s.num_tokens + depth + 1))
-                for s in chosen
-            )
-            passes.append((active, sample(logits, draws)))
+            passes.append((active, self._draw(logits, chosen, depth)))
+            self._spent = self._spent.plus(num_forwards=1)
             for sequence in chosen:
-                self._num_computed[sequence.id] = sequence.num_tokens
                 self._num_fed[sequence.id] = depth
             depth += 1
-            active = active[lengths[active] > depth]
         drawn = torch.cat([tokens for _, tokens in passes]).tolist()
         rows = np.concatenate([rows for rows, _ in passes]).tolist()
         for row, token in zip(rows, drawn, strict=True):
             drafts[row].append(token)
-        return Proposal(drafts, num_forwards + len(passes), len(drawn), num_catch_up)
+        return Proposal(drafts, *self._spent)
+
+    def _first_drafts(self, sequences: list[Sequence]) -> torch.Tensor:
+        """The first draft of each, [B]: as it was looked at, or run now."""
+        tokens = [self._first.get(sequence.id, -1) for sequence in sequences]
+        first = torch.tensor(tokens, device=self._runner.device)
+        new = [i for i, token in enumerate(tokens) if token < 0]
+        if new:
+            chosen = [sequences[i] for i in new]
+            first[new] = self._draw(self._begin(chosen), chosen, 0)
+        return first
+
+    def _begin(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Logits of the first draft, [B, vocabulary], after all that is known of each."""
+        self._catch_up(sequences)
+        logits = self._runner.forward([self._unseen(s) for s in sequences])
+        self._spent = self._spent.plus(num_forwards=1)
+        for sequence in sequences:
+            self._num_computed[sequence.id] = sequence.num_tokens
+        return logits
+
+    def _draw(self, logits: torch.Tensor, sequences: list[Sequence], depth: int) -> torch.Tensor:
+        self._spent = self._spent.plus(num_draft_tokens=len(sequences))
+        places = [range(s.num_tokens + depth, s.num_tokens + depth + 1) for s in sequences]
+        asked = zip(sequences, places, strict=True)
+        return sample(logits, Draws.of((s.request.sampling, s.seed, place) for s, place in asked))
 
     def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
         before: list[int] = []
@@ -100,22 +162,22 @@ class DraftModel:
 
     def forget(self, sequence: Sequence) -> None:
         self._num_computed.pop(sequence.id, None)
+        self._first.pop(sequence.id, None)
         self._num_fed.pop(sequence.id, None)
 
     def _unseen(self, sequence: Sequence) -> Segment:
         start = self._num_computed.get(sequence.id, 0)
         return Segment(sequence.row, start, sequence.tokens[start:], 1)
 
-    def _catch_up(self, sequences: list[Sequence]) -> tuple[int, int]:
-        """Feed what was missed, but for the pass that drafts. Returns (tokens, extra passes).
+    def _catch_up(self, sequences: list[Sequence]) -> None:
+        """Feed what was missed, but for the pass that drafts.
 
         Passes are filled to `max_pass_tokens`; what is left at the end, a few tokens per request,
         goes with the first drafting pass.
         """
         lag = {s.id: s.num_tokens - self._num_computed.get(s.id, 0) - 1 for s in sequences}
-        num_tokens = sum(lag.values())
-        num_passes = 0
-        left = num_tokens
+        left = sum(lag.values())
+        self._spent = self._spent.plus(num_catch_up_tokens=left)
         while left > self._max_pass_tokens:
             room = self._max_pass_tokens
             segments = []
@@ -128,6 +190,5 @@ class DraftModel:
                     lag[sequence.id] -= size
                     room -= size
             self._runner.forward(segments)
+            self._spent = self._spent.plus(num_forwards=1)
             left = sum(lag.values())
-            num_passes += 1
-        return num_tokens, num_passes

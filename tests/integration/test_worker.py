@@ -254,8 +254,9 @@ def test_reports_add_up_when_requests_come_and_go() -> None:
     num_tokens = sum(len(finished[i].tokens) for i in ids)
     assert sum(int(f.num_emitted.sum()) for f in source.facts) == num_tokens - len(ids)
     assert sum(f.batch.num_prefill_tokens for f in source.facts) == 3 * len(ids)
-    drafted = sum(f.num_draft_tokens for f in source.facts)
-    assert drafted == sum(int(f.num_drafted.sum()) for f in source.facts)
+    drafted = sum(int(f.num_drafted.sum()) for f in source.facts)
+    # First drafts are run before lengths are chosen, and length 0 has no use for them.
+    assert drafted < sum(f.num_draft_tokens for f in source.facts) < 1.5 * drafted
     assert drafted == sum(finished[i].num_drafted for i in ids)
     accepted = sum(int(f.num_accepted.sum()) for f in source.facts)
     assert accepted == drafted == sum(finished[i].num_accepted for i in ids)
