@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
+VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 STATUS_EVERY_S = 5.0
 BEATS = 3  #: watchdog beats per interval that systemd allows: two may be late
 

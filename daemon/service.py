@@ -19,7 +19,7 @@ from typing import IO, Protocol
 
 import msgspec
 
-from smartspec.daemon import config, config_text, logs
+from smartspec.daemon import config, config_text, logs, notify
 from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
 from smartspec.daemon.notify import Notifier
@@ -192,6 +192,8 @@ def start_telemetry(settings: Settings) -> subprocess.Popen[bytes]:
         ],
         stdin=subprocess.PIPE,
         start_new_session=True,
+        # The service manager is the daemon's to talk to.
+        env={name: v for name, v in os.environ.items() if name not in notify.VARIABLES},
     )
     assert process.stdin is not None
     try:

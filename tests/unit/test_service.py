@@ -455,7 +455,7 @@ def test_unit_runs_a_command_that_exists() -> None:
     command = get_command(app)
     context = command.make_context("smartspec", arguments, resilient_parsing=True)
     name, found, rest = command.resolve_command(context, arguments)  # type: ignore[attr-defined]
-    assert (name, rest) == ("run", [])
+    assert (name, rest) == ("run", ["--config", "/etc/smartspec/smartspec.toml"])
     assert found is not None
 
 
@@ -465,7 +465,7 @@ def test_unit_gives_the_directory_that_the_settings_expect() -> None:
     settings = config.load(env={"RUNTIME_DIRECTORY": f"/run/{name}"})
     assert settings.endpoint == f"ipc:///run/{name}/engines.sock"
     assert section["RestartPreventExitStatus"] == "2"
-    assert section["Type"] == "exec"
+    assert section["Type"] == "notify"
     state = config.load(env={"STATE_DIRECTORY": f"/var/lib/{section['StateDirectory']}"}).state
     assert state.enabled and state.directory == "/var/lib/smartspec"
     for hardening in ("NoNewPrivileges", "DynamicUser", "ProtectHome", "PrivateTmp"):
