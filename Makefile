@@ -13,10 +13,10 @@ BENCHMARKS = $(if $(NAME),$(foreach name,$(NAME),benchmarks/bench_$(name).py),$(
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-all check bench format clean
+.PHONY: help install-systemd setup model demo test test-all check bench format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create the virtual environment and install everything in it
 
@@ -64,6 +64,9 @@ bench: model  ## run benchmarks: NAME=decision for one, all without; figures in 
 format: $(STAMP)  ## format the code and apply safe fixes
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+install-systemd:  ## install the systemd units: DESTDIR=, LAYOUT=debian|rhel, BINDIR=/usr/bin
+	@DESTDIR="$(DESTDIR)" LAYOUT="$(LAYOUT)" BINDIR="$(BINDIR)" sh systemd/install.sh
 
 clean:  ## remove what was built, but not the environment or the model
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

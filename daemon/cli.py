@@ -369,6 +369,12 @@ def config_defaults() -> None:
     typer.echo(config_text.default_toml(), nl=False)
 
 
+@config_app.command("reference")
+def config_reference() -> None:
+    """Print every setting as a table, in Markdown (docs/configuration.md)."""
+    typer.echo(config_text.reference(), nl=False)
+
+
 @config_app.command("check")
 def config_check(config_file: ConfigFile = None, set_: Assignments = None) -> None:
     """Say whether the settings are good."""

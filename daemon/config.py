@@ -30,46 +30,55 @@ Count = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
-def _doc(text: str) -> Meta:
-    return Meta(description=text)
+#: When a changed value takes effect at SIGHUP: at once, with a new telemetry process, or not.
+Applies = Literal["now", "telemetry", "restart"]
+
+
+def _doc(text: str, applies: Applies = "restart") -> Meta:
+    return Meta(description=text, extra={"applies": applies})
 
 
 class ControlSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How policies are kept alive and how much is spent on learning."""
 
     heartbeat_s: Annotated[
-        Seconds, _doc("Seconds between heartbeats to the engines; at most half of ttl_s.")
+        Seconds, _doc("Seconds between heartbeats to the engines; at most half of ttl_s.", "now")
     ] = 0.2
     ttl_s: Annotated[
-        Seconds, _doc("Seconds after the last word from the daemon at which a policy expires.")
+        Seconds,
+        _doc("Seconds after the last word from the daemon at which a policy expires.", "now"),
     ] = 1.0
     fallback_s: Annotated[
         Seconds,
         _doc(
             "Seconds after expiry during which an engine uses the learned batch-to-length table; "
-            "then its own configuration."
+            "then its own configuration.",
+            "now",
         ),
     ] = 60.0
     probe_share: Annotated[
         Share,
         _doc(
             "Share of goodput (0 to 0.5) that may be spent on trying lengths that would not be "
-            "chosen. 0: never probe."
+            "chosen. 0: never probe.",
+            "now",
         ),
     ] = 0.005
     seed_sweep: Annotated[
-        bool, _doc("Try every length once when an engine is new, so that its costs are known.")
+        bool,
+        _doc("Try every length once when an engine is new, so that its costs are known.", "now"),
     ] = True
     meet_targets: Annotated[
         bool,
         _doc(
             "Keep the seconds per token that requests ask for (token_time_target_s), where they "
-            "are within reach, at the expense of goodput. false: goodput alone."
+            "are within reach, at the expense of goodput. false: goodput alone.",
+            "now",
         ),
     ] = True
-    max_engines: Annotated[Count, _doc("Engines served at once; more are refused.")] = 1024
+    max_engines: Annotated[Count, _doc("Engines served at once; more are refused.", "now")] = 1024
     engine_timeout_s: Annotated[
-        Seconds, _doc("Seconds of silence after which an engine is given up as lost.")
+        Seconds, _doc("Seconds of silence after which an engine is given up as lost.", "now")
     ] = 60.0
 
 
@@ -80,15 +89,19 @@ class RedisSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         str,
         _doc(
             "redis://, rediss:// or unix:// address of a Redis or Valkey server. Empty: an "
-            "embedded Valkey on the Unix socket <runtime_dir>/valkey.sock."
+            "embedded Valkey on the Unix socket <runtime_dir>/valkey.sock.",
+            "telemetry",
         ),
     ] = ""
-    key_prefix: Annotated[str, _doc("Put before every key; the data version follows it.")] = (
-        "smartspec:"
-    )
-    stream_maxlen: Annotated[Count, _doc("Entries kept per stream, approximately.")] = 10_000
+    key_prefix: Annotated[
+        str, _doc("Put before every key; the data version follows it.", "telemetry")
+    ] = "smartspec:"
+    stream_maxlen: Annotated[
+        Count, _doc("Entries kept per stream, approximately.", "telemetry")
+    ] = 10_000
     ttl_s: Annotated[
-        Count, _doc("Seconds after the last write at which the keys of an engine disappear.")
+        Count,
+        _doc("Seconds after the last write at which the keys of an engine disappear.", "telemetry"),
     ] = 86_400
 
 
@@ -109,7 +122,8 @@ class StateSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         Seconds,
         _doc(
             "Seconds between two checkpoints: what a crash may cost. The telemetry process writes "
-            "them; without it they are written at shutdown only."
+            "them; without it they are written at shutdown only.",
+            "now",
         ),
     ] = 60.0
     max_kept: Annotated[
@@ -122,9 +136,11 @@ class StateSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class TelemetrySettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The process beside the daemon that writes Redis and serves Prometheus."""
 
-    enabled: Annotated[bool, _doc("Start the telemetry process with the daemon.")] = True
+    enabled: Annotated[bool, _doc("Start the telemetry process with the daemon.", "telemetry")] = (
+        True
+    )
     prometheus_port: Annotated[
-        Port, _doc("TCP port on 127.0.0.1 for Prometheus to scrape. 0: no exporter.")
+        Port, _doc("TCP port on 127.0.0.1 for Prometheus to scrape. 0: no exporter.", "telemetry")
     ] = 9469
 
 
@@ -132,9 +148,10 @@ class LogSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """What goes to standard error."""
 
     level: Annotated[
-        Literal["debug", "info", "warning", "error"], _doc("Least severe level that is logged.")
+        Literal["debug", "info", "warning", "error"],
+        _doc("Least severe level that is logged.", "now"),
     ] = "info"
-    json: Annotated[bool, _doc("One JSON object per line instead of text.")] = False
+    json: Annotated[bool, _doc("One JSON object per line instead of text.", "now")] = False
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -196,6 +213,7 @@ class Key(typing.NamedTuple):
     type: Any
     default: Any
     doc: str
+    applies: Applies
 
     @property
     def env(self) -> str:
@@ -216,7 +234,17 @@ def _keys(struct: type[Struct], prefix: str) -> Iterator[Key]:
         else:
             metas = getattr(kind, "__metadata__", ())
             doc = next((m.description for m in metas if m.description), "")
-            yield Key(prefix + info.name, kind, info.default, doc)
+            applies = next(m.extra["applies"] for m in metas if m.extra)
+            yield Key(prefix + info.name, kind, info.default, doc, applies)
+
+
+def sections() -> dict[str, str]:
+    """Sections of the file and what each is about, "" for the keys above all of them."""
+    found = {"": "Where things are, and what is done."}
+    for info in msgspec.structs.fields(Settings):
+        if isinstance(info.type, type) and issubclass(info.type, Struct):
+            found[info.name] = (info.type.__doc__ or "").strip()
+    return found
 
 
 def redacted(url: str) -> str:
@@ -237,6 +265,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def replace(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """Settings with other values under some dotted keys."""
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        if section:
+            value = msgspec.structs.replace(getattr(settings, section), **{key: value})
+        settings = msgspec.structs.replace(settings, **{section or key: value})
+    return settings
 
 
 # -- loading ------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from smartspec.daemon.event_bus import (
 from smartspec.daemon.keeper import Keeper
 from smartspec.daemon.learned import Learned, ModelKey
 from smartspec.daemon.library import Library
-from smartspec.daemon.policy import Decision, Planner
+from smartspec.daemon.policy import Decision, Planner, PlannerSettings
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.messages import (
     DaemonMessage,
@@ -117,6 +117,13 @@ class ControlLoop:
         if library.num_refused:
             self.counters["states_refused"] = library.num_refused
         self._keeper = Keeper(settings.state, library, bus, self.counters, clock(), wall)
+
+    def apply(self, settings: Settings) -> None:
+        """Go on with other settings; those that need a restart must be as they were."""
+        self._settings = settings
+        self._keeper.apply(settings.state)
+        for session in self._by_name.values():
+            session.planner.adjust(**self._planning())
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -265,15 +272,11 @@ class ControlLoop:
         if known is not None:
             self._forget(known, "replaced")
         self._retired.pop(hello.engine, None)
-        control = self._settings.control
         planner = Planner(
             engine,
             daemon_epoch=self.epoch,
-            ttl_s=control.ttl_s,
-            fallback_s=control.fallback_s,
-            probe_share=control.probe_share if self._settings.mode == "control" else 0.0,
-            meet_targets=control.meet_targets,
-            seed_sweep=control.seed_sweep and self._settings.mode == "control",
+            seed_sweep=self._settings.control.seed_sweep and self._settings.mode == "control",
+            **self._planning(),
         )
         session = Session(peer, engine, planner, self._clock())
         self._seat(session, peer)
@@ -286,6 +289,15 @@ class ControlLoop:
             log.info("engine %s %s", engine.name, text)
             kind = "warm_start" if engine.learned.num_steps else "cold_start"
             self._bus.publish(NoteEvent(engine=engine.name, kind=kind, text=text))
+
+    def _planning(self) -> PlannerSettings:
+        control = self._settings.control
+        return {
+            "ttl_s": control.ttl_s,
+            "fallback_s": control.fallback_s,
+            "probe_share": control.probe_share if self._settings.mode == "control" else 0.0,
+            "meet_targets": control.meet_targets,
+        }
 
     def _seat(self, session: Session, peer: bytes) -> None:
         """Note that an engine is reached at ``peer``: one connection, one engine."""

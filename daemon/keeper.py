@@ -46,6 +46,10 @@ class Keeper:
         self._next_at = now + settings.checkpoint_s
         self._to_save: list[Engine] = []
 
+    def apply(self, settings: StateSettings) -> None:
+        """Go on with another interval."""
+        self._settings = settings
+
     def lend(self, key: ModelKey, engines: Iterable[Engine]) -> tuple[Learned | None, str]:
         """A copy of what is known of an engine's kind, and where it is from, in words.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,15 @@ class Decision:
     is_news: bool = True  #: False: the policy in force does as well, and need not be sent
 
 
+class PlannerSettings(TypedDict):
+    """What an operator may change while a planner works."""
+
+    ttl_s: float
+    fallback_s: float
+    probe_share: float
+    meet_targets: bool
+
+
 class Planner:
     """Decides for one engine.
 
@@ -86,6 +96,16 @@ class Planner:
         self._told_roster: int | None = None  #: of the last policy that was news
         self._num_untold = 0
         self._num_decisions = 0
+
+    def adjust(
+        self, *, ttl_s: float, fallback_s: float, probe_share: float, meet_targets: bool
+    ) -> None:
+        """Go on with other settings, told to the engine by the next policy."""
+        self._ttl_s = ttl_s
+        self._fallback_s = fallback_s
+        self._meet_targets = meet_targets
+        self.prober.share = probe_share
+        self._told_roster = None
 
     def decide(self) -> Decision | None:
         """The policy for what the engine last reported; None before it decodes anything."""

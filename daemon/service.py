@@ -19,9 +19,10 @@ from typing import IO, Protocol
 
 import msgspec
 
-from smartspec.daemon import config_text, logs
+from smartspec.daemon import config, config_text, logs, notify
 from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
+from smartspec.daemon.notify import Notifier
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class Loop(Protocol):
     """What is run: control_loop.ControlLoop, or a stand-in."""
 
     def cycle(self, timeout_s: float) -> str | None: ...
+
+    def apply(self, settings: Settings) -> None: ...
 
     def checkpoints(self) -> list[CheckpointEvent]: ...
 
@@ -154,6 +157,12 @@ class TelemetryChild:
         log.warning("%s", text)
         self._bus.publish(NoteEvent(kind="telemetry_down", level="warning", text=text))
 
+    def restart(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        """Stop it, and have the next `check` start it otherwise."""
+        self.close()
+        self._start = start
+        self._restart_at = self._clock()
+
     def close(self) -> None:
         process, self._process = self._process, None
         if process is None:
@@ -183,6 +192,8 @@ def start_telemetry(settings: Settings) -> subprocess.Popen[bytes]:
         ],
         stdin=subprocess.PIPE,
         start_new_session=True,
+        # The service manager is the daemon's to talk to.
+        env={name: v for name, v in os.environ.items() if name not in notify.VARIABLES},
     )
     assert process.stdin is not None
     try:
@@ -212,23 +223,32 @@ class Signals:
         self.reload = True
 
 
-def reload_settings(current: Settings, load: Callable[[], Settings]) -> Settings:
-    """Apply what can change while running (the log), and say what needs a restart."""
+def reload_settings(
+    current: Settings, load: Callable[[], Settings]
+) -> tuple[Settings, set[config.Applies]]:
+    """The settings to go on with, and how those that differ apply ("now", "telemetry").
+
+    The log says what has changed, and what waits for a restart. A file that cannot be used changes
+    nothing.
+    """
     try:
         new = load()
     except ConfigError as error:
         log.error("SIGHUP: the settings in force stay: %s", error)
-        return current
+        return current, set()
     changed = config_text.differences(current, new)
-    waiting = {name: pair for name, pair in changed.items() if not name.startswith("log.")}
-    if len(waiting) < len(changed):
-        logs.configure(new.log)
-        log.info("SIGHUP: log settings applied")
-    for name in waiting:
-        log.warning("SIGHUP: %s has changed and takes effect after a restart", name)
     if not changed:
         log.info("SIGHUP: no setting has changed")
-    return msgspec.structs.replace(current, log=new.log)
+    known = config.keys()
+    taken = {}
+    for name, (before, after) in changed.items():
+        what = config_text.change(name, before, after)
+        if known[name].applies == "restart":
+            log.warning("SIGHUP: %s takes effect after a restart", what)
+        else:
+            log.info("SIGHUP: %s", what)
+            taken[name] = after
+    return config.replace(current, taken), {known[name].applies for name in taken}
 
 
 def make_loop(settings: Settings, bus: Bus) -> Loop:
@@ -281,6 +301,7 @@ def run(
     """
     signals = Signals()
     signals.install()
+    notifier = Notifier(os.environ)
     runtime_dir = Path(settings.runtime_dir)
     prepare_runtime_dir(runtime_dir)
     lock = InstanceLock(runtime_dir / "daemon.lock")
@@ -302,17 +323,22 @@ def run(
             settings.bus_endpoint,
             os.getpid(),
         )
+        notifier.ready(f"{settings.mode} mode")
         while not signals.stop:
             if settings.telemetry.enabled:
                 telemetry.check()
             if signals.reload:
                 signals.reload = False
                 if reload is not None:
-                    settings = reload_settings(settings, reload)
+                    notifier.reloading()
+                    settings = _apply(settings, reload, loop, telemetry)
+                    notifier.ready(f"{settings.mode} mode")
             reason = loop.cycle(CYCLE_TIMEOUT_S)
             if reason:
                 log.debug("%s", reason)
+            notifier.alive(reason)
         log.info("stopping")
+        notifier.stopping()
     finally:
         if loop is not None:
             try:
@@ -324,6 +350,19 @@ def run(
         save_last(settings, last)
         bus.close()
         lock.release()
+        notifier.close()
+
+
+def _apply(
+    settings: Settings, load: Callable[[], Settings], loop: Loop, telemetry: TelemetryChild
+) -> Settings:
+    new, how = reload_settings(settings, load)
+    if "now" in how:
+        logs.configure(new.log)
+        loop.apply(new)
+    if "telemetry" in how:
+        telemetry.restart(partial(start_telemetry, new))
+    return new
 
 
 def _bind_bus(endpoint: str) -> EventBus:

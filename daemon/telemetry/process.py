@@ -22,6 +22,7 @@ from smartspec.daemon.event_bus import (
     Subscriber,
     subscribe,
 )
+from smartspec.daemon.notify import Notifier
 from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineTracker
@@ -118,10 +119,14 @@ def run(settings: Settings, stop: threading.Event) -> None:
         writer = CheckpointWriter(state_directory(settings), tell=store.add)
         writer.start()
     telemetry = Telemetry(subscribe(settings.bus_endpoint), store, exporter, writer)
+    notifier = Notifier(os.environ)
+    notifier.ready(f"events from {settings.bus_endpoint}")
     try:
         while not stop.wait(TURN_S):
             telemetry.turn()
+            notifier.alive(None)
     finally:
+        notifier.stopping()
         telemetry.close()
         if writer is not None:
             writer.close()

@@ -34,6 +34,34 @@ def test_every_field_is_documented_in_the_default_file() -> None:
         ), f"{key.name} does not follow a comment"
 
 
+def test_reference_is_that_of_the_code(repository: Path) -> None:
+    page = (repository / "docs" / "configuration.md").read_text("utf-8")
+    assert page == config_text.reference(), "make it anew: smartspec config reference"
+
+
+def test_every_key_is_in_the_reference_with_when_it_applies() -> None:
+    rows = [line for line in config_text.reference().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(config.keys())
+    for row, key in zip(rows, config.keys().values(), strict=True):
+        assert row.startswith(f"| `{key.name.rpartition('.')[2]}` |")
+        assert f"| {key.applies} |" in row
+
+
+def test_replaced_values_leave_the_others_as_they_were() -> None:
+    old = load()
+    new = config.replace(old, {"control.ttl_s": 3.0, "log.json": True, "mode": "observe"})
+    assert config_text.differences(old, new) == {
+        "mode": ("control", "observe"),
+        "control.ttl_s": (1.0, 3.0),
+        "log.json": (False, True),
+    }
+
+
+def test_password_is_not_shown_when_a_url_changes() -> None:
+    words = config_text.change("redis.url", "redis://me:hunter2@a", "redis://me:hunter3@b")
+    assert words == 'redis.url: "redis://me:***@a" -> "redis://me:***@b"'
+
+
 def test_units_are_documented_when_a_name_carries_one() -> None:
     for key in config.keys().values():
         if key.name.endswith("_s"):

@@ -463,6 +463,18 @@ def test_counters_are_published_every_second(rig: Rig) -> None:
     assert events[-1].counters["engines_connected"] == 1
 
 
+def test_changed_settings_reach_engines_by_the_next_policy(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    assert rig.policies()[-1].ttl_s == 1.0
+    changed = {"control.ttl_s": 4.0, "control.fallback_s": 9.0, "control.max_engines": 1}
+    rig.loop.apply(config.replace(rig.settings, changed))
+    rig.cycle(b"a", step_report(2, roster=False))
+    policy = rig.policies()[-1]
+    assert (policy.ttl_s, policy.fallback_s) == (4.0, 9.0)
+    rig.cycle(b"b", hello("gpu1"))
+    assert rig.loop.counters["engines_refused"] == 1
+
+
 def test_what_the_link_lost_is_published_per_engine(rig: Rig) -> None:
     rig.cycle(b"a", step_report(1))
     rig.cycle(b"a", step_report(1))  # again

@@ -6,6 +6,7 @@ import configparser
 import os
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -169,15 +170,44 @@ def test_steering_goes_on_when_telemetry_cannot_be_started() -> None:
 # -- reloading ----------------------------------------------------------------------------------
 
 
-def test_reload_names_settings_that_need_a_restart(
+def test_reload_takes_what_can_change_and_names_what_needs_a_restart(
     runtime_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old = settings_for(runtime_dir)
     caplog.set_level("INFO")
-    new = settings_for(runtime_dir, control__ttl_s=3.0)
-    assert service.reload_settings(old, lambda: new) == old
-    assert "control.ttl_s" in caplog.text
-    assert "restart" in caplog.text
+    new = settings_for(runtime_dir, control__ttl_s=3.0, redis__ttl_s=60, state__max_kept=5)
+    in_force, how = service.reload_settings(old, lambda: new)
+    assert (in_force.control.ttl_s, in_force.redis.ttl_s) == (3.0, 60)
+    assert in_force.state.max_kept == old.state.max_kept
+    assert how == {"now", "telemetry"}
+    assert "control.ttl_s: 1.0 -> 3.0" in caplog.text
+    assert "state.max_kept: 64 -> 5 takes effect after a restart" in caplog.text
+
+
+def test_reload_says_so_when_nothing_has_changed(
+    runtime_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    old = settings_for(runtime_dir)
+    assert service.reload_settings(old, lambda: settings_for(runtime_dir)) == (old, set())
+    assert "no setting has changed" in caplog.text
+
+
+def test_telemetry_is_started_otherwise_when_its_settings_change() -> None:
+    started: list[str] = []
+    processes: list[FakeProcess] = []
+
+    def start(name: str) -> Any:
+        started.append(name)
+        processes.append(FakeProcess())
+        return processes[-1]
+
+    child = TelemetryChild(lambda: start("old"), ListBus(), Clock())
+    child.check()
+    child.restart(lambda: start("new"))
+    assert processes[0].terminated
+    child.check()
+    assert started == ["old", "new"]
 
 
 def test_settings_stay_when_the_reloaded_file_is_wrong(
@@ -188,7 +218,7 @@ def test_settings_stay_when_the_reloaded_file_is_wrong(
     def load() -> Settings:
         raise ConfigError("control.ttl_s: got -1")
 
-    assert service.reload_settings(old, load) is old
+    assert service.reload_settings(old, load) == (old, set())
     assert "control.ttl_s: got -1" in caplog.text
 
 
@@ -196,12 +226,16 @@ def test_settings_stay_when_the_reloaded_file_is_wrong(
 
 # A daemon whose loop only waits: what is tested here is everything around the loop.
 _DAEMON = """
-    import sys, time
+    import pathlib, sys, time
     from smartspec.daemon import config, logs, service
 
     class IdleLoop:
         def cycle(self, timeout_s):
             time.sleep(timeout_s)
+            while pathlib.Path(sys.argv[1]).with_name("stuck").exists():
+                time.sleep(0.01)
+        def apply(self, settings):
+            print("ttl_s", settings.control.ttl_s, flush=True)
         def checkpoints(self):
             return []
         def close(self):
@@ -222,7 +256,7 @@ _DAEMON = """
 class Daemon:
     """The process, with what it prints and logs collected."""
 
-    def __init__(self, runtime_dir: Path, text: str) -> None:
+    def __init__(self, runtime_dir: Path, text: str, **env: str) -> None:
         self.config = runtime_dir / "smartspec.toml"
         self.config.write_text(f"runtime_dir = '{runtime_dir}'\n{text}", "utf-8")
         self.process = subprocess.Popen(
@@ -230,6 +264,7 @@ class Daemon:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={**os.environ, **env},
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -254,11 +289,11 @@ class Daemon:
 
 
 @pytest.fixture
-def daemons(runtime_dir: Path) -> Iterator[Callable[[str], Daemon]]:
+def daemons(runtime_dir: Path) -> Iterator[Callable[..., Daemon]]:
     started: list[Daemon] = []
 
-    def start(text: str) -> Daemon:
-        started.append(Daemon(runtime_dir, text))
+    def start(text: str, **env: str) -> Daemon:
+        started.append(Daemon(runtime_dir, text, **env))
         return started[-1]
 
     yield start
@@ -307,17 +342,75 @@ def test_second_daemon_is_refused_when_one_serves_the_directory(
     eventually(lambda: third.says("control mode"))
 
 
-def test_daemon_says_what_needs_a_restart_when_sent_sighup(
+def test_daemon_applies_settings_and_says_what_needs_a_restart_when_sent_sighup(
     daemons: Callable[[str], Daemon],
 ) -> None:
     daemon = daemons(QUIET)
     eventually(lambda: daemon.says("control mode"))
     text = daemon.config.read_text("utf-8")
-    daemon.config.write_text(f"{text}\n[control]\nttl_s = 9\n[log]\nlevel = 'debug'", "utf-8")
+    more = "[control]\nttl_s = 9\n[log]\nlevel = 'debug'\n[state]\nmax_kept = 9"
+    daemon.config.write_text(f"{text}\n{more}", "utf-8")
     daemon.process.send_signal(signal.SIGHUP)
-    eventually(lambda: daemon.says("control.ttl_s has changed"))
-    assert daemon.says("log settings applied")
+    eventually(lambda: daemon.says("state.max_kept: 64 -> 9 takes effect after a restart"))
+    eventually(lambda: daemon.says("ttl_s 9.0"))
+    assert daemon.says('log.level: "info" -> "debug"')
     assert daemon.stop() == 0
+
+
+def test_service_manager_is_told_the_life_of_the_daemon(
+    daemons: Callable[..., Daemon], runtime_dir: Path
+) -> None:
+    """The stand-in for systemd: readiness, a watchdog that the loop feeds, reload and stop."""
+    manager = Manager(runtime_dir / "notify")
+    daemon = daemons(QUIET, NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="600000")
+    try:
+        eventually(lambda: manager.heard("READY=1"))
+        assert manager.heard("STATUS=control mode")
+        manager.forget()
+        eventually(lambda: manager.heard("WATCHDOG=1"))
+        stuck = runtime_dir / "stuck"
+        stuck.touch()
+        time.sleep(0.5)  # a beat may be on its way
+        manager.forget()
+        time.sleep(0.6)
+        assert not manager.heard("WATCHDOG=1"), "a stuck loop was said to be alive"
+        stuck.unlink()
+        eventually(lambda: manager.heard("WATCHDOG=1"))
+        manager.forget()
+        daemon.process.send_signal(signal.SIGHUP)
+        eventually(lambda: manager.heard("READY=1"))
+        reloading, ready = manager.lines.index("RELOADING=1"), manager.lines.index("READY=1")
+        assert reloading < ready
+        assert manager.lines[reloading + 1].startswith("MONOTONIC_USEC=")
+        assert daemon.stop() == 0
+        eventually(lambda: manager.heard("STOPPING=1"))
+    finally:
+        manager.close()
+
+
+class Manager:
+    """A service manager's end of the notify socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.setblocking(False)
+        self.lines: list[str] = []
+
+    def heard(self, line: str) -> bool:
+        try:
+            while True:
+                self.lines += self._socket.recv(4096).decode().splitlines()
+        except BlockingIOError:
+            return line in self.lines
+
+    def forget(self) -> None:
+        self.heard("")
+        self.lines.clear()
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 def test_telemetry_comes_back_when_killed_and_goes_with_the_daemon(
@@ -362,7 +455,7 @@ def test_unit_runs_a_command_that_exists() -> None:
     command = get_command(app)
     context = command.make_context("smartspec", arguments, resilient_parsing=True)
     name, found, rest = command.resolve_command(context, arguments)  # type: ignore[attr-defined]
-    assert (name, rest) == ("run", [])
+    assert (name, rest) == ("run", ["--config", "/etc/smartspec/smartspec.toml"])
     assert found is not None
 
 
@@ -372,7 +465,7 @@ def test_unit_gives_the_directory_that_the_settings_expect() -> None:
     settings = config.load(env={"RUNTIME_DIRECTORY": f"/run/{name}"})
     assert settings.endpoint == f"ipc:///run/{name}/engines.sock"
     assert section["RestartPreventExitStatus"] == "2"
-    assert section["Type"] == "exec"
+    assert section["Type"] == "notify"
     state = config.load(env={"STATE_DIRECTORY": f"/var/lib/{section['StateDirectory']}"}).state
     assert state.enabled and state.directory == "/var/lib/smartspec"
     for hardening in ("NoNewPrivileges", "DynamicUser", "ProtectHome", "PrivateTmp"):
