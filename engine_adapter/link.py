@@ -20,6 +20,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import zmq
@@ -76,6 +77,16 @@ class LinkStats:
     last_reason: str = ""
 
 
+class LinkSocket(Protocol):
+    """What the link needs of a ZeroMQ socket."""
+
+    def getsockopt(self, option: int) -> int: ...
+    def setsockopt(self, option: int, value: int) -> None: ...
+    def send(self, frame: bytes, flags: int = 0) -> None: ...
+    def recv(self, flags: int = 0) -> bytes: ...
+    def close(self) -> None: ...
+
+
 class EngineLink:
     """A `LengthSource` that a daemon steers.
 
@@ -85,6 +96,7 @@ class EngineLink:
     hello : who this engine is and what it can do
     own : what decides when nobody steers; default: ``hello.limits.static_length`` for all
     clock : monotonic seconds
+    socket : frames to and from the daemon; None: ZeroMQ's, to ``endpoint``
     """
 
     def __init__(
@@ -94,25 +106,16 @@ class EngineLink:
         own: LengthSource | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        socket: LinkSocket | None = None,
     ) -> None:
         self.hello = hello
         self.stats = LinkStats()
         self._own = own or FixedLength(hello.limits.static_length)
         self._clock = clock
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.SNDHWM, SEND_QUEUE),
-            (zmq.RCVHWM, 256),
-            (zmq.IMMEDIATE, 1),  # queue nothing for a daemon that is not there
-            (zmq.RECONNECT_IVL, 50),
-            (zmq.RECONNECT_IVL_MAX, 1000),
-            # No MAXMSGSIZE: a connecting socket that meets a frame over it never connects again.
-            # Such frames are refused by their decoder.
-        ):
-            self._socket.setsockopt(option, value)
-        self._socket.connect(endpoint)
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._socket: Any = socket  # zmq's methods have more to them than LinkSocket's
+        if socket is None:
+            self._connect(endpoint)
 
         self._program: Program | None = None
         self._probe_pending = False
@@ -192,7 +195,24 @@ class EngineLink:
         except zmq.ZMQError:
             pass
         self._socket.close()
-        self._context.term()
+        if self._context is not None:
+            self._context.term()
+
+    def _connect(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, SEND_QUEUE),
+            (zmq.RCVHWM, 256),
+            (zmq.IMMEDIATE, 1),  # queue nothing for a daemon that is not there
+            (zmq.RECONNECT_IVL, 50),
+            (zmq.RECONNECT_IVL_MAX, 1000),
+            # No MAXMSGSIZE: a connecting socket that meets a frame over it never connects again.
+            # Such frames are refused by their decoder.
+        ):
+            self._socket.setsockopt(option, value)
+        self._socket.connect(endpoint)
 
     # -- choosing -------------------------------------------------------------------------------
 

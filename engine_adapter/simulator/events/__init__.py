@@ -1,0 +1,3 @@
+"""What happens in virtual time. At equal times: ends of steps, arrivals, begins of steps, the
+daemon's turns, heartbeats; and among the same kind, what was scheduled first.
+"""

@@ -1,0 +1,1 @@
+"""Simulated engines under the daemon's own code, and under rival policies."""

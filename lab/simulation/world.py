@@ -1,0 +1,174 @@
+"""Puts a run together: an engine, who steers it, and the requests that it is to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from smartspec.daemon import config
+from smartspec.daemon.control_loop import ControlLoop
+from smartspec.daemon.event_bus import Bus, NullBus
+from smartspec.daemon.library import Library
+from smartspec.engine_adapter.base import (
+    FEATURE_LAST_SHARE,
+    FEATURE_MATCH_LENGTH,
+    FixedLength,
+    LengthSource,
+)
+from smartspec.engine_adapter.link import EngineLink
+from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
+from smartspec.engine_adapter.simulator.engine import Engine
+from smartspec.engine_adapter.simulator.events.base import Queue
+from smartspec.engine_adapter.simulator.events.daemon_turn import DaemonTurn
+from smartspec.engine_adapter.simulator.profile import Profile
+from smartspec.engine_adapter.simulator.requests import Outcomes, Traffic
+from smartspec.engine_adapter.simulator.run import run
+from smartspec.engine_adapter.simulator.wire import Wire
+from smartspec.lab.simulation import policies
+
+POLICIES = (
+    "none", "static", "table", "tiers", "authors", "bandit", "switch_off", "informed",
+    "clairvoyant", "smartspec",
+)  # fmt: skip
+DAEMON_S = 0.001  #: from a report to the policy that follows from it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All that decides a run but its policy."""
+
+    profile: Profile
+    draft: str
+    traffic: Traffic
+    outcomes: Outcomes
+    acceptance: float = 0.7  #: what an operator who tunes a table offline believes
+    max_length: int = 5
+    max_num_running: int | None = None
+    seed: int = 0
+    noise: float = 0.02
+    cost_factor: Callable[[float], float] = lambda now_s: 1.0
+
+    def engine(self, source: LengthSource, hear: Callable[[], None] = lambda: None) -> Engine:
+        """The engine, steered by ``source``."""
+        return Engine(
+            self.profile,
+            self.draft,
+            source,
+            self.traffic,
+            self.outcomes,
+            max_length=self.max_length,
+            max_num_running=self.max_num_running,
+            seed=self.seed,
+            noise=self.noise,
+            cost_factor=self.cost_factor,
+            hear=hear,
+        )
+
+
+def rival(name: str, cell: Cell) -> LengthSource:
+    """A policy by name; "static3" is length 3 for all. Raises ValueError for others."""
+    if name.startswith("static") and name[6:].isdigit():
+        return FixedLength(int(name[6:]))
+    match name:
+        case "none":
+            return FixedLength(0)
+        case "table":
+            return policies.Table(cell.profile, cell.draft, cell.acceptance, cell.max_length)
+        case "tiers":
+            return policies.AdaptiveTiers(cell.max_length)
+        case "authors":
+            return policies.AuthorsRule(cell.profile, cell.draft, cell.max_length)
+        case "bandit":
+            return policies.Bandit(cell.max_length)
+        case "switch_off":
+            return policies.SwitchOff(min(3, cell.max_length))
+        case "informed" | "clairvoyant":
+            return policies.Told(cell.draft, clairvoyant=name == "clairvoyant")
+        case _:
+            known = ", ".join(POLICIES).replace("static", "static<K>")
+            raise ValueError(f"no policy {name!r}: choose of {known}")
+
+
+def simulate(name: str, cell: Cell) -> Engine:
+    """Serve a cell's requests under the policy ``name``; returns the engine, done."""
+    if name == "smartspec":
+        return Fleet([cell]).run()[0]
+    source = rival(name, cell)
+    engine = cell.engine(source)
+    if isinstance(source, policies.Told):
+        source.engine = engine
+    run(Queue(), [engine])
+    return engine
+
+
+class Fleet:
+    """Engines that one daemon steers: its own loop and messages, on a virtual clock.
+
+    Parameters
+    ----------
+    cells : one per engine
+    library : what was learned before; None: a cold start
+    bus : where the daemon's events go
+    """
+
+    def __init__(
+        self, cells: list[Cell], library: Library | None = None, bus: Bus | None = None
+    ) -> None:
+        self._queue = queue = Queue()
+        self._wire = Wire()
+        self._turn_due = False
+        settings = config.Settings()
+        self.loop = ControlLoop(
+            settings, self._wire, bus or NullBus(), queue.clock, queue.clock, library
+        )
+        self.links: list[EngineLink] = []
+        self.engines: list[Engine] = []
+        for i, cell in enumerate(cells):
+            name = f"engine-{i}"
+            hello = _hello(name, cell)
+            link = EngineLink("", hello, clock=queue.clock, socket=self._wire.connect(name))
+            self.links.append(link)
+            self.engines.append(cell.engine(link, self._heard))
+
+    def run(self) -> list[Engine]:
+        """Serve all; returns the engines, done."""
+        for link in self.links:
+            link.idle()  # an engine says Hello long before its first request
+        self._turn()
+        run(self._queue, self.engines, self._turn)
+        return self.engines
+
+    def _heard(self) -> None:
+        if not self._turn_due:
+            self._turn_due = True
+            self._queue.put(self._queue.now_s + DAEMON_S, DaemonTurn(self._turn))
+
+    def _turn(self) -> None:
+        self._turn_due = False
+        self.loop.cycle(0.0)
+
+
+def _hello(name: str, cell: Cell) -> Hello:
+    is_lookup = cell.draft == "lookup"
+    profile = cell.profile
+    return Hello(
+        engine=name,
+        epoch=1,
+        fingerprint=Fingerprint(
+            target=profile.target,
+            proposer="lookup" if is_lookup else "draft_model",
+            draft=cell.draft,
+            engine="simulator",
+            accelerator=profile.accelerator,
+        ),
+        limits=Limits(
+            max_length=cell.max_length,
+            max_num_running=cell.max_num_running or profile.max_num_running,
+            static_length=min(3, cell.max_length),
+            features=(FEATURE_LAST_SHARE, FEATURE_MATCH_LENGTH)
+            if cell.outcomes.match_length is not None
+            else (FEATURE_LAST_SHARE,),
+            graph_sizes=profile.graph_sizes,
+            drafts_known_first=is_lookup,
+        ),
+    )
