@@ -21,6 +21,7 @@ SPACING = 8  #: decisions between two probes, or two looks at what one would cos
 #: Lengths probed in turn, 0 for the longest: while some requests speculate, and while none does.
 #: Then what is wanted is news of the first draft, of which a cheap probe brings most.
 TURNS, TURNS_WHEN_OFF = (2, 0, 1), (1, 1, 2, 1, 1, 0)
+SHARE_WHILE_DRAFTING = 0.2  #: of the budget: much is then learned without probes
 SAVINGS_S = 60.0  #: what was earned in more than this time is not saved up
 
 
@@ -51,7 +52,8 @@ class Prober:
 
     def account(self, observation: Observation) -> None:
         """Earn from a step, and cross off what it tried of the sweep."""
-        earned_s = self._purse_s + self.share * observation.report.step_s
+        share = self.share * (SHARE_WHILE_DRAFTING if observation.num_drafted.any() else 1.0)
+        earned_s = self._purse_s + share * observation.report.step_s
         self._purse_s = min(earned_s, self.share * SAVINGS_S)
         if not self._sweep or observation.report.num_waiting or not len(observation.batch.ids):
             return
