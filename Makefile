@@ -6,6 +6,7 @@ NAME ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AUDITED := $(VENV)/.audited
 PYTHONS := python3.11 python3.12 python3.13 python3
 BENCHMARKS = $(if $(NAME),$(foreach name,$(NAME),benchmarks/bench_$(name).py),$(sort $(wildcard benchmarks/bench_*.py)))
 
@@ -13,7 +14,7 @@ BENCHMARKS = $(if $(NAME),$(foreach name,$(NAME),benchmarks/bench_$(name).py),$(
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install-systemd setup model demo test test-all check bench format clean
+.PHONY: help audit install-systemd setup model demo test test-all check bench format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,11 +53,18 @@ test-all: check model  ## the same with the slow tests
 	@echo "==> all tests"
 	@$(TEST_ENV) $(BIN)/python -m pytest -q
 
-check: $(STAMP)  ## lint, formatting, types and import directions
+check: $(STAMP) $(AUDITED)  ## lint, formatting, types, import directions; known holes once per set-up
 	@echo "==> ruff";         $(BIN)/ruff check .
 	@echo "==> ruff format";  $(BIN)/ruff format --check .
 	@echo "==> mypy";         $(BIN)/mypy
 	@echo "==> lint-imports"; $(BIN)/lint-imports --no-logo
+
+audit: $(STAMP)  ## look for known holes in what is installed; passes where advisories cannot be had
+	@echo "==> pip-audit"
+	@$(BIN)/python tests/audit.py
+
+$(AUDITED): $(STAMP)
+	@$(MAKE) --no-print-directory audit && mkdir -p $(dir $@) && touch $@
 
 bench: model  ## run benchmarks: NAME=decision for one, all without; figures in build/figures
 	@for file in $(BENCHMARKS); do echo "==> $$file"; $(BIN)/python $$file || exit 1; done

@@ -6,10 +6,12 @@ A mistake of the user is one line that names it; a traceback is a fault of ours.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -32,6 +34,13 @@ config_app = typer.Typer(
     help="Show, check and explain settings.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(config_app, name="config")
+keys_app = typer.Typer(
+    help="Make, show and rotate the keys of tcp:// (docs/security.md).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(keys_app, name="keys")
+DEFAULT_KEYS = Path("/etc/smartspec/keys")
 
 ConfigFile = Annotated[
     Path | None,
@@ -233,6 +242,9 @@ def worker(
     ] = 3,
     engine: Annotated[str, typer.Option(help="Name, unique on the daemon.")] = "worker-0",
     endpoint: Annotated[str | None, typer.Option(help="Where the daemon listens.")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="NAME.engine of `smartspec keys add`, for tcp://.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: cuda if any.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto: float32 on the CPU, else bfloat16.")] = "auto",
     max_num_running: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 16,
@@ -329,6 +341,7 @@ def worker(
             length=length,
             engine=engine,
             endpoint=settings.endpoint,
+            keys=_engine_keys(keys),
             device=device,
             dtype=dtype,
             max_num_running=max_num_running,
@@ -386,6 +399,89 @@ def config_check(config_file: ConfigFile = None, set_: Assignments = None) -> No
 def config_show(config_file: ConfigFile = None, set_: Assignments = None) -> None:
     """Print the settings in force: file, environment and flags together."""
     typer.echo(config_text.to_toml(_load(config_file, set_)), nl=False)
+
+
+def _engine_keys(path: Path | None) -> Any:
+    from smartspec.engine_adapter.curve import read_keys
+
+    try:
+        return None if path is None else read_keys(path)
+    except ValueError as error:
+        _fail(f"--keys: {error}")
+
+
+KeyDirectory = Annotated[
+    Path, typer.Option("--directory", "-d", help="Of the keys (setting curve.directory).")
+]
+EngineName = Annotated[str, typer.Argument(metavar="NAME", help="Of the engine's keys.")]
+
+
+@contextlib.contextmanager
+def _key_errors() -> Iterator[None]:
+    from smartspec.daemon.curve_keys import KeyFileError
+
+    try:
+        yield
+    except KeyFileError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}")
+
+
+@keys_app.command("make")
+def keys_make(directory: KeyDirectory = DEFAULT_KEYS) -> None:
+    """Make the daemon's keys and an empty list of engines."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        curve_keys.make(directory)
+    typer.echo(f"{directory}: made; next: smartspec keys add NAME")
+
+
+@keys_app.command("add")
+def keys_add(name: EngineName, directory: KeyDirectory = DEFAULT_KEYS) -> None:
+    """Let an engine in: its file is to be carried to its host, by a safe way."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        path = curve_keys.add(directory, name)
+    typer.echo(f"{path}: carry it to the engine's host; then reload the daemon (SIGHUP)")
+
+
+@keys_app.command("show")
+def keys_show(directory: KeyDirectory = DEFAULT_KEYS) -> None:
+    """List names and public keys; secrets are never shown."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        for name, key in curve_keys.public_keys(directory).items():
+            typer.echo(f"{name:24} {key}")
+
+
+@keys_app.command("rotate")
+def keys_rotate(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Of an engine; without: the daemon's.")
+    ] = None,
+    directory: KeyDirectory = DEFAULT_KEYS,
+) -> None:
+    """Make new keys. An engine's old one opens until `keys drop NAME~`; the daemon's does not."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        for path in curve_keys.rotate(directory, name):
+            typer.echo(f"{path}: carry it to the engine's host")
+    typer.echo("then reload the daemon (SIGHUP)" if name else "then restart the daemon")
+
+
+@keys_app.command("drop")
+def keys_drop(name: EngineName, directory: KeyDirectory = DEFAULT_KEYS) -> None:
+    """Let an engine in no more. A connection that is open stays so until it ends."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        curve_keys.drop(directory, name)
+    typer.echo(f"{name}: dropped; reload the daemon (SIGHUP), restart it to end open connections")
 
 
 #: Options of `worker` that are for the process that serves HTTP, not for its decode process.

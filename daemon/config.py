@@ -82,6 +82,52 @@ class ControlSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     ] = 60.0
 
 
+class CurveSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Encryption of tcp:// (docs/security.md)."""
+
+    directory: Annotated[
+        str,
+        _doc(
+            "Directory of keys, made by `smartspec keys make`: an endpoint of tcp:// is then "
+            "encrypted, and only engines on its list may connect. Empty: none."
+        ),
+    ] = ""
+
+
+class LimitSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one engine may ask of the daemon, so that none can take it from the others."""
+
+    max_reports_per_s: Annotated[
+        Count,
+        Meta(le=100_000),
+        _doc(
+            "Reports per second and connection that are read; more are counted and dropped.", "now"
+        ),
+    ] = 1000
+    max_requests: Annotated[
+        Count,
+        Meta(le=4096),
+        _doc("Requests in one report; an engine that announces more is refused.", "now"),
+    ] = 4096
+    max_frame_bytes: Annotated[
+        int,
+        Meta(ge=4096, le=1 << 20),
+        _doc("Bytes of one message; a connection that sends a larger one is closed."),
+    ] = 1 << 18
+    quarantine_after: Annotated[
+        Count,
+        _doc(
+            "Reports that cannot be true, less a twentieth of the good ones, after which an engine "
+            "is put in quarantine.",
+            "now",
+        ),
+    ] = 10
+    quarantine_s: Annotated[
+        Seconds,
+        _doc("Seconds of the first quarantine; each further one lasts twice as long.", "now"),
+    ] = 10.0
+
+
 class RedisSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the telemetry process keeps state and history (docs/redis.md)."""
 
@@ -172,7 +218,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     endpoint: Annotated[
         str,
         _doc(
-            "Where engines connect: ipc://PATH, or tcp://127.0.0.1:PORT with insecure = true. "
+            "Where engines connect: ipc://PATH; tcp://ADDRESS:PORT with curve.directory; or "
+            "tcp://127.0.0.1:PORT with insecure = true. "
             "Empty: ipc://<runtime_dir>/engines.sock."
         ),
     ] = ""
@@ -187,6 +234,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = ""
     control: ControlSettings = field(default_factory=ControlSettings)
+    curve: CurveSettings = field(default_factory=CurveSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
     redis: RedisSettings = field(default_factory=RedisSettings)
     state: StateSettings = field(default_factory=StateSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
@@ -396,8 +445,11 @@ def _resolve(values: dict[str, Any], env: Mapping[str, str]) -> Settings:
         section, _, key = name.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[key] = value
     settings = msgspec.convert(tree, Settings)
-    for name, given in (("endpoint", settings.endpoint), ("bus_endpoint", settings.bus_endpoint)):
-        check_endpoint(name, given, settings.insecure)
+    encrypted = bool(settings.curve.directory) and not settings.insecure
+    check_endpoint("endpoint", settings.endpoint, settings.insecure, encrypted)
+    check_endpoint("bus_endpoint", settings.bus_endpoint, settings.insecure)
+    if settings.insecure and settings.curve.directory:
+        raise ConfigError("insecure: got true, expected false beside curve.directory")
     _check_together(settings)
     return settings
 

@@ -15,7 +15,8 @@ from typing import Protocol
 
 from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
-from smartspec.daemon.engines import Engine, Observation, RosterGap
+from smartspec.daemon.curve_keys import KeyFileError
+from smartspec.daemon.engines import Engine, Observation, OutOfOrder, RosterGap
 from smartspec.daemon.event_bus import (
     Bus,
     CheckpointEvent,
@@ -30,6 +31,8 @@ from smartspec.daemon.keeper import Keeper
 from smartspec.daemon.learned import Learned, ModelKey
 from smartspec.daemon.library import Library
 from smartspec.daemon.policy import Decision, Planner, PlannerSettings
+from smartspec.daemon.quarantine import Quarantine
+from smartspec.daemon.throttle import Throttle
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.messages import (
     DaemonMessage,
@@ -45,6 +48,9 @@ from smartspec.engine_adapter.messages import (
 log = logging.getLogger("smartspec.daemon")
 
 MAX_FRAMES_PER_CYCLE = 4096
+MAX_LEARNED_PER_CYCLE = 32  #: of one engine; what it sent before that is read, but teaches nothing
+HELLOS_PER_S = 2.0  #: of one connection; each may mean an engine to set up
+HELLO_BURST = 16.0
 NOTE_EVERY_S = 1.0  #: at most one note per engine and second; all are counted
 RETIRED_KEPT = 64
 ANSWER_EVERY_S = 0.1  #: to a peer in trouble
@@ -59,8 +65,13 @@ class Transport(Protocol):
     def send(self, peer: bytes, frame: bytes) -> bool: ...  # False: the peer has gone
     def close(self) -> None: ...
 
+    def reload(self) -> None: ...
+
     @property
     def num_unsendable(self) -> int: ...
+
+    @property
+    def num_denied(self) -> int: ...
 
 
 class Session:
@@ -110,6 +121,10 @@ class ControlLoop:
         self._by_name: dict[str, Session] = {}
         self._retired: dict[str, Engine] = {}  # what was learned, should they come back
         self._answered_at: dict[bytes, float] = {}
+        limits = settings.limits
+        self._frames = Throttle(limits.max_reports_per_s, _burst(limits.max_reports_per_s))
+        self._hellos = Throttle(HELLOS_PER_S, HELLO_BURST)
+        self._quarantine = Quarantine(limits.quarantine_after, limits.quarantine_s)
         self._next_heartbeat_at = clock()
         self._next_tidy_at = clock()
         self.counters = Counters()
@@ -120,8 +135,19 @@ class ControlLoop:
 
     def apply(self, settings: Settings) -> None:
         """Go on with other settings; those that need a restart must be as they were."""
+        try:
+            self._transport.reload()
+        except KeyFileError as error:
+            log.error("the list of engines in force stays: %s", error)
         self._settings = settings
         self._keeper.apply(settings.state)
+        limits = settings.limits
+        self._frames.per_s = limits.max_reports_per_s
+        self._frames.burst = _burst(limits.max_reports_per_s)
+        self._quarantine.after, self._quarantine.first_s = (
+            limits.quarantine_after,
+            limits.quarantine_s,
+        )
         for session in self._by_name.values():
             session.planner.adjust(**self._planning())
 
@@ -152,12 +178,21 @@ class ControlLoop:
                 break
             peer, frame = received
             session = self._by_peer.get(peer)
+            if not self._frames.admits(peer, self._clock()):
+                self._drop(session)
+                continue
             try:
                 self._take(peer, messages.decode_engine_message(frame), session, arrived)
             except RosterGap as gap:
                 self._ask_again(peer, str(gap))
+            except OutOfOrder as error:
+                self._refuse_frame(peer, session, error)
             except MessageError as error:
                 self._refuse_frame(peer, session, error)
+                if session is not None and self._by_peer.get(peer) is session:
+                    self._blame(peer, session, error)
+                    if self._by_peer.get(peer) is not session:
+                        arrived.pop(session, None)  # nothing of this turn is believed either
             except Exception:
                 self.counters.failed("receiving", session.engine.name if session else "")
         return arrived
@@ -178,6 +213,7 @@ class ControlLoop:
                 missed = session.engine.num_missed
                 observation = session.engine.observe(message)
                 arrived.setdefault(session, []).append(observation)
+                self._quarantine.credit(session.engine.name)
                 self.counters["reports"] += 1
                 self.counters["steps_missed"] += session.engine.num_missed - missed
             case Hello():
@@ -204,6 +240,8 @@ class ControlLoop:
 
     def _learn(self, session: Session, observations: list[Observation]) -> None:
         began = self._clock()
+        self.counters["reports_unlearned"] += max(0, len(observations) - MAX_LEARNED_PER_CYCLE)
+        observations = observations[-MAX_LEARNED_PER_CYCLE:]
         predicted: list[float | None] = []
         costs, acceptance = session.engine.step_cost, session.engine.acceptance
         num_cost_changes, num_changes = costs.num_changes, acceptance.num_changes
@@ -215,7 +253,7 @@ class ControlLoop:
             except Exception:
                 self.counters.failed("learning", session.engine.name)
             predicted.append(seconds)
-        session.learn_s = (self._clock() - began) / len(observations)
+        session.learn_s = (self._clock() - began) / max(1, len(predicted))
         for observation, seconds in zip(observations, predicted, strict=True):
             self._bus.publish(self._step_event(session, observation, seconds))
         if costs.num_changes > num_cost_changes:
@@ -244,6 +282,19 @@ class ControlLoop:
     # -- engines come and go --------------------------------------------------------------------
 
     def _welcome(self, peer: bytes, hello: Hello) -> None:
+        if not self._hellos.admits(peer, self._clock()):
+            self.counters["hellos_throttled"] += 1
+            return
+        if wait_s := self._quarantine.left_s(hello.engine, self._clock()):
+            why = self._quarantine.why(hello.engine)
+            self._refuse_engine(peer, hello, f"in quarantine for {wait_s:.0f} s more: {why}")
+            return
+        most = self._settings.limits.max_requests
+        if hello.limits.max_num_running > most:
+            self._refuse_engine(
+                peer, hello, f"limits.max_requests: {most}, got {hello.limits.max_num_running}"
+            )
+            return
         known = self._by_name.get(hello.engine)
         if known is not None and self._in_use(known, peer):
             self._refuse_engine(peer, hello, f"another engine is called {hello.engine!r}")
@@ -326,6 +377,33 @@ class ControlLoop:
         log.warning("engine %s refused: %s", hello.engine, why)
         self._send_refusal(peer, why)
         self._bus.publish(NoteEvent(engine=hello.engine, level="warning", kind="refused", text=why))
+
+    def _drop(self, session: Session | None) -> None:
+        """Count a report that was one too many; it is not even read."""
+        self.counters["frames_throttled"] += 1
+        if session is None:
+            return
+        session.engine.num_throttled += 1
+        if self._clock() - session.noted_at >= NOTE_EVERY_S:
+            session.noted_at = self._clock()
+            most = self._settings.limits.max_reports_per_s
+            text = f"more than {most} reports a second: some are dropped unread"
+            name = session.engine.name
+            self._bus.publish(NoteEvent(engine=name, level="warning", kind="throttled", text=text))
+
+    def _blame(self, peer: bytes, session: Session, error: MessageError) -> None:
+        """Count a lie; an engine that told too many loses its seat, and what it taught lately."""
+        name = session.engine.name
+        lasts_s = self._quarantine.blame(name, str(error)[: MAX_TEXT // 2], self._clock())
+        if not lasts_s:
+            return
+        self.counters["quarantines"] += 1
+        why = f"in quarantine for {lasts_s:.0f} s: it tells what cannot be true ({error})"
+        log.warning("engine %s %s", name, why)
+        self._bus.publish(NoteEvent(engine=name, level="error", kind="quarantined", text=why))
+        self._send_refusal(peer, why)
+        self._forget(session, "quarantined")
+        self._retired.pop(name, None)
 
     def _forget(self, session: Session, state: str) -> None:
         if self._by_peer.get(session.peer) is session:
@@ -425,6 +503,7 @@ class ControlLoop:
 
     def _loop_event(self) -> LoopEvent:
         outside = {
+            "connections_denied": self._transport.num_denied,
             "frames_unsendable": self._transport.num_unsendable,
             "events_dropped": self._bus.num_dropped,
         }
@@ -490,3 +569,8 @@ class ControlLoop:
 
 def _link_counts(engine: Engine) -> LinkCounts:
     return LinkCounts(**{name: getattr(engine, name) for name in LinkCounts.__struct_fields__})
+
+
+def _burst(per_s: float) -> float:
+    """Reports that may come at once, as after a pause of the daemon: a quarter of a second's."""
+    return max(64.0, per_s / 4)

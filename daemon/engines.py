@@ -52,6 +52,10 @@ class RosterGap(MessageError):
     """The report refers to a roster that never arrived."""
 
 
+class OutOfOrder(MessageError):
+    """The report came twice, or after a later one: the network's doing, and no lie."""
+
+
 class Batch(NamedTuple):
     """Who was in a step; the same object for all reports of one roster."""
 
@@ -158,7 +162,7 @@ class Engine:
         require(report.epoch == self.hello.epoch, "epoch: not the one of this engine's Hello")
         if report.seq <= self.last_seq:
             self.num_repeated += 1
-            raise MessageError(f"seq: {report.seq} after {self.last_seq}")
+            raise OutOfOrder(f"seq: {report.seq} after {self.last_seq}")
         batch = self._batch_of(report)
         observation = self._check(report, batch)
         if self.last_seq:  # what went before the first report was not missed, but not sent to us

@@ -79,7 +79,8 @@ class EngineEvent(Event, frozen=True, kw_only=True, tag="engine"):
 
     engine: str
     epoch: int
-    state: str  #: "connected", "left", "lost", "replaced" (by one of its name) or "refused"
+    #: "connected", "left", "lost", "replaced" (by one of its name), "quarantined" or "refused"
+    state: str
     fingerprint: dict[str, str] = {}
     limits: dict[str, object] = {}
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -23,6 +23,9 @@ from smartspec.daemon import config, config_text, logs, notify
 from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
 from smartspec.daemon.notify import Notifier
+
+if TYPE_CHECKING:
+    from smartspec.daemon.curve_keys import DaemonKeys
 
 log = logging.getLogger(__name__)
 
@@ -256,15 +259,30 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
     import zmq
 
     from smartspec.daemon.control_loop import ControlLoop
+    from smartspec.daemon.curve_keys import KeyFileError
     from smartspec.daemon.transport import Server
     from smartspec.daemon.warm_start import load
 
     library = load(settings)  # this may wait for a disk, or a second for Redis: no engine does
     try:
-        transport = Server(settings.endpoint)
+        transport = Server(
+            settings.endpoint,
+            max_frame_bytes=settings.limits.max_frame_bytes,
+            keys=_keys_of(settings),
+        )
+    except KeyFileError as error:
+        raise ServiceError(f"curve.directory: {error}") from error
     except (zmq.ZMQError, OSError) as error:
         raise ServiceError(f"endpoint: cannot listen at {settings.endpoint} ({error})") from error
     return ControlLoop(settings, transport, bus, time.monotonic, library=library)
+
+
+def _keys_of(settings: Settings) -> Callable[[], DaemonKeys] | None:
+    from smartspec.daemon import curve_keys
+
+    if not settings.endpoint.startswith("tcp://") or settings.insecure:
+        return None
+    return partial(curve_keys.read, Path(settings.curve.directory))
 
 
 def save_last(settings: Settings, last: list[CheckpointEvent]) -> None:
@@ -357,9 +375,8 @@ def _apply(
     settings: Settings, load: Callable[[], Settings], loop: Loop, telemetry: TelemetryChild
 ) -> Settings:
     new, how = reload_settings(settings, load)
-    if "now" in how:
-        logs.configure(new.log)
-        loop.apply(new)
+    logs.configure(new.log)
+    loop.apply(new)  # also when no setting has changed: who may connect is in a file of its own
     if "telemetry" in how:
         telemetry.restart(partial(start_telemetry, new))
     return new

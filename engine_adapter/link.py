@@ -32,6 +32,7 @@ from smartspec.engine_adapter.base import (
     LengthSource,
     StepFacts,
 )
+from smartspec.engine_adapter.curve import EngineKeys
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.messages import (
     Goodbye,
@@ -85,6 +86,7 @@ class EngineLink:
     hello : who this engine is and what it can do
     own : what decides when nobody steers; default: ``hello.limits.static_length`` for all
     clock : monotonic seconds
+    keys : of this engine, for a daemon that is reached over tcp://; None: no encryption
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class EngineLink:
         hello: Hello,
         own: LengthSource | None = None,
         *,
+        keys: EngineKeys | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.hello = hello
@@ -112,6 +115,10 @@ class EngineLink:
             # Such frames are refused by their decoder.
         ):
             self._socket.setsockopt(option, value)
+        if keys is not None:
+            self._socket.curve_serverkey = keys.server
+            self._socket.curve_publickey = keys.public
+            self._socket.curve_secretkey = keys.secret
         self._socket.connect(endpoint)
 
         self._program: Program | None = None

@@ -45,6 +45,10 @@ class FakeTransport:
         self.waits: list[float] = []
         self.closed = False
         self.num_unsendable = 0
+        self.num_denied = 0
+
+    def reload(self) -> None:
+        pass
 
     def wait(self, timeout_s: float) -> bool:
         self.waits.append(timeout_s)

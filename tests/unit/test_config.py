@@ -65,7 +65,7 @@ def test_password_is_not_shown_when_a_url_changes() -> None:
 def test_units_are_documented_when_a_name_carries_one() -> None:
     for key in config.keys().values():
         if key.name.endswith("_s"):
-            assert "econds" in key.doc, key.name
+            assert "econd" in key.doc, key.name
 
 
 def test_flags_override_environment_and_environment_overrides_file(tmp_path: Path) -> None:

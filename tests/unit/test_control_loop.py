@@ -9,7 +9,7 @@ import pytest
 from fakes import Clock, FakeTransport, RecordingBus, step_report
 from scripted_engine import hello
 
-from smartspec.daemon import config
+from smartspec.daemon import config, control_loop
 from smartspec.daemon.control_loop import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT, ControlLoop
 from smartspec.daemon.event_bus import (
     CheckpointEvent,
@@ -215,6 +215,7 @@ def test_operator_is_told_when_steps_take_longer_for_good(rig: Rig) -> None:
 
 
 def test_bad_frame_is_counted_and_told_now_and_then(rig: Rig) -> None:
+    rig.loop.apply(config.replace(rig.settings, {"limits.quarantine_after": 1000}))
     for _ in range(50):
         rig.cycle(b"a", b"\xc1", step_report(1, step_s=float("nan")))
     assert rig.loop.counters["frames_refused"] == 100
@@ -473,6 +474,101 @@ def test_changed_settings_reach_engines_by_the_next_policy(rig: Rig) -> None:
     assert (policy.ttl_s, policy.fallback_s) == (4.0, 9.0)
     rig.cycle(b"b", hello("gpu1"))
     assert rig.loop.counters["engines_refused"] == 1
+
+
+LIES: list[dict[str, Any]] = [
+    {"step_s": float("nan")},
+    {"step_s": -0.03},
+    {"context_tokens": 1 << 60},
+    {"num_accepted": wire.pack([3] * 3, "u8")},
+    {"num_emitted": wire.pack([9] * 3, "u8")},
+    {"features": wire.pack([[float("inf")] * 3, [4.0] * 3], "f32")},
+    {"num_drafted": b"\x02"},
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: next(iter(lie)))
+def test_lying_engine_is_quarantined_with_an_event_and_others_are_unaffected(
+    rig: Rig, lie: dict[str, Any]
+) -> None:
+    alone = Rig()
+    alone.connect(b"b", "gpu1")
+    rig.connect(b"b", "gpu1")
+    for seq in range(1, 40):
+        rig.transport.put(b"a", step_report(seq, **(lie if seq > 5 else {})))
+        for each in (rig, alone):
+            each.cycle(b"b", step_report(seq))
+            each.clock.now += 0.02
+    [note] = [n for n in rig.bus.of(NoteEvent) if n.kind == "quarantined"]
+    assert (note.engine, note.level) == ("gpu0", "error")
+    assert "quarantined" in [e.state for e in rig.bus.of(EngineEvent) if e.engine == "gpu0"]
+    assert rig.loop.counters["quarantines"] == 1
+    assert len(rig.policies(b"b")) == len(alone.policies(b"b")) > 0
+    for mine, other in zip(
+        rig.session("gpu1").engine.acceptance.pooled_hazards(),
+        alone.session("gpu1").engine.acceptance.pooled_hazards(),
+        strict=True,
+    ):
+        assert mine == other
+    refusal = rig.transport.take(b"a", wire.Refused)[0]
+    assert "quarantine" in refusal.reason
+
+
+def test_quarantined_engine_may_return_and_is_not_believed_what_it_taught(rig: Rig) -> None:
+    for seq in range(1, 30):
+        rig.cycle(b"a", step_report(seq, **(LIES[0] if seq > 10 else {})))
+    rig.transport.sent.clear()
+    rig.clock.now += 1.0
+    rig.cycle(b"a", hello("gpu0"))
+    assert "quarantine" in rig.transport.take(b"a", wire.Refused)[0].reason
+    rig.clock.now += rig.settings.limits.quarantine_s + 1
+    rig.cycle(b"a", hello("gpu0"))
+    assert rig.session().engine.learned.num_steps == 0
+    rig.cycle(b"a", step_report(50))
+    assert rig.policies()
+
+
+def test_engine_is_not_quarantined_when_few_of_its_frames_are_corrupted(rig: Rig) -> None:
+    for seq in range(1, 1001):
+        rig.clock.now += 0.02
+        rig.cycle(b"a", b"\xc1" if seq % 25 == 0 else step_report(seq))
+        rig.cycle(b"a", step_report(seq))  # comes twice
+    assert rig.loop.counters["quarantines"] == 0
+    assert rig.session().engine.num_reports == 960 + 40
+
+
+def test_noisy_engine_starves_no_other(rig: Rig) -> None:
+    rig.connect(b"b", "gpu1")
+    learned: list[str] = []
+    for session in (rig.session("gpu0"), rig.session("gpu1")):
+        learn = session.engine.learn
+
+        def noted(observation: Any, name: str = session.engine.name, learn: Any = learn) -> Any:
+            learned.append(name)
+            return learn(observation)
+
+        session.engine.learn = noted
+    seq = 0
+    for turn in range(1, 41):  # a second: 40 steps of the one, 100,000 of the other
+        for _ in range(2500):
+            seq += 1
+            rig.transport.put(b"a", step_report(seq))
+        rig.transport.put(b"b", step_report(turn))
+        rig.loop.cycle(0.0)
+        rig.clock.now += 1 / 40
+    limit = rig.settings.limits.max_reports_per_s
+    assert rig.session("gpu0").engine.num_reports <= 1.3 * limit
+    assert rig.session("gpu0").engine.num_throttled > 90_000
+    assert learned.count("gpu0") <= 40 * control_loop.MAX_LEARNED_PER_CYCLE
+    assert learned.count("gpu1") == 40  # every step of the other, in its own turn
+    assert any(n.kind == "throttled" and n.engine == "gpu0" for n in rig.bus.of(NoteEvent))
+
+
+def test_engine_is_refused_when_it_announces_too_many_requests() -> None:
+    rig = Rig()
+    rig.loop.apply(config.replace(rig.settings, {"limits.max_requests": 100}))
+    rig.cycle(b"a", hello("gpu0", max_num_running=101))
+    assert "limits.max_requests" in rig.transport.take(b"a", wire.Refused)[0].reason
 
 
 def test_what_the_link_lost_is_published_per_engine(rig: Rig) -> None:
