@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from smartspec.daemon.config import Settings, redacted
 from smartspec.daemon.telemetry.engine_state import EngineState, from_fields
-from smartspec.daemon.telemetry.redis_store import Keys, connect
+from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 
 EXIT_NO_REDIS = 2
 EXIT_NO_ENGINE = 3
@@ -62,7 +62,7 @@ class View(Struct, frozen=True, kw_only=True):
 
 def read(settings: Settings, engine: str | None, now: float) -> list[View]:
     """The engines known (or the one named), by name. Raises `InspectError`."""
-    client = connect(settings.redis_url, timeout_s=2.0)
+    client = connect_as(settings, timeout_s=2.0)
     keys = Keys(settings.redis.key_prefix)
     try:
         names = sorted(name.decode("utf-8", "replace") for name in _members(client, keys))

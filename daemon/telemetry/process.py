@@ -27,7 +27,7 @@ from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineTracker
 from smartspec.daemon.telemetry.prometheus import ADDRESS, PrometheusExporter
-from smartspec.daemon.telemetry.redis_store import RedisStore, connect
+from smartspec.daemon.telemetry.redis_store import RedisStore, connect_as
 from smartspec.daemon.warm_start import state_directory
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
     exporter = _exporter(settings)
     valkey = None if settings.redis.url else EmbeddedValkey(settings.embedded_socket)
     store = RedisStore(
-        connect(settings.redis_url),
+        connect_as(settings),
         settings.redis.key_prefix,
         settings.redis.stream_maxlen,
         settings.redis.ttl_s,
