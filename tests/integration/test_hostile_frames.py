@@ -98,7 +98,7 @@ values = st.one_of(
 
 @st.composite
 def frames(draw: st.DrawFn, real: list[wire.Message]) -> bytes:
-    """A real message, or one with fields replaced, deep or shallow, or its bytes changed; or noise."""
+    """A real message, whole, with fields replaced or with its bytes changed; or noise."""
     frame = wire.encode(draw(st.sampled_from(real)))
     kind = draw(st.integers(0, 9))
     if kind == 0:
