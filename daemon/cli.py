@@ -207,6 +207,19 @@ def inspect(
 
 
 @app.command()
+def top(
+    interval_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    redis_url: Annotated[str | None, typer.Option(help="Default: the embedded one.")] = None,
+    set_: Assignments = None,
+) -> None:
+    """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it."""
+    settings = _load(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    raise typer.Exit(_optional("smartspec.daemon.top", "top").run(settings, interval_s))
+
+
+@app.command()
 def state(
     as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
     config_file: ConfigFile = None,
