@@ -40,6 +40,8 @@ keys_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(keys_app, name="keys")
+doctor_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(doctor_app, name="doctor")
 DEFAULT_KEYS = Path("/etc/smartspec/keys")
 
 ConfigFile = Annotated[
@@ -217,6 +219,27 @@ def top(
     """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it."""
     settings = _load(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
     raise typer.Exit(_optional("smartspec.daemon.top", "top").run(settings, interval_s))
+
+
+@doctor_app.callback()
+def doctor(
+    context: typer.Context,
+    engine: Annotated[str | None, typer.Option(help="Look at this one; default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Examine this host and its engines end to end, and say what to do.
+
+    Exit code: 1 something has failed.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    settings = _load(config_file, set_, runtime_dir=runtime_dir)
+    from smartspec.daemon import doctor as examination
+
+    raise typer.Exit(examination.run(settings, engine, as_json))
 
 
 @app.command()
