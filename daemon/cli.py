@@ -221,6 +221,46 @@ def top(
     raise typer.Exit(_optional("smartspec.daemon.top", "top").run(settings, interval_s))
 
 
+@app.command()
+def record(
+    file: Annotated[Path, typer.Argument(help="To write; must not exist.")],
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 60.0,
+    max_mb: Annotated[int, typer.Option(min=1, help="Before compression.")] = 512,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Record what engines and daemon say to each other, for `smartspec replay`.
+
+    Exit code: 2 no daemon is heard, or the file cannot be written.
+    """
+    import signal
+    import threading
+
+    settings = _load(config_file, set_, runtime_dir=runtime_dir)
+    from smartspec.daemon import recording
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    raise typer.Exit(recording.run(settings, file, seconds, max_mb << 20, stop))
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="Of `smartspec record`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+    config_file: ConfigFile = None,
+    set_: Assignments = None,
+) -> None:
+    """Tell what would have been decided in a recording under these settings, starting cold.
+
+    Exit code: 2 the file cannot be used.
+    """
+    settings = _load(config_file, set_)
+    raise typer.Exit(_optional("smartspec.lab.replay", "daemon").run(settings, file, as_json))
+
+
 @doctor_app.callback()
 def doctor(
     context: typer.Context,

@@ -260,6 +260,7 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
 
     from smartspec.daemon.control_loop import ControlLoop
     from smartspec.daemon.curve_keys import KeyFileError
+    from smartspec.daemon.tap import Tap
     from smartspec.daemon.transport import Server
     from smartspec.daemon.warm_start import load
 
@@ -274,7 +275,7 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
         raise ServiceError(f"curve.directory: {error}") from error
     except (zmq.ZMQError, OSError) as error:
         raise ServiceError(f"endpoint: cannot listen at {settings.endpoint} ({error})") from error
-    return ControlLoop(settings, transport, bus, time.monotonic, library=library)
+    return ControlLoop(settings, Tap(transport, bus), bus, time.monotonic, library=library)
 
 
 def _keys_of(settings: Settings) -> Callable[[], DaemonKeys] | None:

@@ -14,6 +14,7 @@ import threading
 
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import (
+    USUAL,
     BusEvent,
     CheckpointEvent,
     DecisionEvent,
@@ -118,7 +119,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
     if settings.state.enabled:
         writer = CheckpointWriter(state_directory(settings), tell=store.add)
         writer.start()
-    telemetry = Telemetry(subscribe(settings.bus_endpoint), store, exporter, writer)
+    telemetry = Telemetry(subscribe(settings.bus_endpoint, USUAL), store, exporter, writer)
     notifier = Notifier(os.environ)
     notifier.ready(f"events from {settings.bus_endpoint}")
     try:
