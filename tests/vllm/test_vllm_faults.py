@@ -51,13 +51,16 @@ class Engine:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         self.log.close()
 
     def finish(self) -> dict[str, Any]:
         self.enough.touch()
-        self.process.communicate()
-        assert self.process.returncode == 0
+        assert self.process.stdout is not None
+        self.process.stdout.read()
+        assert self.process.wait() == 0
         told: dict[str, Any] = json.loads(self.out.read_text("utf-8"))
         return told
 
