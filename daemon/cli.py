@@ -40,6 +40,8 @@ keys_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(keys_app, name="keys")
+doctor_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(doctor_app, name="doctor")
 DEFAULT_KEYS = Path("/etc/smartspec/keys")
 
 ConfigFile = Annotated[
@@ -207,12 +209,12 @@ def inspect(
     raise typer.Exit(inspection.run(settings, engine, as_json, watch))
 
 
-EngineName = Annotated[str, typer.Argument(help="Default: all, and those to come.")]
+AnyEngine = Annotated[str, typer.Argument(help="Default: all, and those to come.")]
 
 
 @app.command()
 def pause(
-    engine: EngineName = "",
+    engine: AnyEngine = "",
     config_file: ConfigFile = None,
     runtime_dir: RuntimeDir = None,
     set_: Assignments = None,
@@ -226,7 +228,7 @@ def pause(
 
 @app.command()
 def release(
-    engine: EngineName = "",
+    engine: AnyEngine = "",
     config_file: ConfigFile = None,
     runtime_dir: RuntimeDir = None,
     set_: Assignments = None,
@@ -242,6 +244,80 @@ def _command(action: Literal["pause", "release"], engine: str, settings: Setting
     from smartspec.daemon import commands
 
     raise typer.Exit(commands.run(settings, commands.Command(action=action, engine=engine)))
+
+
+@app.command()
+def top(
+    interval_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    redis_url: Annotated[str | None, typer.Option(help="Default: the embedded one.")] = None,
+    set_: Assignments = None,
+) -> None:
+    """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it."""
+    settings = _load(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    raise typer.Exit(_optional("smartspec.daemon.top", "top").run(settings, interval_s))
+
+
+@app.command()
+def record(
+    file: Annotated[Path, typer.Argument(help="To write; must not exist.")],
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 60.0,
+    max_mb: Annotated[int, typer.Option(min=1, help="Before compression.")] = 512,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Record what engines and daemon say to each other, for `smartspec replay`.
+
+    Exit code: 2 no daemon is heard, or the file cannot be written.
+    """
+    import signal
+    import threading
+
+    settings = _load(config_file, set_, runtime_dir=runtime_dir)
+    from smartspec.daemon import recording
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    raise typer.Exit(recording.run(settings, file, seconds, max_mb << 20, stop))
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="Of `smartspec record`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+    config_file: ConfigFile = None,
+    set_: Assignments = None,
+) -> None:
+    """Tell what would have been decided in a recording under these settings, starting cold.
+
+    Exit code: 2 the file cannot be used.
+    """
+    settings = _load(config_file, set_)
+    raise typer.Exit(_optional("smartspec.lab.replay", "daemon").run(settings, file, as_json))
+
+
+@doctor_app.callback()
+def doctor(
+    context: typer.Context,
+    engine: Annotated[str | None, typer.Option(help="Look at this one; default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Examine this host and its engines end to end, and say what to do.
+
+    Exit code: 1 something has failed.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    settings = _load(config_file, set_, runtime_dir=runtime_dir)
+    from smartspec.daemon import doctor as examination
+
+    raise typer.Exit(examination.run(settings, engine, as_json))
 
 
 @app.command()

@@ -173,6 +173,25 @@ class RedisSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             "telemetry",
         ),
     ] = ""
+    username: Annotated[
+        str, _doc("ACL user, beside password_file. Empty: the server's default user.", "telemetry")
+    ] = ""
+    password_file: Annotated[
+        str,
+        _doc(
+            "File that holds the password and nothing else, read anew at every connection. Empty: "
+            "the password in url, if any.",
+            "telemetry",
+        ),
+    ] = ""
+    ca_file: Annotated[
+        str,
+        _doc(
+            "Certificates, in PEM, of those who may vouch for a rediss:// server. Empty: those of "
+            "the system.",
+            "telemetry",
+        ),
+    ] = ""
     key_prefix: Annotated[
         str, _doc("Put before every key; the data version follows it.", "telemetry")
     ] = "smartspec:"
@@ -530,6 +549,17 @@ def _check_together(settings: Settings) -> None:
             f"redis.url: got {redacted(url)!r}, expected redis://, rediss:// or unix://, or empty "
             "for an embedded Valkey"
         )
+    if settings.redis.password_file and "@" in url:
+        raise ConfigError(
+            f"redis.password_file: got {settings.redis.password_file!r} and redis.url with a user "
+            "or password, expected one of the two"
+        )
+    if settings.redis.username and not settings.redis.password_file:
+        raise ConfigError(
+            "redis.username: expected redis.password_file beside it, or both in redis.url"
+        )
+    if settings.redis.ca_file and not url.startswith("rediss://"):
+        raise ConfigError("redis.ca_file: expected a redis.url of rediss:// beside it")
     if not url and len(os.fsencode(settings.embedded_socket)) > MAX_SOCKET_PATH:
         raise ConfigError(
             f"runtime_dir: got {settings.runtime_dir!r}, too long for the Unix socket of the "

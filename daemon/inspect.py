@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from smartspec.daemon.config import Settings, redacted
 from smartspec.daemon.telemetry.engine_state import EngineState, from_fields
-from smartspec.daemon.telemetry.redis_store import Keys, connect
+from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 
 EXIT_NO_REDIS = 2
 EXIT_NO_ENGINE = 3
@@ -60,9 +60,11 @@ class View(Struct, frozen=True, kw_only=True):
         return {**state, **plain}
 
 
-def read(settings: Settings, engine: str | None, now: float) -> list[View]:
+def read(
+    settings: Settings, engine: str | None, now: float, num_events: int = NUM_EVENTS
+) -> list[View]:
     """The engines known (or the one named), by name. Raises `InspectError`."""
-    client = connect(settings.redis_url, timeout_s=2.0)
+    client = connect_as(settings, timeout_s=2.0)
     keys = Keys(settings.redis.key_prefix)
     try:
         names = sorted(name.decode("utf-8", "replace") for name in _members(client, keys))
@@ -89,7 +91,7 @@ def read(settings: Settings, engine: str | None, now: float) -> list[View]:
             state=state,
             age_s=max(0.0, round(now - state.updated_s, 3)),
             daemon_age_s=None if heard_s is None else max(0.0, round(now - heard_s, 3)),
-            events=[e for e in events if e.engine in ("", state.engine)][:NUM_EVENTS],
+            events=[e for e in events if e.engine in ("", state.engine)][:num_events],
         )
         for state in states
     ]
@@ -160,10 +162,10 @@ def _overview(views: list[View]) -> Any:
         state = view.state
         cells = (
             state.engine,
-            _condition(view),
+            condition(view),
             str(state.num_running),
             str(state.num_waiting),
-            _lengths(state).replace(" requests", ""),
+            lengths(state).replace(" requests", ""),
             _number(state.goodput),
             _signed(state.gain_over_none),
             state.reason or "-",
@@ -189,7 +191,7 @@ def _details(view: View) -> Any:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     rows = [
-        ("state", f"{_condition(view)}, last heard {view.age_s:.1f} s ago"),
+        ("state", f"{condition(view)}, last heard {view.age_s:.1f} s ago"),
         ("model", " ".join(v for v in state.fingerprint.values() if v) or "-"),
         (
             "load",
@@ -198,7 +200,7 @@ def _details(view: View) -> Any:
                 f"KV {100 * state.kv_usage:.0f}% full, {state.context_tokens} tokens of context"
             ),
         ),
-        ("lengths", _lengths(state) + (f" ({state.mode})" if state.mode else "")),
+        ("lengths", lengths(state) + (f" ({state.mode})" if state.mode else "")),
         ("why", state.reason or "no decision yet"),
         (
             "goodput",
@@ -224,11 +226,12 @@ def _details(view: View) -> Any:
     for name, text in rows:
         table.add_row(name, shown(text))
     for number, event in enumerate(view.events):
-        table.add_row("last events" if number == 0 else "", shown(_event(event)))
+        table.add_row("last events" if number == 0 else "", shown(event_text(event)))
     return Panel(table, title=shown(f"engine {state.engine}"), title_align="left", expand=False)
 
 
-def _condition(view: View) -> str:
+def condition(view: View) -> str:
+    """What becomes of an engine, in few words."""
     state = view.state
     if state.state != "connected":
         return state.state
@@ -242,10 +245,10 @@ def _condition(view: View) -> str:
     return f"{steering}, idle" if view.age_s > STALE_S else steering
 
 
-def _lengths(state: EngineState) -> str:
+def lengths(state: EngineState) -> str:
     """Requests by length.
 
-    >>> _lengths(EngineState(engine="a", length_counts=(2, 0, 0, 7)))
+    >>> lengths(EngineState(engine="a", length_counts=(2, 0, 0, 7)))
     '2 requests at 0, 7 at 3'
     """
     parts = [f"{n} at {k}" for k, n in enumerate(state.length_counts) if n]
@@ -310,7 +313,8 @@ def _acceptance(state: EngineState) -> str:
     return "by depth " + ", ".join(parts) if parts else "-"
 
 
-def _event(event: PastEvent) -> str:
+def event_text(event: PastEvent) -> str:
+    """One line, with the local time of day."""
     at = time.strftime("%H:%M:%S", time.localtime(event.t_s))
     what = f"engine {event.state}" if event.type == "engine" else f"{event.kind}: {event.text}"
     return f"{at} {what}"

@@ -263,6 +263,7 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
     from smartspec.daemon.control_loop import ControlLoop
     from smartspec.daemon.curve_keys import KeyFileError
     from smartspec.daemon.pauses import Pauses
+    from smartspec.daemon.tap import Tap
     from smartspec.daemon.transport import Server
     from smartspec.daemon.warm_start import load
 
@@ -278,7 +279,9 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
     except (zmq.ZMQError, OSError) as error:
         raise ServiceError(f"endpoint: cannot listen at {settings.endpoint} ({error})") from error
     pauses = Pauses(Path(settings.runtime_dir) / "paused.json")
-    return ControlLoop(settings, transport, bus, time.monotonic, library=library, pauses=pauses)
+    return ControlLoop(
+        settings, Tap(transport, bus), bus, time.monotonic, library=library, pauses=pauses
+    )
 
 
 def _keys_of(settings: Settings) -> Callable[[], DaemonKeys] | None:

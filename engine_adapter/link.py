@@ -159,7 +159,7 @@ class EngineLink:
         seq = self._program.policy.seq if steered and self._program else 0
         self._chosen_by = (seq, choice.source)
         self.stats.state = choice.source
-        return choice
+        return choice._replace(policy_seq=seq) if seq else choice
 
     def report(self, facts: StepFacts) -> None:
         """Tell the daemon what a step did, if it can be told at once."""
@@ -323,6 +323,8 @@ class EngineLink:
         batch = facts.batch
         self._update_roster(batch)
         policy_seq, source = self._chosen_by
+        if facts.choice is not None:
+            policy_seq, source = facts.choice.policy_seq, facts.choice.source
         report = StepReport(
             epoch=self.hello.epoch,
             seq=self._seq,

@@ -83,7 +83,11 @@ class RecordingBus:
 
     def __init__(self) -> None:
         self.events: list[BusEvent] = []
+        self.wanted: set[type[Any]] = set()
         self.num_dropped = 0
+
+    def wants(self, kind: type[Any]) -> bool:
+        return kind in self.wanted
 
     def publish(self, event: BusEvent) -> None:
         self.events.append(event)

@@ -16,7 +16,14 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ("engine",)
     buckets: tuple[float, ...] = ()
 
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Names under which it is scraped."""
+        suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": _OF_HISTOGRAM}
+        return tuple(self.id + suffix for suffix in suffixes[self.kind])
 
+
+_OF_HISTOGRAM = ("_bucket", "_sum", "_count")
 _SECONDS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 _STEP_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 5.0)
 
@@ -127,6 +134,9 @@ STALENESS = Metric(
 )
 
 # the daemon and its telemetry
+HEARD = Metric(
+    "smartspec_daemon_heard_timestamp_seconds", "gauge", "When the daemon last said a word.", ()
+)
 NUM_ENGINES = Metric("smartspec_engines", "gauge", "Engines served.", ())
 LOOP = Metric("smartspec_loop_events", "counter", "The loop's own counters.", ("counter",))
 NOTES = Metric("smartspec_notes", "counter", "Notes to the operator.", ("level", "kind"))

@@ -14,6 +14,7 @@ import threading
 
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import (
+    USUAL,
     BusEvent,
     CheckpointEvent,
     DecisionEvent,
@@ -28,7 +29,7 @@ from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineTracker
 from smartspec.daemon.telemetry.prometheus import ADDRESS, PrometheusExporter
-from smartspec.daemon.telemetry.redis_store import RedisStore, connect
+from smartspec.daemon.telemetry.redis_store import RedisStore, connect_as
 from smartspec.daemon.warm_start import state_directory
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
     exporter = _exporter(settings)
     valkey = None if settings.redis.url else EmbeddedValkey(settings.embedded_socket)
     store = RedisStore(
-        connect(settings.redis_url),
+        connect_as(settings),
         settings.redis.key_prefix,
         settings.redis.stream_maxlen,
         settings.redis.ttl_s,
@@ -119,7 +120,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
     if settings.state.enabled:
         writer = CheckpointWriter(state_directory(settings), tell=store.add)
         writer.start()
-    telemetry = Telemetry(subscribe(settings.bus_endpoint), store, exporter, writer)
+    telemetry = Telemetry(subscribe(settings.bus_endpoint, USUAL), store, exporter, writer)
     notifier = Notifier(os.environ)
     notifier.ready(f"events from {settings.bus_endpoint}")
     try:

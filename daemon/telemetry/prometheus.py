@@ -95,6 +95,7 @@ class PrometheusExporter:
             case NoteEvent():
                 self._of(ids.NOTES, event.level, event.kind).inc()
             case LoopEvent():
+                self._of(ids.HEARD).set(event.t_s)
                 self._of(ids.NUM_ENGINES).set(event.num_engines)
                 for name, total in event.counters.items():
                     self._raise_to(ids.LOOP, total, name)
