@@ -66,7 +66,7 @@ class Pauses:
     def _write(self) -> None:
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self._path.with_suffix(".new")
         new.write_bytes(msgspec.json.encode(sorted(self._names)))
         new.replace(self._path)
