@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -59,6 +59,7 @@ RuntimeDir = Annotated[
 
 class Mode(enum.StrEnum):
     observe = "observe"
+    canary = "canary"
     control = "control"
 
 
@@ -206,6 +207,43 @@ def inspect(
     from smartspec.daemon import inspect as inspection
 
     raise typer.Exit(inspection.run(settings, engine, as_json, watch))
+
+
+AnyEngine = Annotated[str, typer.Argument(help="Default: all, and those to come.")]
+
+
+@app.command()
+def pause(
+    engine: AnyEngine = "",
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Leave an engine to its own configuration, until `release`; learning goes on.
+
+    Exit codes: 2 no daemon answers, 3 it refuses.
+    """
+    _command("pause", engine, _load(config_file, set_, runtime_dir=runtime_dir))
+
+
+@app.command()
+def release(
+    engine: AnyEngine = "",
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Steer an engine again that was paused.
+
+    Exit codes: 2 no daemon answers, 3 it refuses.
+    """
+    _command("release", engine, _load(config_file, set_, runtime_dir=runtime_dir))
+
+
+def _command(action: Literal["pause", "release"], engine: str, settings: Settings) -> NoReturn:
+    from smartspec.daemon import commands
+
+    raise typer.Exit(commands.run(settings, commands.Command(action=action, engine=engine)))
 
 
 @app.command()

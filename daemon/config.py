@@ -128,6 +128,40 @@ class LimitSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ] = 10.0
 
 
+class AdoptionSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How SmartSpec is compared with what the engine does without it (docs/adoption.md)."""
+
+    canary_share: Annotated[
+        float,
+        Meta(gt=0, le=0.5),
+        _doc("Share of time (up to 0.5) that canary mode steers.", "now"),
+    ] = 0.25
+    check_share: Annotated[
+        Share,
+        _doc(
+            "Share of time (0 to 0.5) that control mode gives to the engine's own setting and to "
+            "no speculation, to measure the gain. More is given for a while when SmartSpec seems "
+            "to be worse. 0: never; then nothing is measured and nothing given up.",
+            "now",
+        ),
+    ] = 0.01
+    block_s: Annotated[
+        Seconds, _doc("Seconds of steps in one block of a comparison; at least 16 steps.", "now")
+    ] = 2.0
+    tolerance: Annotated[
+        Share,
+        _doc(
+            "Share of goodput that SmartSpec may be worse than the engine's own setting. When it "
+            "is measurably worse by more, the engine is left to itself for a while.",
+            "now",
+        ),
+    ] = 0.02
+    retry_s: Annotated[
+        Seconds,
+        _doc("Seconds until it is tried again; each time twice as long, up to a day.", "now"),
+    ] = 300.0
+
+
 class RedisSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the telemetry process keeps state and history (docs/redis.md)."""
 
@@ -223,8 +257,11 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All settings; `load` fills in the paths that depend on the runtime directory."""
 
     mode: Annotated[
-        Literal["observe", "control"],
-        _doc("observe: learn and predict the gain, steer nothing. control: steer."),
+        Literal["observe", "canary", "control"],
+        _doc(
+            "observe: learn and predict the gain, steer nothing. canary: steer a share of the time "
+            "and compare. control: steer."
+        ),
     ] = "control"
     runtime_dir: Annotated[
         str,
@@ -255,6 +292,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     control: ControlSettings = field(default_factory=ControlSettings)
     curve: CurveSettings = field(default_factory=CurveSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    adoption: AdoptionSettings = field(default_factory=AdoptionSettings)
     redis: RedisSettings = field(default_factory=RedisSettings)
     state: StateSettings = field(default_factory=StateSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)

@@ -79,6 +79,13 @@ class Observation(NamedTuple):
     staleness_steps: int | None  #: steps between the report that its policy knew and this one
 
     @property
+    def weighted_tokens(self) -> float:
+        """Tokens emitted, by the requests' weights: what goodput counts."""
+        if self.batch.weight is None:
+            return float(self.num_emitted)
+        return float(self.batch.weight @ (self.num_accepted + 1.0))
+
+    @property
     def drafted_any(self) -> bool:
         return bool(self.num_drafted.any())
 

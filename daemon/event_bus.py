@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+import typing
 from typing import Literal, Protocol
 
 import msgspec
@@ -74,6 +75,36 @@ class DecisionEvent(Event, frozen=True, kw_only=True, gc=False, tag="decision"):
     num_targets_out_of_reach: int = 0  #: of these, who cannot have it even if all others give way
 
 
+class GainEvent(Event, frozen=True, kw_only=True, gc=False, tag="gain"):
+    """What SmartSpec brings to an engine (docs/adoption.md), once a second while it works.
+
+    Gains are ratios less 1; bounds are of 95% intervals; None: not known yet.
+    """
+
+    engine: str
+    stance: str  #: "observe", "canary", "control", "paused" or "retreated"
+    arm: str  #: what it runs now: "smartspec", "own" or "none"
+    gain_over_none: float | None = None  #: estimated, of late
+    gain_over_none_low: float | None = None
+    gain_over_none_high: float | None = None
+    gain_over_static: float | None = None
+    gain_over_static_low: float | None = None
+    gain_over_static_high: float | None = None
+    measured_over_none: float | None = None  #: by blocks side by side
+    measured_over_none_low: float | None = None
+    measured_over_none_high: float | None = None
+    measured_over_static: float | None = None
+    measured_over_static_low: float | None = None
+    measured_over_static_high: float | None = None
+    num_compared_none: int = 0  #: pairs of blocks
+    num_compared_static: int = 0
+    bias_none: float | None = None  #: goodput measured over predicted, less 1, when it ran
+    bias_static: float | None = None
+    evidence_worse: float = 1.0  #: that the engine's own setting is better; over 1000 it retreats
+    num_retreats: int = 0
+    retry_s: float | None = None  #: until it is tried again; None: not retreated
+
+
 class EngineEvent(Event, frozen=True, kw_only=True, tag="engine"):
     """An engine came or went."""
 
@@ -131,17 +162,19 @@ class FrameEvent(Event, frozen=True, kw_only=True, gc=False, tag="frame"):
 
 
 BusEvent = (
-    StepEvent | DecisionEvent | EngineEvent | NoteEvent | LoopEvent | CheckpointEvent | FrameEvent
+    StepEvent
+    | DecisionEvent
+    | GainEvent
+    | EngineEvent
+    | NoteEvent
+    | LoopEvent
+    | CheckpointEvent
+    | FrameEvent
 )
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(BusEvent)
-_TOPICS: dict[type[Event], bytes] = {
-    kind: str(kind.__struct_config__.tag).encode()
-    for kind in (
-        StepEvent, DecisionEvent, EngineEvent, NoteEvent, LoopEvent, CheckpointEvent, FrameEvent
-    )
-}  # fmt: skip
+_TOPICS = {kind: str(kind.__struct_config__.tag).encode() for kind in typing.get_args(BusEvent)}
 #: What is always published.
 USUAL = tuple(topic.decode() for kind, topic in _TOPICS.items() if kind is not FrameEvent)
 

@@ -209,13 +209,9 @@ def _details(view: View) -> Any:
                 f"{_number(state.predicted_goodput)} predicted"
             ),
         ),
-        (
-            "estimated gain",
-            (
-                f"{_signed(state.gain_over_none)} over no speculation, "
-                f"{_signed(state.gain_over_static)} over the engine's static length"
-            ),
-        ),
+        ("stance", _stance(state)),
+        ("estimated gain", _gains(state, "gain")),
+        ("measured gain", _gains(state, "measured")),
         ("acceptance", _acceptance(state)),
         (
             "trust",
@@ -242,6 +238,10 @@ def condition(view: View) -> str:
     if view.daemon_age_s is None or view.daemon_age_s > STALE_S:
         return "not steered: the daemon is silent"
     steering = {None: "learning", True: "steering", False: "observing"}[state.steering]
+    if state.stance in ("canary", "paused", "retreated"):
+        steering = state.stance
+    elif state.stance == "control":
+        steering = "steering"  # a block of something else is no news
     return f"{steering}, idle" if view.age_s > STALE_S else steering
 
 
@@ -253,6 +253,50 @@ def lengths(state: EngineState) -> str:
     """
     parts = [f"{n} at {k}" for k, n in enumerate(state.length_counts) if n]
     return ", ".join(parts).replace(" at", " requests at", 1) if parts else "-"
+
+
+def _stance(state: EngineState) -> str:
+    text = {
+        None: "-",
+        "observe": "observe: learns and predicts, steers nothing",
+        "canary": f"canary: steers a share of the time, now {_ARMS.get(state.arm)}",
+        "control": f"control: steers, now {_ARMS.get(state.arm)}",
+        "paused": "paused by an operator: the engine's own setting; `smartspec release` ends it",
+        "retreated": (
+            "retreated, since the engine's own setting is measurably better; tried again in "
+            f"{_number(state.retry_s)} s"
+        ),
+    }
+    return text.get(state.stance, str(state.stance))
+
+
+_ARMS = {
+    None: "-",
+    "smartspec": "SmartSpec",
+    "own": "the engine's own setting, to compare",
+    "none": "no speculation, to compare",
+}
+
+
+def _gains(state: EngineState, prefix: str) -> str:
+    """Both gains with their intervals.
+
+    >>> _gains(EngineState(engine="a", measured_over_static=0.1, measured_over_static_low=0.05,
+    ...     measured_over_static_high=0.15, num_compared_static=9), "measured")
+    "- over no speculation, +10% (+5% to +15%) in 9 comparisons over the engine's own setting"
+    """
+    parts = []
+    for over, words in (("none", "no speculation"), ("static", "the engine's own setting")):
+        value, low, high = (
+            getattr(state, f"{prefix}_over_{over}{bound}") for bound in ("", "_low", "_high")
+        )
+        part = _signed(value)
+        if value is not None:
+            part += f" ({_signed(low)} to {_signed(high)})"
+            num_compared = getattr(state, f"num_compared_{over}")
+            part += f" in {num_compared} comparisons" if prefix == "measured" else ""
+        parts.append(f"{part} over {words}")
+    return ", ".join(parts)
 
 
 def _targets(state: EngineState) -> str:

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
 
-from smartspec.daemon import config, config_text, logs, notify
+from smartspec.daemon import commands, config, config_text, logs, notify
 from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
 from smartspec.daemon.notify import Notifier
@@ -45,6 +45,8 @@ class Loop(Protocol):
     def cycle(self, timeout_s: float) -> str | None: ...
 
     def apply(self, settings: Settings) -> None: ...
+
+    def obey(self, command: commands.Command) -> commands.Answer: ...
 
     def checkpoints(self) -> list[CheckpointEvent]: ...
 
@@ -260,6 +262,7 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
 
     from smartspec.daemon.control_loop import ControlLoop
     from smartspec.daemon.curve_keys import KeyFileError
+    from smartspec.daemon.pauses import Pauses
     from smartspec.daemon.tap import Tap
     from smartspec.daemon.transport import Server
     from smartspec.daemon.warm_start import load
@@ -275,7 +278,12 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
         raise ServiceError(f"curve.directory: {error}") from error
     except (zmq.ZMQError, OSError) as error:
         raise ServiceError(f"endpoint: cannot listen at {settings.endpoint} ({error})") from error
-    return ControlLoop(settings, Tap(transport, bus), bus, time.monotonic, library=library)
+    # Not in the runtime directory, which a service manager removes between two runs.
+    kept = settings.state.directory if settings.state.enabled else settings.runtime_dir
+    pauses = Pauses(Path(kept) / "paused.json")
+    return ControlLoop(
+        settings, Tap(transport, bus), bus, time.monotonic, library=library, pauses=pauses
+    )
 
 
 def _keys_of(settings: Settings) -> Callable[[], DaemonKeys] | None:
@@ -326,6 +334,7 @@ def run(
     lock = InstanceLock(runtime_dir / "daemon.lock")
     lock.acquire()
     bus = _bind_bus(settings.bus_endpoint)
+    console = _bind_console(settings)
     telemetry = TelemetryChild(partial(start_telemetry, settings), bus)
     loop = None
     last: list[CheckpointEvent] = []
@@ -352,6 +361,7 @@ def run(
                     notifier.reloading()
                     settings = _apply(settings, reload, loop, telemetry)
                     notifier.ready(f"{settings.mode} mode")
+            console.serve(loop.obey)
             reason = loop.cycle(CYCLE_TIMEOUT_S)
             if reason:
                 log.debug("%s", reason)
@@ -367,6 +377,7 @@ def run(
             loop.close()
         telemetry.close()
         save_last(settings, last)
+        console.close()
         bus.close()
         lock.release()
         notifier.close()
@@ -390,3 +401,13 @@ def _bind_bus(endpoint: str) -> EventBus:
         return EventBus.bind(endpoint)
     except zmq.ZMQError as error:
         raise ServiceError(f"bus_endpoint: cannot listen at {endpoint} ({error})") from error
+
+
+def _bind_console(settings: Settings) -> commands.CommandServer:
+    import zmq
+
+    address = commands.endpoint(settings)
+    try:
+        return commands.CommandServer.bind(address)
+    except zmq.ZMQError as error:
+        raise ServiceError(f"runtime_dir: cannot listen at {address} ({error})") from error

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from rich.console import Group
 from rich.text import Text
@@ -19,7 +19,8 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
-from smartspec.daemon import inspect
+from smartspec.daemon import commands, inspect
+from smartspec.daemon.commands import Command
 from smartspec.daemon.config import Settings
 from smartspec.daemon.inspect import InspectError, PastEvent, View, shown
 from smartspec.daemon.telemetry.engine_state import EngineState
@@ -144,6 +145,15 @@ class Read(Message):
         self.problem = problem
 
 
+class Told(Message):
+    """What the daemon said to a command."""
+
+    def __init__(self, text: str, ok: bool) -> None:
+        super().__init__()
+        self.text = text
+        self.ok = ok
+
+
 class EngineScreen(Screen[None]):
     """All that is known of one engine."""
 
@@ -172,6 +182,7 @@ class Top(App[None]):
     ----------
     read : all engines, or raises `InspectError`; called in a thread
     interval_s : seconds between two reads
+    tell : gives a command to the daemon; called in a thread
     """
 
     TITLE = "smartspec top"
@@ -188,13 +199,20 @@ class Top(App[None]):
         ("s", "sort", "Sort by next column"),
         ("r", "reverse", "Reverse"),
         ("enter", "open", "Open engine"),
+        ("p", "pause", "Pause engine"),
+        ("u", "release", "Release it"),
     ]
 
     def __init__(
-        self, read: Callable[[], list[View]], where: str = "", interval_s: float = INTERVAL_S
+        self,
+        read: Callable[[], list[View]],
+        where: str = "",
+        interval_s: float = INTERVAL_S,
+        tell: Callable[[Command], commands.Answer | None] = lambda command: None,
     ) -> None:
         super().__init__()
         self._read = read
+        self._tell = tell
         self._where = where
         self._interval_s = interval_s
         self._reading = False
@@ -332,6 +350,27 @@ class Top(App[None]):
         self.sorted_by = index
         self._show()
 
+    def action_pause(self) -> None:
+        self._command("pause")
+
+    def action_release(self) -> None:
+        self._command("release")
+
+    def _command(self, action: Literal["pause", "release"]) -> None:
+        if self.selected is not None:
+            command = Command(action=action, engine=self.selected)
+            self.run_worker(partial(self._command_once, command), thread=True)
+
+    def _command_once(self, command: Command) -> None:
+        answer = self._tell(command)
+        if answer is None:
+            self.post_message(Told(f"{command.action}: no daemon answers on this machine", False))
+        else:
+            self.post_message(Told(answer.text, answer.ok))
+
+    def on_told(self, message: Told) -> None:
+        self.notify(message.text, severity="information" if message.ok else "error", markup=False)
+
     def action_reverse(self) -> None:
         self.reversed = not self.reversed
         self._show()
@@ -339,7 +378,8 @@ class Top(App[None]):
 
 def run(settings: Settings, interval_s: float = INTERVAL_S) -> int:
     """Show until ``q``; returns the exit code."""
-    app = Top(partial(look, settings), settings.endpoint, interval_s)
+    tell = partial(commands.send, commands.endpoint(settings))
+    app = Top(partial(look, settings), settings.endpoint, interval_s, tell)
     app.run()
     return app.return_code or 0
 

@@ -89,7 +89,20 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Estimated gain",
             PERCENT,
             (_gauge(ids.GAIN),),
-            "Goodput over that without speculation and over the engine's own setting, less 1.",
+            "Goodput over that without speculation and over the engine's own setting, less 1; with "
+            "95% intervals.",
+        ),
+        Panel(
+            "Measured gain",
+            PERCENT,
+            (_gauge(ids.MEASURED_GAIN),),
+            "The same, by neighbouring blocks of time that were run either way.",
+        ),
+        Panel(
+            "Bias of predictions",
+            PERCENT,
+            (_gauge(ids.BIAS),),
+            "Goodput of the alternative when it was run: measured over predicted, less 1.",
         ),
         Panel(
             "Tokens",
@@ -133,6 +146,28 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             SHORT,
             (_gauge(ids.STEERING), Query(selected(ids.CONNECTED), "{{engine}} connected")),
             "1 while policies are sent, and while the engine reports.",
+        ),
+        Panel(
+            "How engines are treated",
+            SHORT,
+            (
+                Query(f"sum by (stance) ({selected(ids.STANCE)})", "{{stance}}"),
+                Query(
+                    f"sum by (over) (increase({selected(ids.COMPARISONS, '_total')}[{RATE}]))",
+                    "comparisons with {{over}}",
+                ),
+            ),
+            "Engines by stance (docs/adoption.md), and pairs of blocks compared.",
+        ),
+        Panel(
+            "Retreats",
+            SHORT,
+            (
+                _gauge(ids.EVIDENCE_WORSE),
+                Query(f"increase({selected(ids.RETREATS, '_total')}[1d])", "{{engine}} in a day"),
+            ),
+            "Evidence that the engine's own setting is better, from 1000 on of which it is left to "
+            "that for a while; and how often it was.",
         ),
         Panel(
             "Probes and decisions",

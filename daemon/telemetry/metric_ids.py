@@ -87,9 +87,34 @@ PREDICTED_GOODPUT = Metric(
 GAIN = Metric(
     "smartspec_estimated_gain_ratio",
     "gauge",
-    "Predicted goodput over that of the alternative, less 1; smoothed.",
+    "Goodput over that of the alternative, less 1: estimate and 95% interval.",
+    ("engine", "over", "bound"),
+)
+MEASURED_GAIN = Metric(
+    "smartspec_measured_gain_ratio",
+    "gauge",
+    "The same, measured by neighbouring blocks of time: mean and 95% interval.",
+    ("engine", "over", "bound"),
+)
+COMPARISONS = Metric(
+    "smartspec_comparisons", "counter", "Pairs of blocks compared.", ("engine", "over")
+)
+BIAS = Metric(
+    "smartspec_prediction_bias_ratio",
+    "gauge",
+    "Goodput of the alternative, when it was run: measured over predicted, less 1.",
     ("engine", "over"),
 )
+STANCES = ("observe", "canary", "control", "paused", "retreated")
+STANCE = Metric(
+    "smartspec_stance", "gauge", "1 for how the engine is treated now.", ("engine", "stance")
+)
+EVIDENCE_WORSE = Metric(
+    "smartspec_evidence_worse",
+    "gauge",
+    "That the engine's own setting is better by more than the tolerance; from 1000 on it retreats.",
+)
+RETREATS = Metric("smartspec_retreats", "counter", "Times that an engine was left to itself.")
 ACCEPTANCE = Metric(
     "smartspec_acceptance_ratio",
     "gauge",

@@ -19,6 +19,7 @@ from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
     EngineEvent,
+    GainEvent,
     StepEvent,
     Subscriber,
     subscribe,
@@ -72,12 +73,12 @@ class Telemetry:
 
     def _note(self, event: BusEvent) -> None:
         tracker = None
-        if isinstance(event, (StepEvent, DecisionEvent, EngineEvent)):
+        if isinstance(event, (StepEvent, DecisionEvent, GainEvent, EngineEvent)):
             tracker = self._trackers.get(event.engine)
             if tracker is None and getattr(event, "state", "") != "refused":
                 tracker = self._trackers[event.engine] = EngineTracker(event.engine)
         if tracker is not None:
-            tracker.note(event)  # type: ignore[arg-type]  # it is one of the three
+            tracker.note(event)  # type: ignore[arg-type]  # it is one of the four
             self._changed.add(tracker.state.engine)
         if self._exporter is not None:
             self._exporter.note(event, tracker.state if tracker else None)

@@ -15,6 +15,7 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable, Static
 
 from smartspec.daemon import config, top
+from smartspec.daemon.commands import Answer, Command
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import LoopEvent, NoteEvent
 from smartspec.daemon.inspect import InspectError, View
@@ -73,9 +74,13 @@ def store(settings: Settings) -> Iterator[RedisStore]:
     made.close()
 
 
-def drive(read: Callable[[], list[View]], how: Drive) -> None:
+def drive(
+    read: Callable[[], list[View]],
+    how: Drive,
+    tell: Callable[[Command], Answer | None] = lambda command: None,
+) -> None:
     async def run() -> None:
-        app = top.Top(read, interval_s=0.05)
+        app = top.Top(read, interval_s=0.05, tell=tell)
         async with app.run_test(size=(180, 40)) as pilot:
             await how(pilot, app)
 
@@ -92,6 +97,10 @@ async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
 def rows(app: top.Top) -> list[str]:
     table = app.screen_stack[0].query_one("#engines", DataTable)
     return [str(key.value) for key in table.rows]
+
+
+def toasts(app: top.Top) -> str:
+    return " ".join(notification.message for notification in app._notifications)
 
 
 def said(app: top.Top, where: str) -> str:
@@ -209,3 +218,27 @@ def test_every_column_shows_and_orders_engines_of_which_nothing_is_known(
     assert all(column.text(view) for view in views)
     for reverse in (False, True):
         assert len(top.ordered(views, column, reverse)) == 3
+
+
+def test_keys_pause_and_release_the_engine_selected(settings: Settings, store: RedisStore) -> None:
+    told: list[Command] = []
+
+    def tell(command: Command) -> Answer | None:
+        told.append(command)
+        return Answer(text=f"{command.engine}: [b]done[/b]") if len(told) < 3 else None
+
+    async def how(pilot: Pilot[None], app: top.Top) -> None:
+        await until(pilot, lambda: rows(app) == ["a", "b"])
+        await pilot.press("down", "p")
+        await until(pilot, lambda: "b: [b]done[/b]" in toasts(app))
+        await pilot.press("u")
+        await until(pilot, lambda: len(told) == 2)
+        await pilot.press("p")
+        await until(pilot, lambda: "no daemon answers" in toasts(app))
+        assert [(c.action, c.engine) for c in told] == [
+            ("pause", "b"),
+            ("release", "b"),
+            ("pause", "b"),
+        ]
+
+    drive(lambda: top.look(settings), how, tell)

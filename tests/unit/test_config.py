@@ -104,7 +104,7 @@ def test_environment_is_converted_to_the_type_of_the_key() -> None:
         ("[contrl]\nttl_s = 1", ["contrl.ttl_s", "did you mean control.ttl_s?"]),
         ("ttl_s = 1", ["ttl_s", "did you mean", ".ttl_s?"]),
         ("control = 1", ["control", "expected a section [control]"]),
-        ("mode = 'stear'", ["mode", "'stear'", "'observe' or 'control'"]),
+        ("mode = 'stear'", ["mode", "'stear'", "'observe' or 'canary' or 'control'"]),
         ("mode = ", ["smartspec.toml", "not a TOML file"]),
         ("[log]\njson = 'yes'", ["log.json", "true or false"]),
         ("[telemetry]\nprometheus_port = 70000", ["telemetry.prometheus_port", "65535"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,11 +11,13 @@ from fakes import Clock, FakeTransport, RecordingBus, step_report
 from scripted_engine import hello
 
 from smartspec.daemon import config, control_loop
+from smartspec.daemon.commands import Command
 from smartspec.daemon.control_loop import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT, ControlLoop
 from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
     EngineEvent,
+    GainEvent,
     LinkCounts,
     LoopEvent,
     NoteEvent,
@@ -22,6 +25,8 @@ from smartspec.daemon.event_bus import (
 )
 from smartspec.daemon.learned import ModelKey, decode
 from smartspec.daemon.library import Library
+from smartspec.daemon.pauses import Pauses
+from smartspec.daemon.policy import RELEASE_TTL_S
 from smartspec.engine_adapter import messages as wire
 
 
@@ -29,7 +34,11 @@ class Rig:
     """A loop and what it is connected to."""
 
     def __init__(
-        self, mode: str = "control", library: Library | None = None, **control: Any
+        self,
+        mode: str = "control",
+        library: Library | None = None,
+        pauses: Pauses | None = None,
+        **control: Any,
     ) -> None:
         overrides = {"mode": mode, **{f"control.{k}": v for k, v in control.items()}}
         self.clock = Clock()
@@ -37,7 +46,7 @@ class Rig:
         self.bus = RecordingBus()
         self.settings = config.load(None, {}, overrides)
         self.loop = ControlLoop(
-            self.settings, self.transport, self.bus, self.clock, lambda: 7.0, library
+            self.settings, self.transport, self.bus, self.clock, lambda: 7.0, library, pauses
         )
 
     def cycle(self, peer: bytes = b"a", *messages: wire.Message | bytes) -> str | None:
@@ -709,3 +718,91 @@ def test_refused_state_is_counted_and_told_when_its_engine_comes() -> None:
     (note,) = rig.bus.of(NoteEvent)
     assert note.kind == "cold_start" and "damaged" in note.text
     assert rig.loop.counters["states_refused"] == 1
+
+
+# -- what is run, and who says so -----------------------------------------------------------------
+
+
+def test_engine_is_released_at_once_when_paused_and_steered_when_released(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    assert rig.policies()[-1].fallback_s > 0
+    answer = rig.loop.obey(Command(action="pause", engine="gpu0"))
+    assert answer.ok and "engine gpu0 paused" in answer.text
+    (told,) = rig.policies()  # though the engine may be idle
+    assert (told.ttl_s, told.fallback_s, told.depth) == (RELEASE_TTL_S, 0.0, 3)
+    # A step that was under way: told again. Then there is nothing to tell.
+    rig.cycle(b"a", step_report(2, roster=False, policy_seq=1))
+    (again,) = rig.policies()
+    assert again.seq > told.seq and again.ttl_s == RELEASE_TTL_S
+    for seq in range(3, 10):
+        rig.cycle(b"a", step_report(seq, roster=False, source="own"))
+    assert rig.policies() == []
+    assert not rig.bus.of(DecisionEvent)[-1].steering
+    assert rig.bus.of(GainEvent)[-1].stance == "paused"
+    rig.loop.obey(Command(action="release", engine="gpu0"))
+    rig.cycle(b"a", step_report(10, roster=False, source="own"))
+    (steered,) = rig.policies()
+    assert steered.fallback_s > 0 and rig.bus.of(DecisionEvent)[-1].steering
+    assert [n.kind for n in rig.bus.of(NoteEvent)] == ["pause", "release"]
+
+
+def test_engine_stays_paused_when_it_restarts_and_when_the_daemon_does(tmp_path: Path) -> None:
+    kept = tmp_path / "paused.json"
+    for life in range(2):
+        rig = Rig(pauses=Pauses(kept))
+        rig.connect()
+        if life == 0:
+            rig.loop.obey(Command(action="pause", engine="gpu0"))
+            rig.transport.sent.clear()
+        rig.cycle(b"a", step_report(1, source="own"))
+        rig.cycle(b"a", wire.Goodbye(epoch=1))
+        rig.connect(b"b", epoch=2)
+        rig.cycle(b"b", step_report(1, epoch=2, source="own"))
+        assert rig.policies(b"a") == rig.policies(b"b") == []
+        rig.connect(b"c", "gpu1")
+        rig.cycle(b"c", step_report(1))
+        assert len(rig.policies(b"c")) == 1  # others are steered
+
+
+def test_all_engines_are_paused_when_none_is_named_those_to_come_included(rig: Rig) -> None:
+    assert rig.loop.obey(Command(action="pause")).text.startswith("all engines paused")
+    rig.connect(b"b", "gpu1")
+    for peer in (b"a", b"b"):
+        rig.cycle(peer, step_report(1, source="own"))
+        assert rig.policies(peer) == []
+    answer = rig.loop.obey(Command(action="release", engine="gpu0"))
+    assert not answer.ok and "without a name" in answer.text
+    rig.loop.obey(Command(action="release"))
+    rig.cycle(b"b", step_report(2, roster=False, source="own"))
+    assert len(rig.policies(b"b")) == 1
+
+
+def test_unknown_engine_is_named_with_those_known_when_paused(rig: Rig) -> None:
+    answer = rig.loop.obey(Command(action="pause", engine="gpu9"))
+    assert not answer.ok and answer.text == "no engine 'gpu9'; known: gpu0"
+
+
+def test_everything_is_paused_when_it_cannot_be_read_what_was(tmp_path: Path) -> None:
+    kept = tmp_path / "paused.json"
+    kept.write_text("{not a list")
+    assert "gpu0" in Pauses(kept)
+
+
+def test_gain_is_told_once_a_second_while_the_engine_works(rig: Rig) -> None:
+    for seq in range(1, 101):
+        rig.cycle(b"a", step_report(seq, roster=seq == 1))
+        rig.clock.now += 0.05
+    events = rig.bus.of(GainEvent)
+    assert 4 <= len(events) <= 6
+    assert {(e.stance, e.arm) for e in events} == {("control", "smartspec")}
+    rig.clock.now += 10
+    for _ in range(5):
+        rig.clock.now += 1
+        rig.cycle()
+    assert len(rig.bus.of(GainEvent)) <= len(events) + 1
+
+
+def test_trials_are_forgotten_with_what_was_learned(rig: Rig) -> None:
+    for i in range(RETIRED_KEPT + 20):
+        rig.cycle(b"b", hello(f"name{i}"))
+    assert len(rig.loop._trials) <= RETIRED_KEPT + 2
