@@ -162,17 +162,14 @@ def telemetry(
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Write Redis and serve Prometheus beside a daemon (`run` starts this by itself)."""
-    import signal
-    import threading
-
     import msgspec
 
     from smartspec.daemon import logs, service
     from smartspec.daemon.parent_death import follow_parent
+    from smartspec.daemon.stopping import Stop
 
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()
+    stop.install()
     if parent:
         follow_parent(parent)
     if settings_from_stdin:
@@ -272,15 +269,12 @@ def record(
 
     Exit code: 2 no daemon is heard, or the file cannot be written.
     """
-    import signal
-    import threading
-
     settings = _load(config_file, set_, runtime_dir=runtime_dir)
     from smartspec.daemon import recording
+    from smartspec.daemon.stopping import Stop
 
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()
+    stop.install()
     raise typer.Exit(recording.run(settings, file, seconds, max_mb << 20, stop))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import os
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from msgspec import Struct
 
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import FrameEvent, Subscriber, subscribe
+from smartspec.daemon.stopping import Stop
 from smartspec.engine_adapter.messages import MAX_FRAME_BYTES
 
 FORMAT = "smartspec-recording"
@@ -125,7 +125,7 @@ def _header(record: bytes | None, name: str) -> Header:
 def record(
     subscriber: Subscriber,
     writer: Writer,
-    stop: threading.Event,
+    stop: Stop,
     seconds: float,
     max_bytes: int,
 ) -> str:
@@ -152,9 +152,7 @@ def record(
     return "told to stop"
 
 
-def run(
-    settings: Settings, path: Path, seconds: float, max_bytes: int, stop: threading.Event
-) -> int:
+def run(settings: Settings, path: Path, seconds: float, max_bytes: int, stop: Stop) -> int:
     """Record what the daemon of these settings hears and says; returns the exit code."""
     subscriber = subscribe(settings.bus_endpoint, ("frame", "loop"))
     try:

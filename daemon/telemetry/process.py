@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import threading
 
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import (
@@ -25,6 +24,7 @@ from smartspec.daemon.event_bus import (
     subscribe,
 )
 from smartspec.daemon.notify import Notifier
+from smartspec.daemon.stopping import Stop
 from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineTracker
@@ -102,7 +102,7 @@ class Telemetry:
         self._subscriber.close()
 
 
-def run(settings: Settings, stop: threading.Event) -> None:
+def run(settings: Settings, stop: Stop) -> None:
     """Serve until ``stop``. Never raises for a Redis or a port that cannot be had."""
     os.nice(NICENESS)  # its Valkey inherits it
     exporter = _exporter(settings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from smartspec.daemon import cli, config, recording
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import EventBus, FrameEvent, StepEvent, subscribe
 from smartspec.daemon.recording import RecordingError, Writer, read
+from smartspec.daemon.stopping import Stop
 from smartspec.daemon.tap import LOOK_EVERY_S, Tap
 from smartspec.engine_adapter import messages as wire
 from smartspec.lab import replay
@@ -189,9 +189,9 @@ def test_recorder_stops_at_its_bounds(folder: str) -> None:
     reader = subscribe(f"ipc://{folder}/bus.sock", ("frame", "loop"))
     writer = Writer(Path(folder) / "r", now=0.0)
     try:
-        assert "0.1 s" in recording.record(reader, writer, threading.Event(), 0.1, 1 << 20)
-        assert "full" in recording.record(reader, writer, threading.Event(), 9.0, 1)
-        stop = threading.Event()
+        assert "0.1 s" in recording.record(reader, writer, Stop(), 0.1, 1 << 20)
+        assert "full" in recording.record(reader, writer, Stop(), 9.0, 1)
+        stop = Stop()
         stop.set()
         assert "told" in recording.record(reader, writer, stop, 9.0, 1 << 20)
     finally:
