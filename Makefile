@@ -67,7 +67,7 @@ $(VLLM_STAMP): pyproject.toml $(STAMP)
 	@touch $@
 
 test-vllm: $(VLLM_STAMP) model  ## tests with a real vLLM on the CPU, in an environment of its own
-	@echo "==> tests with $(VLLM); five minutes or so"
+	@echo "==> tests with $(VLLM); ten minutes or so"
 	@$(TEST_ENV) SMARTSPEC_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 	  $(BIN)/python -m pytest -q -m vllm tests/vllm
 

@@ -74,7 +74,8 @@ def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, An
     found["with_daemon"] = steps(STEPS)
     found["steered_share"] = (steering.stats.num_steered_steps - before) / STEPS
     os.kill(daemon, signal.SIGSTOP)
-    steps(int(2.0 / step_s / 2))  # beyond the life of its last policy
+    time.sleep(2.0)  # beyond the life of its last policy
+    steps(WARM_UP)
     found["daemon_stopped"] = steps(STEPS)
     os.kill(daemon, signal.SIGCONT)
     assert rigs["steered"].scheduler.smartspec_stats.num_errors == 0

@@ -314,6 +314,22 @@ def doctor(
     raise typer.Exit(examination.run(settings, engine, as_json))
 
 
+@doctor_app.command("vllm")
+def doctor_vllm(
+    python: Annotated[
+        str, typer.Option(help="The Python that runs vLLM; default: the one that runs this.")
+    ] = sys.executable,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+) -> None:
+    """Say whether an installed vLLM can be steered, and which scheduler to name. Starts no engine.
+
+    Exit code: 1 it cannot.
+    """
+    from smartspec.daemon import doctor as examination
+
+    raise typer.Exit(examination.show(examination.examine_vllm(python), as_json))
+
+
 @app.command()
 def state(
     as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,

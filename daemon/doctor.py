@@ -10,11 +10,12 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from smartspec.daemon.inspect import EXIT_NO_ENGINE, InspectError, View
 from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 
 EXIT_FAILED = 1
+VLLM_TIMEOUT_S = 120.0  #: to import it
 LISTEN_S = 4.0  #: to the daemon, which speaks once a second
 MIN_REDIS = (6, 2)  #: the oldest that the tests' commands and ACLs are known from
 MAX_SKEW_S = 1.0  #: between this clock and that of Redis
@@ -385,10 +387,40 @@ def check_engine(view: View) -> Iterator[Finding]:
 # -- the command --------------------------------------------------------------------------------
 
 
+def examine_vllm(python: str) -> Iterator[Finding]:
+    """What the adapter says of vLLM, when run with vLLM's Python."""
+    command = [python, "-m", "smartspec.engine_adapter.vllm.doctor"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=VLLM_TIMEOUT_S)
+    except OSError as error:
+        text = f"{python} cannot be run: {error.strerror}"
+        yield failed("python", text, "name the Python that runs vLLM: --python PATH")
+        return
+    except subprocess.TimeoutExpired:
+        text = f"{python} has not imported vLLM in {VLLM_TIMEOUT_S:g} s"
+        yield failed("vllm", text, f"`{python} -c 'import vllm'` must work")
+        return
+    try:
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        yield from [msgspec.json.decode(line, type=Finding) for line in lines]
+    except msgspec.DecodeError as error:
+        yield failed("smartspec", f"of another release there: {error}", "install the same one")
+        return
+    if done.returncode:
+        words = done.stderr.strip().rpartition("\n")[2]
+        advice = f"`{python} -m pip install smartspec` adds it, and nothing that vLLM lacks"
+        yield failed("smartspec", f"does not run with {python}: {words}", advice)
+
+
 def run(settings: Settings, engine: str | None = None, as_json: bool = False) -> int:
     """Print what is found; returns the exit code."""
+    return show(examine(settings, engine), as_json)
+
+
+def show(found: Iterable[Finding], as_json: bool = False) -> int:
+    """Print findings as they come; returns the exit code."""
     findings = []
-    for finding in examine(settings, engine):
+    for finding in found:
         findings.append(finding)
         if not as_json:
             print(line(finding), flush=True)

@@ -188,7 +188,7 @@ class Steering:
         """Drafts that there are, or can be, and that could still end up in the answer."""
         # k drafts bring k + 1 tokens at most; of a step in flight, all may still be accepted.
         room = [
-            request.max_tokens - len(request.output_token_ids) - request.num_output_placeholders
+            request.max_tokens - request.num_output_tokens - request.num_output_placeholders
             for request in decoding
         ]
         if self._method.is_lookup:
@@ -290,7 +290,7 @@ class Steering:
         if invalid:
             drafted = [d - invalid.get(n, 0) for d, n in zip(drafted, names, strict=True)]
         accepted = [min(c - 1, d) for c, d in zip(counts, drafted, strict=True)]
-        num_output = [len(request.output_token_ids) for request in requests]
+        num_output = [request.num_output_tokens for request in requests]
         return _Ending(step, rows, requests, drafted, accepted, num_output, step_s)
 
     def after_update(self, output: Any, ending: _Ending | None) -> None:
@@ -299,7 +299,7 @@ class Steering:
             return
         step = ending.step
         emitted = [
-            len(request.output_token_ids) - before
+            request.num_output_tokens - before
             for request, before in zip(ending.requests, ending.num_output, strict=True)
         ]
         scheduler, stats = self._scheduler, self.stats

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from serving import HERE, PYTHON
 
+from smartspec.daemon import doctor
+
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 SEEDS = 20
@@ -44,3 +46,13 @@ def test_invariants_hold_with_steps_in_flight(depth: int, tmp_path: Path) -> Non
     assert max(run["deepest"] for run in runs) == 5
     if depth == 1:
         assert sum(run["counted"] for run in runs) == sum(run["drafted"] for run in runs)
+
+
+def test_doctor_finds_the_installed_vllm_good() -> None:
+    python = os.environ.get(PYTHON)
+    if not python:
+        pytest.skip(f"set {PYTHON} to the Python of an environment with vLLM, or `make test-vllm`")
+    found = {finding.check: finding for finding in doctor.examine_vllm(python)}
+    assert found["vllm"].state == "ok", found["vllm"]
+    assert "SmartSpecScheduler" in found["scheduler"].text
+    assert found["daemon"].state in ("ok", "failed")
