@@ -665,7 +665,7 @@ class ControlLoop:
             engine=session.engine.name,
             t_s=self._wall(),
             stance=trial.stance(now),
-            arm=trial.arm(now),
+            arm=trial.current,
             num_compared_none=gains.comparisons[Arm.NONE].num_made,
             num_compared_static=gains.comparisons[Arm.OWN].num_made,
             evidence_worse=trial.evidence.value,

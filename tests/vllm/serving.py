@@ -14,11 +14,16 @@ HERE = Path(__file__).parent
 PYTHON = "SMARTSPEC_VLLM_PYTHON"
 
 
-def command(*arguments: object) -> list[str]:
+def vllm_python() -> str:
+    """The Python that runs vLLM; skips the test where there is none."""
     python = os.environ.get(PYTHON)
     if not python:
         pytest.skip(f"set {PYTHON} to the Python of an environment with vLLM, or `make test-vllm`")
-    return [python, str(HERE / "serve.py"), *map(str, arguments)]
+    return python
+
+
+def command(*arguments: object) -> list[str]:
+    return [vllm_python(), str(HERE / "serve.py"), *map(str, arguments)]
 
 
 def served(out: Path, *arguments: object, **environment: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import live_daemon
 import pytest
-from serving import PYTHON
+from serving import vllm_python
 from vllm_models import model_dir
 
 from smartspec.daemon.config import Settings
@@ -35,9 +35,7 @@ START_S = 240.0
 @contextmanager
 def server(folder: Path, *command: str) -> Iterator[str]:
     """The address of what ``command`` serves, once it is ready."""
-    python = os.environ.get(PYTHON)
-    if not python:
-        pytest.skip(f"set {PYTHON} to the Python of an environment with vLLM, or `make test-vllm`")
+    python = vllm_python()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -7,12 +7,11 @@ test of it here.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from serving import HERE, PYTHON
+from serving import HERE, vllm_python
 
 from smartspec.daemon import doctor
 
@@ -23,12 +22,15 @@ SEEDS = 20
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_invariants_hold_with_steps_in_flight(depth: int, tmp_path: Path) -> None:
-    python = os.environ.get(PYTHON)
-    if not python:
-        pytest.skip(f"set {PYTHON} to the Python of an environment with vLLM, or `make test-vllm`")
     out = tmp_path / "told.json"
     done = subprocess.run(
-        [python, str(HERE / "scheduler_only.py"), str(out), f"--depth={depth}", f"--seeds={SEEDS}"],
+        [
+            vllm_python(),
+            str(HERE / "scheduler_only.py"),
+            str(out),
+            f"--depth={depth}",
+            f"--seeds={SEEDS}",
+        ],
         capture_output=True,
         text=True,
     )
@@ -49,10 +51,7 @@ def test_invariants_hold_with_steps_in_flight(depth: int, tmp_path: Path) -> Non
 
 
 def test_doctor_finds_the_installed_vllm_good() -> None:
-    python = os.environ.get(PYTHON)
-    if not python:
-        pytest.skip(f"set {PYTHON} to the Python of an environment with vLLM, or `make test-vllm`")
-    found = {finding.check: finding for finding in doctor.examine_vllm(python)}
+    found = {finding.check: finding for finding in doctor.examine_vllm(vllm_python())}
     assert found["vllm"].state == "ok", found["vllm"]
     assert "SmartSpecScheduler" in found["scheduler"].text
     assert found["daemon"].state in ("ok", "failed")
