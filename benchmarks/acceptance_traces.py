@@ -15,6 +15,8 @@ from spec_bench import TASKS
 
 FILE = Path(__file__).parent / "data" / "acceptance.npz"
 MAX_LENGTH = 8
+#: What is chosen on one half is scored on the other.
+SPLIT = (("chat", "summarization", "math_reasoning"), ("translation", "qa", "rag"))
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 from acceptance_stream import STYLES, Step, steps
-from acceptance_traces import FILE, MAX_LENGTH, Answer, load
+from acceptance_traces import FILE, MAX_LENGTH, SPLIT, Answer, load
 from figures import record
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +43,6 @@ from smartspec.engine_adapter.lengths import bucket_index
 from smartspec.estimators.acceptance import AcceptanceEstimator
 from smartspec.estimators.features import BUCKET_EDGES
 
-SPLIT = (("chat", "summarization", "math_reasoning"), ("translation", "qa", "rag"))
 SEED = 0
 NUM_ORDERS = 5  #: streams of the same answers in other orders, with other lengths
 NUM_BINS = 15

@@ -3,15 +3,17 @@
 A real daemon process with its telemetry, and scripted engines (mocks: no model) in this process
 that report on an absolute schedule, late or not. Staleness is what the engines see: steps between
 the report that the policy in force knew, and the step it steers (1 is the least possible). Then
-the same while Prometheus' page is scraped ten times a second; decision times are the daemon's own,
-from its event bus. What the machine took is given beside them: the share of time in which the loop
-was ready and did not run, and the share of all cores that the hypervisor gave to others.
+the same while Prometheus' page is scraped ten times a second, and once more with Redis frozen
+(SIGSTOP) as well; decision times are the daemon's own, from its event bus. What the machine took is
+given beside them: the share of time in which the loop was ready and did not run, and the share of
+all cores that the hypervisor gave to others.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -132,6 +134,13 @@ def main() -> None:
             scraper = threading.Thread(target=scrape, args=(stop, PORT))
             scraper.start()
             scraped = run(engines, daemon, bus, args.rate, args.seconds)
+            [telemetry] = daemon.children()
+            [valkey] = telemetry.children()
+            valkey.send_signal(signal.SIGSTOP)
+            try:
+                frozen = run(engines, daemon, bus, args.rate, args.seconds)
+            finally:
+                valkey.send_signal(signal.SIGCONT)
             stop.set()
             scraper.join()
             for engine in engines:
@@ -153,6 +162,8 @@ def main() -> None:
             "steal_share": float(quiet["steal_share"]),
             "loop_wait_share_scraped": float(scraped["wait_share"]),
             "steal_share_scraped": float(scraped["steal_share"]),
+            "loop_wait_share_redis_frozen": float(frozen["wait_share"]),
+            "decision_p99_ms_redis_frozen": float(np.percentile(frozen["decide_s"], 99)) * 1e3,
             "driver_late_p99_ms": float(quiet["late_p99_s"]) * 1e3,
         },
     )

@@ -6,12 +6,14 @@ A mistake of the user is one line that names it; a traceback is a fault of ours.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -32,6 +34,15 @@ config_app = typer.Typer(
     help="Show, check and explain settings.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(config_app, name="config")
+keys_app = typer.Typer(
+    help="Make, show and rotate the keys of tcp:// (docs/security.md).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(keys_app, name="keys")
+doctor_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(doctor_app, name="doctor")
+DEFAULT_KEYS = Path("/etc/smartspec/keys")
 
 ConfigFile = Annotated[
     Path | None,
@@ -48,6 +59,7 @@ RuntimeDir = Annotated[
 
 class Mode(enum.StrEnum):
     observe = "observe"
+    canary = "canary"
     control = "control"
 
 
@@ -150,17 +162,14 @@ def telemetry(
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Write Redis and serve Prometheus beside a daemon (`run` starts this by itself)."""
-    import signal
-    import threading
-
     import msgspec
 
     from smartspec.daemon import logs, service
     from smartspec.daemon.parent_death import follow_parent
+    from smartspec.daemon.stopping import Stop
 
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()
+    stop.install()
     if parent:
         follow_parent(parent)
     if settings_from_stdin:
@@ -195,6 +204,130 @@ def inspect(
     from smartspec.daemon import inspect as inspection
 
     raise typer.Exit(inspection.run(settings, engine, as_json, watch))
+
+
+AnyEngine = Annotated[str, typer.Argument(help="Default: all, and those to come.")]
+
+
+@app.command()
+def pause(
+    engine: AnyEngine = "",
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Leave an engine to its own configuration, until `release`; learning goes on.
+
+    Exit codes: 2 no daemon answers, 3 it refuses.
+    """
+    _command("pause", engine, _load(config_file, set_, runtime_dir=runtime_dir))
+
+
+@app.command()
+def release(
+    engine: AnyEngine = "",
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Steer an engine again that was paused.
+
+    Exit codes: 2 no daemon answers, 3 it refuses.
+    """
+    _command("release", engine, _load(config_file, set_, runtime_dir=runtime_dir))
+
+
+def _command(action: Literal["pause", "release"], engine: str, settings: Settings) -> NoReturn:
+    from smartspec.daemon import commands
+
+    raise typer.Exit(commands.run(settings, commands.Command(action=action, engine=engine)))
+
+
+@app.command()
+def top(
+    interval_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    redis_url: Annotated[str | None, typer.Option(help="Default: the embedded one.")] = None,
+    set_: Assignments = None,
+) -> None:
+    """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it."""
+    settings = _load(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    raise typer.Exit(_optional("smartspec.daemon.top", "top").run(settings, interval_s))
+
+
+@app.command()
+def record(
+    file: Annotated[Path, typer.Argument(help="To write; must not exist.")],
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 60.0,
+    max_mb: Annotated[int, typer.Option(min=1, help="Before compression.")] = 512,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Record what engines and daemon say to each other, for `smartspec replay`.
+
+    Exit code: 2 no daemon is heard, or the file cannot be written.
+    """
+    settings = _load(config_file, set_, runtime_dir=runtime_dir)
+    from smartspec.daemon import recording
+    from smartspec.daemon.stopping import Stop
+
+    stop = Stop()
+    stop.install()
+    raise typer.Exit(recording.run(settings, file, seconds, max_mb << 20, stop))
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="Of `smartspec record`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+    config_file: ConfigFile = None,
+    set_: Assignments = None,
+) -> None:
+    """Tell what would have been decided in a recording under these settings, starting cold.
+
+    Exit code: 2 the file cannot be used.
+    """
+    settings = _load(config_file, set_)
+    raise typer.Exit(_optional("smartspec.lab.replay", "daemon").run(settings, file, as_json))
+
+
+@doctor_app.callback()
+def doctor(
+    context: typer.Context,
+    engine: Annotated[str | None, typer.Option(help="Look at this one; default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+    config_file: ConfigFile = None,
+    runtime_dir: RuntimeDir = None,
+    set_: Assignments = None,
+) -> None:
+    """Examine this host and its engines end to end, and say what to do.
+
+    Exit code: 1 something has failed.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    settings = _load(config_file, set_, runtime_dir=runtime_dir)
+    from smartspec.daemon import doctor as examination
+
+    raise typer.Exit(examination.run(settings, engine, as_json))
+
+
+@doctor_app.command("vllm")
+def doctor_vllm(
+    python: Annotated[
+        str, typer.Option(help="The Python that runs vLLM; default: the one that runs this.")
+    ] = sys.executable,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+) -> None:
+    """Say whether an installed vLLM can be steered, and which scheduler to name. Starts no engine.
+
+    Exit code: 1 it cannot.
+    """
+    from smartspec.daemon import doctor as examination
+
+    raise typer.Exit(examination.show(examination.examine_vllm(python), as_json))
 
 
 @app.command()
@@ -233,6 +366,9 @@ def worker(
     ] = 3,
     engine: Annotated[str, typer.Option(help="Name, unique on the daemon.")] = "worker-0",
     endpoint: Annotated[str | None, typer.Option(help="Where the daemon listens.")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="NAME.engine of `smartspec keys add`, for tcp://.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: cuda if any.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto: float32 on the CPU, else bfloat16.")] = "auto",
     max_num_running: Annotated[int, typer.Option(min=1, help="Requests decoded together.")] = 16,
@@ -329,6 +465,7 @@ def worker(
             length=length,
             engine=engine,
             endpoint=settings.endpoint,
+            keys=_engine_keys(keys),
             device=device,
             dtype=dtype,
             max_num_running=max_num_running,
@@ -340,6 +477,54 @@ def worker(
             seed=seed,
         )
     )
+
+
+@app.command()
+def simulate(
+    file: Annotated[
+        Path | None, typer.Argument(help="TOML with any of the options below (docs/simulator.md).")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help="GPU and model, or a file.")] = None,
+    draft: Annotated[str | None, typer.Option(help="68m, 160m, 1b, eagle or lookup.")] = None,
+    policies: Annotated[
+        str | None, typer.Option(help="Comma-separated; ratios are to the first.")
+    ] = None,
+    loads: Annotated[
+        str | None, typer.Option(help="Comma-separated, of what is served without speculation.")
+    ] = None,
+    acceptance: Annotated[float | None, typer.Option(help="Mean over requests, 0 to 1.")] = None,
+    duration_s: Annotated[float | None, typer.Option(help="Seconds of arrivals.")] = None,
+    num_seeds: Annotated[int | None, typer.Option(help="Repetitions.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest length that is drafted.")] = None,
+    max_num_running: Annotated[int | None, typer.Option(help="Batch limit.")] = None,
+    num_workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Try speculation policies, SmartSpec among them, on a GPU that you need not have."""
+    import msgspec
+
+    experiment = _optional("smartspec.lab.simulation.experiment", "daemon")
+    report = _optional("smartspec.lab.simulation.report", "daemon")
+    given: dict[str, Any] = {
+        "profile": profile,
+        "draft": draft,
+        "policies": policies.split(",") if policies else None,
+        "acceptance": acceptance,
+        "duration_s": duration_s,
+        "num_seeds": num_seeds,
+        "max_length": max_length,
+        "max_num_running": max_num_running,
+    }
+    try:
+        base = experiment.read(file) if file else experiment.Experiment()
+        if loads:
+            given["loads"] = [float(load) for load in loads.split(",")]
+        changed = {name: value for name, value in given.items() if value is not None}
+        merged = {**msgspec.to_builtins(base), **changed}
+        wanted = msgspec.convert(merged, experiment.Experiment)
+        report.show(wanted, num_workers, json)
+    except (ValueError, msgspec.ValidationError) as error:
+        _fail(error)
 
 
 @app.command()
@@ -386,6 +571,89 @@ def config_check(config_file: ConfigFile = None, set_: Assignments = None) -> No
 def config_show(config_file: ConfigFile = None, set_: Assignments = None) -> None:
     """Print the settings in force: file, environment and flags together."""
     typer.echo(config_text.to_toml(_load(config_file, set_)), nl=False)
+
+
+def _engine_keys(path: Path | None) -> Any:
+    from smartspec.engine_adapter.curve import read_keys
+
+    try:
+        return None if path is None else read_keys(path)
+    except ValueError as error:
+        _fail(f"--keys: {error}")
+
+
+KeyDirectory = Annotated[
+    Path, typer.Option("--directory", "-d", help="Of the keys (setting curve.directory).")
+]
+EngineName = Annotated[str, typer.Argument(metavar="NAME", help="Of the engine's keys.")]
+
+
+@contextlib.contextmanager
+def _key_errors() -> Iterator[None]:
+    from smartspec.daemon.curve_keys import KeyFileError
+
+    try:
+        yield
+    except KeyFileError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}")
+
+
+@keys_app.command("make")
+def keys_make(directory: KeyDirectory = DEFAULT_KEYS) -> None:
+    """Make the daemon's keys and an empty list of engines."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        curve_keys.make(directory)
+    typer.echo(f"{directory}: made; next: smartspec keys add NAME")
+
+
+@keys_app.command("add")
+def keys_add(name: EngineName, directory: KeyDirectory = DEFAULT_KEYS) -> None:
+    """Let an engine in: its file is to be carried to its host, by a safe way."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        path = curve_keys.add(directory, name)
+    typer.echo(f"{path}: carry it to the engine's host; then reload the daemon (SIGHUP)")
+
+
+@keys_app.command("show")
+def keys_show(directory: KeyDirectory = DEFAULT_KEYS) -> None:
+    """List names and public keys; secrets are never shown."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        for name, key in curve_keys.public_keys(directory).items():
+            typer.echo(f"{name:24} {key}")
+
+
+@keys_app.command("rotate")
+def keys_rotate(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Of an engine; without: the daemon's.")
+    ] = None,
+    directory: KeyDirectory = DEFAULT_KEYS,
+) -> None:
+    """Make new keys. An engine's old one opens until `keys drop NAME~`; the daemon's does not."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        for path in curve_keys.rotate(directory, name):
+            typer.echo(f"{path}: carry it to the engine's host")
+    typer.echo("then reload the daemon (SIGHUP)" if name else "then restart the daemon")
+
+
+@keys_app.command("drop")
+def keys_drop(name: EngineName, directory: KeyDirectory = DEFAULT_KEYS) -> None:
+    """Let an engine in no more. A connection that is open stays so until it ends."""
+    from smartspec.daemon import curve_keys
+
+    with _key_errors():
+        curve_keys.drop(directory, name)
+    typer.echo(f"{name}: dropped; reload the daemon (SIGHUP), restart it to end open connections")
 
 
 #: Options of `worker` that are for the process that serves HTTP, not for its decode process.

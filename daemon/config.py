@@ -82,6 +82,86 @@ class ControlSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     ] = 60.0
 
 
+class CurveSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Encryption of tcp:// (docs/security.md)."""
+
+    directory: Annotated[
+        str,
+        _doc(
+            "Directory of keys, made by `smartspec keys make`: an endpoint of tcp:// is then "
+            "encrypted, and only engines on its list may connect. Empty: none."
+        ),
+    ] = ""
+
+
+class LimitSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one engine may ask of the daemon, so that none can take it from the others."""
+
+    max_reports_per_s: Annotated[
+        Count,
+        Meta(le=100_000),
+        _doc(
+            "Reports per second and connection that are read; more are counted and dropped.", "now"
+        ),
+    ] = 1000
+    max_requests: Annotated[
+        Count,
+        Meta(le=4096),
+        _doc("Requests in one report; an engine that announces more is refused.", "now"),
+    ] = 4096
+    max_frame_bytes: Annotated[
+        int,
+        Meta(ge=4096, le=1 << 20),
+        _doc("Bytes of one message; a connection that sends a larger one is closed."),
+    ] = 1 << 18
+    quarantine_after: Annotated[
+        Count,
+        _doc(
+            "Reports that cannot be true, less a twentieth of the good ones, after which an engine "
+            "is put in quarantine.",
+            "now",
+        ),
+    ] = 10
+    quarantine_s: Annotated[
+        Seconds,
+        _doc("Seconds of the first quarantine; each further one lasts twice as long.", "now"),
+    ] = 10.0
+
+
+class AdoptionSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How SmartSpec is compared with what the engine does without it (docs/adoption.md)."""
+
+    canary_share: Annotated[
+        float,
+        Meta(gt=0, le=0.5),
+        _doc("Share of time (up to 0.5) that canary mode steers.", "now"),
+    ] = 0.25
+    check_share: Annotated[
+        Share,
+        _doc(
+            "Share of time (0 to 0.5) that control mode gives to the engine's own setting and to "
+            "no speculation, to measure the gain. More is given for a while when SmartSpec seems "
+            "to be worse. 0: never; then nothing is measured and nothing given up.",
+            "now",
+        ),
+    ] = 0.01
+    block_s: Annotated[
+        Seconds, _doc("Seconds of steps in one block of a comparison; at least 16 steps.", "now")
+    ] = 2.0
+    tolerance: Annotated[
+        Share,
+        _doc(
+            "Share of goodput that SmartSpec may be worse than the engine's own setting. When it "
+            "is measurably worse by more, the engine is left to itself for a while.",
+            "now",
+        ),
+    ] = 0.02
+    retry_s: Annotated[
+        Seconds,
+        _doc("Seconds until it is tried again; each time twice as long, up to a day.", "now"),
+    ] = 300.0
+
+
 class RedisSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the telemetry process keeps state and history (docs/redis.md)."""
 
@@ -90,6 +170,25 @@ class RedisSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         _doc(
             "redis://, rediss:// or unix:// address of a Redis or Valkey server. Empty: an "
             "embedded Valkey on the Unix socket <runtime_dir>/valkey.sock.",
+            "telemetry",
+        ),
+    ] = ""
+    username: Annotated[
+        str, _doc("ACL user, beside password_file. Empty: the server's default user.", "telemetry")
+    ] = ""
+    password_file: Annotated[
+        str,
+        _doc(
+            "File that holds the password and nothing else, read anew at every connection. Empty: "
+            "the password in url, if any.",
+            "telemetry",
+        ),
+    ] = ""
+    ca_file: Annotated[
+        str,
+        _doc(
+            "Certificates, in PEM, of those who may vouch for a rediss:// server. Empty: those of "
+            "the system.",
             "telemetry",
         ),
     ] = ""
@@ -158,8 +257,11 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All settings; `load` fills in the paths that depend on the runtime directory."""
 
     mode: Annotated[
-        Literal["observe", "control"],
-        _doc("observe: learn and predict the gain, steer nothing. control: steer."),
+        Literal["observe", "canary", "control"],
+        _doc(
+            "observe: learn and predict the gain, steer nothing. canary: steer a share of the time "
+            "and compare. control: steer."
+        ),
     ] = "control"
     runtime_dir: Annotated[
         str,
@@ -172,7 +274,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     endpoint: Annotated[
         str,
         _doc(
-            "Where engines connect: ipc://PATH, or tcp://127.0.0.1:PORT with insecure = true. "
+            "Where engines connect: ipc://PATH; tcp://ADDRESS:PORT with curve.directory; or "
+            "tcp://127.0.0.1:PORT with insecure = true. "
             "Empty: ipc://<runtime_dir>/engines.sock."
         ),
     ] = ""
@@ -187,6 +290,9 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = ""
     control: ControlSettings = field(default_factory=ControlSettings)
+    curve: CurveSettings = field(default_factory=CurveSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    adoption: AdoptionSettings = field(default_factory=AdoptionSettings)
     redis: RedisSettings = field(default_factory=RedisSettings)
     state: StateSettings = field(default_factory=StateSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
@@ -396,8 +502,11 @@ def _resolve(values: dict[str, Any], env: Mapping[str, str]) -> Settings:
         section, _, key = name.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[key] = value
     settings = msgspec.convert(tree, Settings)
-    for name, given in (("endpoint", settings.endpoint), ("bus_endpoint", settings.bus_endpoint)):
-        check_endpoint(name, given, settings.insecure)
+    encrypted = bool(settings.curve.directory) and not settings.insecure
+    check_endpoint("endpoint", settings.endpoint, settings.insecure, encrypted)
+    check_endpoint("bus_endpoint", settings.bus_endpoint, settings.insecure)
+    if settings.insecure and settings.curve.directory:
+        raise ConfigError("insecure: got true, expected false beside curve.directory")
     _check_together(settings)
     return settings
 
@@ -440,6 +549,17 @@ def _check_together(settings: Settings) -> None:
             f"redis.url: got {redacted(url)!r}, expected redis://, rediss:// or unix://, or empty "
             "for an embedded Valkey"
         )
+    if settings.redis.password_file and "@" in url:
+        raise ConfigError(
+            f"redis.password_file: got {settings.redis.password_file!r} and redis.url with a user "
+            "or password, expected one of the two"
+        )
+    if settings.redis.username and not settings.redis.password_file:
+        raise ConfigError(
+            "redis.username: expected redis.password_file beside it, or both in redis.url"
+        )
+    if settings.redis.ca_file and not url.startswith("rediss://"):
+        raise ConfigError("redis.ca_file: expected a redis.url of rediss:// beside it")
     if not url and len(os.fsencode(settings.embedded_socket)) > MAX_SOCKET_PATH:
         raise ConfigError(
             f"runtime_dir: got {settings.runtime_dir!r}, too long for the Unix socket of the "

@@ -10,17 +10,21 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+import zlib
 from collections.abc import Callable
 from typing import Protocol
 
+from smartspec.daemon.commands import Answer, Command
 from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
-from smartspec.daemon.engines import Engine, Observation, RosterGap
+from smartspec.daemon.curve_keys import KeyFileError
+from smartspec.daemon.engines import Engine, Observation, OutOfOrder, RosterGap
 from smartspec.daemon.event_bus import (
     Bus,
     CheckpointEvent,
     DecisionEvent,
     EngineEvent,
+    GainEvent,
     LinkCounts,
     LoopEvent,
     NoteEvent,
@@ -29,7 +33,11 @@ from smartspec.daemon.event_bus import (
 from smartspec.daemon.keeper import Keeper
 from smartspec.daemon.learned import Learned, ModelKey
 from smartspec.daemon.library import Library
-from smartspec.daemon.policy import Decision, Planner, PlannerSettings
+from smartspec.daemon.pauses import Pauses
+from smartspec.daemon.policy import Arm, Decision, Planner, PlannerSettings
+from smartspec.daemon.quarantine import Quarantine
+from smartspec.daemon.throttle import Throttle
+from smartspec.daemon.trial import Step, Trial
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.messages import (
     DaemonMessage,
@@ -45,6 +53,9 @@ from smartspec.engine_adapter.messages import (
 log = logging.getLogger("smartspec.daemon")
 
 MAX_FRAMES_PER_CYCLE = 4096
+MAX_LEARNED_PER_CYCLE = 32  #: of one engine; what it sent before that is read, but teaches nothing
+HELLOS_PER_S = 2.0  #: of one connection; each may mean an engine to set up
+HELLO_BURST = 16.0
 NOTE_EVERY_S = 1.0  #: at most one note per engine and second; all are counted
 RETIRED_KEPT = 64
 ANSWER_EVERY_S = 0.1  #: to a peer in trouble
@@ -59,17 +70,26 @@ class Transport(Protocol):
     def send(self, peer: bytes, frame: bytes) -> bool: ...  # False: the peer has gone
     def close(self) -> None: ...
 
+    def reload(self) -> None: ...
+
     @property
     def num_unsendable(self) -> int: ...
 
+    @property
+    def num_denied(self) -> int: ...
+
 
 class Session:
-    """An engine as the loop holds it: state, planner, and where it is."""
+    """An engine as the loop holds it: state, planner, trial, and where it is."""
 
-    def __init__(self, peer: bytes, engine: Engine, planner: Planner, now: float) -> None:
+    def __init__(
+        self, peer: bytes, engine: Engine, planner: Planner, trial: Trial, now: float
+    ) -> None:
         self.peer = peer
         self.engine = engine
         self.planner = planner
+        self.trial = trial
+        self.has_gain_news = False
         self.heard_at = now
         self.noted_at = -1e9
         self.decision: Decision | None = None
@@ -88,6 +108,7 @@ class ControlLoop:
     clock : monotonic seconds, for all timing
     wall : seconds of the calendar, for events only
     library : what was learned before; None: nothing
+    pauses : engines that are left to themselves; None: none
     """
 
     def __init__(
@@ -98,6 +119,7 @@ class ControlLoop:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         library: Library | None = None,
+        pauses: Pauses | None = None,
     ) -> None:
         self._settings = settings
         self._transport = transport
@@ -109,7 +131,13 @@ class ControlLoop:
         self._by_peer: dict[bytes, Session] = {}
         self._by_name: dict[str, Session] = {}
         self._retired: dict[str, Engine] = {}  # what was learned, should they come back
+        self._trials: dict[str, Trial] = {}  # of those by name, and of the retired
+        self._pauses = pauses or Pauses()
         self._answered_at: dict[bytes, float] = {}
+        limits = settings.limits
+        self._frames = Throttle(limits.max_reports_per_s, _burst(limits.max_reports_per_s))
+        self._hellos = Throttle(HELLOS_PER_S, HELLO_BURST)
+        self._quarantine = Quarantine(limits.quarantine_after, limits.quarantine_s)
         self._next_heartbeat_at = clock()
         self._next_tidy_at = clock()
         self.counters = Counters()
@@ -120,10 +148,23 @@ class ControlLoop:
 
     def apply(self, settings: Settings) -> None:
         """Go on with other settings; those that need a restart must be as they were."""
+        try:
+            self._transport.reload()
+        except KeyFileError as error:
+            log.error("the list of engines in force stays: %s", error)
         self._settings = settings
         self._keeper.apply(settings.state)
+        limits = settings.limits
+        self._frames.per_s = limits.max_reports_per_s
+        self._frames.burst = _burst(limits.max_reports_per_s)
+        self._quarantine.after, self._quarantine.first_s = (
+            limits.quarantine_after,
+            limits.quarantine_s,
+        )
         for session in self._by_name.values():
             session.planner.adjust(**self._planning())
+        for trial in self._trials.values():
+            trial.adjust(settings.adoption)
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -152,12 +193,21 @@ class ControlLoop:
                 break
             peer, frame = received
             session = self._by_peer.get(peer)
+            if not self._frames.admits(peer, self._clock()):
+                self._drop(session)
+                continue
             try:
                 self._take(peer, messages.decode_engine_message(frame), session, arrived)
             except RosterGap as gap:
                 self._ask_again(peer, str(gap))
+            except OutOfOrder as error:
+                self._refuse_frame(peer, session, error)
             except MessageError as error:
                 self._refuse_frame(peer, session, error)
+                if session is not None and self._by_peer.get(peer) is session:
+                    self._blame(peer, session, error)
+                    if self._by_peer.get(peer) is not session:
+                        arrived.pop(session, None)  # nothing of this turn is believed either
             except Exception:
                 self.counters.failed("receiving", session.engine.name if session else "")
         return arrived
@@ -178,6 +228,7 @@ class ControlLoop:
                 missed = session.engine.num_missed
                 observation = session.engine.observe(message)
                 arrived.setdefault(session, []).append(observation)
+                self._quarantine.credit(session.engine.name)
                 self.counters["reports"] += 1
                 self.counters["steps_missed"] += session.engine.num_missed - missed
             case Hello():
@@ -188,13 +239,13 @@ class ControlLoop:
 
     def _decide(self, session: Session, began: float) -> str | None:
         try:
-            decision = session.planner.decide()
+            decision = session.planner.decide(session.trial.arm(self._clock()))
         except Exception:
             self.counters.failed("deciding", session.engine.name)
             return None
         if decision is None:
             return None
-        if self._settings.mode == "control" and decision.is_news:
+        if self._settings.mode != "observe" and decision.is_news:
             self._send(session.peer, decision.policy)
             self.counters["policies_sent"] += 1
         session.decision = decision
@@ -204,18 +255,22 @@ class ControlLoop:
 
     def _learn(self, session: Session, observations: list[Observation]) -> None:
         began = self._clock()
+        self.counters["reports_unlearned"] += max(0, len(observations) - MAX_LEARNED_PER_CYCLE)
+        observations = observations[-MAX_LEARNED_PER_CYCLE:]
         predicted: list[float | None] = []
+        decision = session.decision
         costs, acceptance = session.engine.step_cost, session.engine.acceptance
         num_cost_changes, num_changes = costs.num_changes, acceptance.num_changes
         for observation in observations:
             seconds = None
             try:
                 seconds = session.engine.learn(observation)
-                session.planner.prober.account(observation)
+                if session.trial.current is Arm.SMARTSPEC or self._settings.mode == "observe":
+                    session.planner.prober.account(observation)
             except Exception:
                 self.counters.failed("learning", session.engine.name)
             predicted.append(seconds)
-        session.learn_s = (self._clock() - began) / len(observations)
+        session.learn_s = (self._clock() - began) / max(1, len(predicted))
         for observation, seconds in zip(observations, predicted, strict=True):
             self._bus.publish(self._step_event(session, observation, seconds))
         if costs.num_changes > num_cost_changes:
@@ -226,9 +281,50 @@ class ControlLoop:
             self._note_drift(
                 session, "acceptance", "first drafts are no longer accepted as they were"
             )
-        if session.decision is not None:
-            self._bus.publish(self._decision_event(session, session.decision))
+        if decision is not None:
+            static = decision.goodput_static()
+            self._bus.publish(self._decision_event(session, decision, static))
+            try:
+                self._compare(session, observations, decision, static)
+            except Exception:
+                self.counters.failed("comparing", session.engine.name)
             session.decision = None
+
+    def _compare(
+        self,
+        session: Session,
+        observations: list[Observation],
+        decision: Decision,
+        static: float,
+    ) -> None:
+        """Take steps into the comparison of what was run with what could have been."""
+        now = self._clock()
+        otherwise = {Arm.NONE: decision.goodput_none, Arm.OWN: static}
+        for observation in observations:
+            if not len(observation.batch.ids):
+                continue
+            step = Step(
+                step_s=observation.report.step_s,
+                tokens=observation.weighted_tokens,
+                chosen=decision.goodput,
+                otherwise=otherwise,
+                model_std=decision.gain_std,
+                # Of several steps an earlier one may have ended the block.
+                obeyed=session.trial.current is decision.arm
+                and session.planner.obeyed(observation),
+                comparable=decision.is_comparable,
+                num_waiting=observation.report.num_waiting,
+            )
+            retreat = session.trial.note(step, now)
+            if retreat is not None:
+                self.counters["retreats"] += 1
+                log.warning("engine %s: %s", session.engine.name, retreat)
+                self._bus.publish(
+                    NoteEvent(
+                        engine=session.engine.name, level="error", kind="retreat", text=retreat
+                    )
+                )
+        session.has_gain_news = True
 
     def _note_drift(self, session: Session, of: str, text: str) -> None:
         self.counters[f"{of}_changes"] += 1
@@ -244,6 +340,19 @@ class ControlLoop:
     # -- engines come and go --------------------------------------------------------------------
 
     def _welcome(self, peer: bytes, hello: Hello) -> None:
+        if not self._hellos.admits(peer, self._clock()):
+            self.counters["hellos_throttled"] += 1
+            return
+        if wait_s := self._quarantine.left_s(hello.engine, self._clock()):
+            why = self._quarantine.why(hello.engine)
+            self._refuse_engine(peer, hello, f"in quarantine for {wait_s:.0f} s more: {why}")
+            return
+        most = self._settings.limits.max_requests
+        if hello.limits.max_num_running > most:
+            self._refuse_engine(
+                peer, hello, f"limits.max_requests: {most}, got {hello.limits.max_num_running}"
+            )
+            return
         known = self._by_name.get(hello.engine)
         if known is not None and self._in_use(known, peer):
             self._refuse_engine(peer, hello, f"another engine is called {hello.engine!r}")
@@ -275,10 +384,10 @@ class ControlLoop:
         planner = Planner(
             engine,
             daemon_epoch=self.epoch,
-            seed_sweep=self._settings.control.seed_sweep and self._settings.mode == "control",
+            seed_sweep=self._settings.control.seed_sweep and self._settings.mode != "observe",
             **self._planning(),
         )
-        session = Session(peer, engine, planner, self._clock())
+        session = Session(peer, engine, planner, self._trial_of(engine), self._clock())
         self._seat(session, peer)
         self._by_name[engine.name] = session
         self._transport.send(peer, self._heartbeat)
@@ -295,9 +404,22 @@ class ControlLoop:
         return {
             "ttl_s": control.ttl_s,
             "fallback_s": control.fallback_s,
-            "probe_share": control.probe_share if self._settings.mode == "control" else 0.0,
+            "probe_share": control.probe_share if self._settings.mode != "observe" else 0.0,
             "meet_targets": control.meet_targets,
         }
+
+    def _trial_of(self, engine: Engine) -> Trial:
+        """The trial of an engine of that name goes on, whatever has become of the engine."""
+        trial = self._trials.get(engine.name)
+        if trial is None:
+            own_is_none = engine.hello.limits.static_length == 0
+            # Names differ in a fleet, and so do the moments at which engines are compared.
+            seed = zlib.crc32(engine.name.encode())
+            trial = Trial(self._settings.mode, self._settings.adoption, seed, own_is_none)
+            self._trials[engine.name] = trial
+        trial.is_paused = engine.name in self._pauses
+        trial.interrupt()
+        return trial
 
     def _seat(self, session: Session, peer: bytes) -> None:
         """Note that an engine is reached at ``peer``: one connection, one engine."""
@@ -327,6 +449,33 @@ class ControlLoop:
         self._send_refusal(peer, why)
         self._bus.publish(NoteEvent(engine=hello.engine, level="warning", kind="refused", text=why))
 
+    def _drop(self, session: Session | None) -> None:
+        """Count a report that was one too many; it is not even read."""
+        self.counters["frames_throttled"] += 1
+        if session is None:
+            return
+        session.engine.num_throttled += 1
+        if self._clock() - session.noted_at >= NOTE_EVERY_S:
+            session.noted_at = self._clock()
+            most = self._settings.limits.max_reports_per_s
+            text = f"more than {most} reports a second: some are dropped unread"
+            name = session.engine.name
+            self._bus.publish(NoteEvent(engine=name, level="warning", kind="throttled", text=text))
+
+    def _blame(self, peer: bytes, session: Session, error: MessageError) -> None:
+        """Count a lie; an engine that told too many loses its seat, and what it taught lately."""
+        name = session.engine.name
+        lasts_s = self._quarantine.blame(name, str(error)[: MAX_TEXT // 2], self._clock())
+        if not lasts_s:
+            return
+        self.counters["quarantines"] += 1
+        why = f"in quarantine for {lasts_s:.0f} s: it tells what cannot be true ({error})"
+        log.warning("engine %s %s", name, why)
+        self._bus.publish(NoteEvent(engine=name, level="error", kind="quarantined", text=why))
+        self._send_refusal(peer, why)
+        self._forget(session, "quarantined")
+        self._retired.pop(name, None)
+
     def _forget(self, session: Session, state: str) -> None:
         if self._by_peer.get(session.peer) is session:
             del self._by_peer[session.peer]
@@ -334,7 +483,10 @@ class ControlLoop:
             del self._by_name[session.engine.name]
             self._retired[session.engine.name] = session.engine
             if len(self._retired) > RETIRED_KEPT:
-                del self._retired[next(iter(self._retired))]
+                oldest = next(iter(self._retired))
+                del self._retired[oldest]
+                if oldest not in self._by_name:
+                    self._trials.pop(oldest, None)
         log.info("engine %s %s", session.engine.name, state)
         self._publish_engine(session, state)
 
@@ -376,6 +528,39 @@ class ControlLoop:
                 NoteEvent(engine="", level="warning", kind="bad_frame", text=str(error))
             )
 
+    # -- what an operator says ------------------------------------------------------------------
+
+    def obey(self, command: Command) -> Answer:
+        """Pause or release engines; returns what came of it, in words."""
+        name = command.engine
+        if name and not (name in self._by_name or name in self._retired or name in self._pauses):
+            known = ", ".join(sorted(self._by_name)) or "none"
+            return Answer(ok=False, text=f"no engine {name!r}; known: {known}")
+        is_pause = command.action == "pause"
+        kept = ""
+        try:
+            (self._pauses.pause if is_pause else self._pauses.release)(name)
+        except ValueError as error:
+            return Answer(ok=False, text=str(error))
+        except OSError as error:
+            kept = f"; not kept over a restart of the daemon ({error})"
+        for session in self._by_name.values():
+            was, session.trial.is_paused = (
+                session.trial.is_paused,
+                session.engine.name in self._pauses,
+            )
+            if session.trial.is_paused == was:
+                continue
+            if is_pause and self._settings.mode != "observe":
+                self._send(session.peer, session.planner.release())  # it may be idle for long
+            self._bus.publish(self._gain_event(session))
+        who = f"engine {name}" if name else "all engines"
+        done = "paused: the engine's own setting" if is_pause else "released"
+        text = f"{who} {done}{kept}"
+        log.warning("%s", text)
+        self._bus.publish(NoteEvent(engine=name, kind=command.action, level="warning", text=text))
+        return Answer(text=text)
+
     # -- what was learned ---------------------------------------------------------------------
 
     def _engines(self) -> list[Engine]:
@@ -401,6 +586,10 @@ class ControlLoop:
             for session in list(self._by_name.values()):
                 if now - session.heard_at > timeout_s:
                     self._forget(session, "lost")
+            for session in self._by_name.values():
+                if session.has_gain_news:
+                    session.has_gain_news = False
+                    self._bus.publish(self._gain_event(session))
             self._bus.publish(self._loop_event())
 
     def close(self) -> None:
@@ -425,6 +614,7 @@ class ControlLoop:
 
     def _loop_event(self) -> LoopEvent:
         outside = {
+            "connections_denied": self._transport.num_denied,
             "frames_unsendable": self._transport.num_unsendable,
             "events_dropped": self._bus.num_dropped,
         }
@@ -460,7 +650,31 @@ class ControlLoop:
             predicted_step_s=predicted_s,
         )
 
-    def _decision_event(self, session: Session, decision: Decision) -> DecisionEvent:
+    def _gain_event(self, session: Session) -> GainEvent:
+        trial, now = session.trial, self._clock()
+        gains = trial.gains
+        values: dict[str, float | None] = {}
+        for arm, over in ((Arm.NONE, "none"), (Arm.OWN, "static")):
+            compared = gains.comparisons[arm].interval()
+            for prefix, interval in (("gain", gains.over(arm)), ("measured", compared)):
+                if interval is not None:
+                    for suffix, value in zip(("", "_low", "_high"), interval, strict=True):
+                        values[f"{prefix}_over_{over}{suffix}"] = value
+            values[f"bias_{over}"] = gains.bias(arm)
+        return GainEvent(
+            engine=session.engine.name,
+            t_s=self._wall(),
+            stance=trial.stance(now),
+            arm=trial.current,
+            num_compared_none=gains.comparisons[Arm.NONE].num_made,
+            num_compared_static=gains.comparisons[Arm.OWN].num_made,
+            evidence_worse=trial.evidence.value,
+            num_retreats=trial.num_retreats,
+            retry_s=None if trial.retry_at is None else max(0.0, trial.retry_at - now),
+            **values,
+        )
+
+    def _decision_event(self, session: Session, decision: Decision, static: float) -> DecisionEvent:
         policy = decision.policy
         counts = [0] * (session.engine.max_length + 1)
         for length in decision.lengths.tolist():
@@ -470,7 +684,7 @@ class ControlLoop:
             policy_seq=policy.seq,
             report_seq=policy.report_seq,
             t_s=self._wall(),
-            steering=self._settings.mode == "control",
+            steering=decision.arm is Arm.SMARTSPEC,
             reason=policy.reason,
             value_of_time=policy.value_of_time,
             depth=policy.depth,
@@ -478,7 +692,7 @@ class ControlLoop:
             length_counts=tuple(counts),
             predicted_goodput=decision.goodput,
             predicted_goodput_none=decision.goodput_none,
-            predicted_goodput_static=decision.goodput_static(),
+            predicted_goodput_static=static,
             acceptance=tuple(session.engine.acceptance.pooled_hazards().tolist()),
             num_probes=policy.num_probes,
             decide_s=session.decide_s,
@@ -490,3 +704,8 @@ class ControlLoop:
 
 def _link_counts(engine: Engine) -> LinkCounts:
     return LinkCounts(**{name: getattr(engine, name) for name in LinkCounts.__struct_fields__})
+
+
+def _burst(per_s: float) -> float:
+    """Reports that may come at once, as after a pause of the daemon: a quarter of a second's."""
+    return max(64.0, per_s / 4)

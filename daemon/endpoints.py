@@ -13,7 +13,7 @@ class ConfigError(ValueError):
     """A setting that cannot be used: names the key, what was given and what was expected."""
 
 
-def check_endpoint(name: str, given: str, insecure: bool) -> None:
+def check_endpoint(name: str, given: str, insecure: bool, encrypted: bool = False) -> None:
     """Raise `ConfigError` unless ``given`` can be listened at without harm."""
     scheme, separator, address = given.partition("://")
     if scheme == "ipc" and address:
@@ -28,15 +28,19 @@ def check_endpoint(name: str, given: str, insecure: bool) -> None:
     host, _, port = address.rpartition(":")
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"{name}: got {given!r}, expected a port from 1 to 65535 after the host")
+    if encrypted:
+        return
     if not _is_loopback(host):
         raise ConfigError(
             f"{name}: got {given!r}, expected ipc://PATH or a loopback address: whoever reaches "
-            "any other could steer the engines, and encryption with CURVE keys is not there yet"
+            "any other could steer the engines; with CURVE keys (`smartspec keys make`, "
+            "curve.directory) endpoint may be any address"
         )
     if not insecure:
         raise ConfigError(
-            f"{name}: got {given!r}, expected insecure = true beside it: every local user can "
-            "connect to a tcp:// address; ipc:// keeps others out by file permissions"
+            f"{name}: got {given!r}, expected curve.directory (`smartspec keys make`) or "
+            "insecure = true beside it: every local user can connect to a tcp:// address; ipc:// "
+            "keeps others out by file permissions"
         )
 
 

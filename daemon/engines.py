@@ -52,6 +52,10 @@ class RosterGap(MessageError):
     """The report refers to a roster that never arrived."""
 
 
+class OutOfOrder(MessageError):
+    """The report came twice, or after a later one: the network's doing, and no lie."""
+
+
 class Batch(NamedTuple):
     """Who was in a step; the same object for all reports of one roster."""
 
@@ -73,6 +77,13 @@ class Observation(NamedTuple):
     num_emitted: int
     buckets: I64  #: [B]
     staleness_steps: int | None  #: steps between the report that its policy knew and this one
+
+    @property
+    def weighted_tokens(self) -> float:
+        """Tokens emitted, by the requests' weights: what goodput counts."""
+        if self.batch.weight is None:
+            return float(self.num_emitted)
+        return float(self.batch.weight @ (self.num_accepted + 1.0))
 
     @property
     def drafted_any(self) -> bool:
@@ -158,7 +169,7 @@ class Engine:
         require(report.epoch == self.hello.epoch, "epoch: not the one of this engine's Hello")
         if report.seq <= self.last_seq:
             self.num_repeated += 1
-            raise MessageError(f"seq: {report.seq} after {self.last_seq}")
+            raise OutOfOrder(f"seq: {report.seq} after {self.last_seq}")
         batch = self._batch_of(report)
         observation = self._check(report, batch)
         if self.last_seq:  # what went before the first report was not missed, but not sent to us

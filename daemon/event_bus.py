@@ -1,10 +1,10 @@
 """What the daemon does, published lossily for other processes (Redis, Prometheus, inspect).
 
-A ZeroMQ PUB socket: the daemon never waits for a reader. Three frames per event: topic (the event's
-tag); the publisher's epoch, which differs at every start, and a sequence number counted per topic
-(two u64, little-endian); the event in MessagePack. When a reader is slow, ZeroMQ drops for that
-reader alone, unseen by the publisher; so it is the reader that counts what it has missed, by the
-gaps in the sequence.
+A ZeroMQ XPUB socket (PUB, and it tells what is asked for): the daemon never waits for a reader.
+Three frames per event: topic (the event's tag); the publisher's epoch, different at every start,
+and a sequence number counted per topic (two u64, little-endian); the event in MessagePack. When a
+reader is slow, ZeroMQ drops for that reader alone, unseen by the publisher: so it is readers who
+count what they have missed, by the gaps in the sequence.
 
 Evolution follows the wire's rules (engine_adapter/messages.py): append only, new fields have
 defaults.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+import typing
 from typing import Literal, Protocol
 
 import msgspec
@@ -74,12 +75,43 @@ class DecisionEvent(Event, frozen=True, kw_only=True, gc=False, tag="decision"):
     num_targets_out_of_reach: int = 0  #: of these, who cannot have it even if all others give way
 
 
+class GainEvent(Event, frozen=True, kw_only=True, gc=False, tag="gain"):
+    """What SmartSpec brings to an engine (docs/adoption.md), once a second while it works.
+
+    Gains are ratios less 1; bounds are of 95% intervals; None: not known yet.
+    """
+
+    engine: str
+    stance: str  #: "observe", "canary", "control", "paused" or "retreated"
+    arm: str  #: what it runs now: "smartspec", "own" or "none"
+    gain_over_none: float | None = None  #: estimated, of late
+    gain_over_none_low: float | None = None
+    gain_over_none_high: float | None = None
+    gain_over_static: float | None = None
+    gain_over_static_low: float | None = None
+    gain_over_static_high: float | None = None
+    measured_over_none: float | None = None  #: by blocks side by side
+    measured_over_none_low: float | None = None
+    measured_over_none_high: float | None = None
+    measured_over_static: float | None = None
+    measured_over_static_low: float | None = None
+    measured_over_static_high: float | None = None
+    num_compared_none: int = 0  #: pairs of blocks
+    num_compared_static: int = 0
+    bias_none: float | None = None  #: goodput measured over predicted, less 1, when it ran
+    bias_static: float | None = None
+    evidence_worse: float = 1.0  #: that the engine's own setting is better; over 1000 it retreats
+    num_retreats: int = 0
+    retry_s: float | None = None  #: until it is tried again; None: not retreated
+
+
 class EngineEvent(Event, frozen=True, kw_only=True, tag="engine"):
     """An engine came or went."""
 
     engine: str
     epoch: int
-    state: str  #: "connected", "left", "lost", "replaced" (by one of its name) or "refused"
+    #: "connected", "left", "lost", "replaced" (by one of its name), "quarantined" or "refused"
+    state: str
     fingerprint: dict[str, str] = {}
     limits: dict[str, object] = {}
 
@@ -119,14 +151,32 @@ class CheckpointEvent(Event, frozen=True, kw_only=True, gc=False, tag="checkpoin
     engine: str = ""  #: the one that learned it
 
 
-BusEvent = StepEvent | DecisionEvent | EngineEvent | NoteEvent | LoopEvent | CheckpointEvent
+class FrameEvent(Event, frozen=True, kw_only=True, gc=False, tag="frame"):
+    """A frame between an engine and the daemon; published only while somebody records."""
+
+    turn: int  #: of the loop, which takes in all that has arrived and decides once
+    at_s: float  #: on the loop's clock
+    peer: bytes
+    inbound: bool  #: from the engine
+    frame: bytes
+
+
+BusEvent = (
+    StepEvent
+    | DecisionEvent
+    | GainEvent
+    | EngineEvent
+    | NoteEvent
+    | LoopEvent
+    | CheckpointEvent
+    | FrameEvent
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(BusEvent)
-_TOPICS = {
-    kind: str(kind.__struct_config__.tag).encode()
-    for kind in (StepEvent, DecisionEvent, EngineEvent, NoteEvent, LoopEvent, CheckpointEvent)
-}
+_TOPICS = {kind: str(kind.__struct_config__.tag).encode() for kind in typing.get_args(BusEvent)}
+#: What is always published.
+USUAL = tuple(topic.decode() for kind, topic in _TOPICS.items() if kind is not FrameEvent)
 
 
 def encode(event: BusEvent) -> bytes:
@@ -141,6 +191,8 @@ class Bus(Protocol):
 
     def publish(self, event: BusEvent) -> None: ...
 
+    def wants(self, kind: type[Event]) -> bool: ...  # somebody asked for these by name
+
     def close(self) -> None: ...
 
 
@@ -151,6 +203,9 @@ class NullBus:
 
     def publish(self, event: BusEvent) -> None:
         pass
+
+    def wants(self, kind: type[Event]) -> bool:
+        return False
 
     def close(self) -> None:
         pass
@@ -168,12 +223,13 @@ class EventBus:
         self._socket = socket
         self._epoch = secrets.token_bytes(8)
         self._seq = dict.fromkeys(_TOPICS, 0)
+        self._wanted: set[bytes] = set()
         self.num_dropped = 0
 
     @classmethod
     def bind(cls, endpoint: str) -> EventBus:
         """Publish at ``endpoint``; an ipc socket gets mode 0660. Raises zmq.ZMQError."""
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.XPUB)
         socket.sndhwm = SEND_HIGH_WATER
         socket.linger = 0
         # By umask and not by chmod after: there is no moment in which others could connect.
@@ -198,6 +254,20 @@ class EventBus:
             )
         except (zmq.ZMQError, msgspec.MsgspecError, OverflowError, TypeError):
             self.num_dropped += 1
+
+    def wants(self, kind: type[Event]) -> bool:
+        """Whether a reader has asked for this kind of event, and not just for all there are."""
+        while True:
+            try:
+                told = self._socket.recv(zmq.NOBLOCK)
+            except zmq.ZMQError:
+                break
+            topic = bytes(told[1:])
+            if told[:1] == b"\1":
+                self._wanted.add(topic)
+            elif told[:1] == b"\0":
+                self._wanted.discard(topic)
+        return _TOPICS[kind] in self._wanted
 
     def close(self) -> None:
         self._socket.close()

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from smartspec.daemon.config import Settings, redacted
 from smartspec.daemon.telemetry.engine_state import EngineState, from_fields
-from smartspec.daemon.telemetry.redis_store import Keys, connect
+from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 
 EXIT_NO_REDIS = 2
 EXIT_NO_ENGINE = 3
@@ -60,9 +60,11 @@ class View(Struct, frozen=True, kw_only=True):
         return {**state, **plain}
 
 
-def read(settings: Settings, engine: str | None, now: float) -> list[View]:
+def read(
+    settings: Settings, engine: str | None, now: float, num_events: int = NUM_EVENTS
+) -> list[View]:
     """The engines known (or the one named), by name. Raises `InspectError`."""
-    client = connect(settings.redis_url, timeout_s=2.0)
+    client = connect_as(settings, timeout_s=2.0)
     keys = Keys(settings.redis.key_prefix)
     try:
         names = sorted(name.decode("utf-8", "replace") for name in _members(client, keys))
@@ -89,7 +91,7 @@ def read(settings: Settings, engine: str | None, now: float) -> list[View]:
             state=state,
             age_s=max(0.0, round(now - state.updated_s, 3)),
             daemon_age_s=None if heard_s is None else max(0.0, round(now - heard_s, 3)),
-            events=[e for e in events if e.engine in ("", state.engine)][:NUM_EVENTS],
+            events=[e for e in events if e.engine in ("", state.engine)][:num_events],
         )
         for state in states
     ]
@@ -160,10 +162,10 @@ def _overview(views: list[View]) -> Any:
         state = view.state
         cells = (
             state.engine,
-            _condition(view),
+            condition(view),
             str(state.num_running),
             str(state.num_waiting),
-            _lengths(state).replace(" requests", ""),
+            lengths(state).replace(" requests", ""),
             _number(state.goodput),
             _signed(state.gain_over_none),
             state.reason or "-",
@@ -189,7 +191,7 @@ def _details(view: View) -> Any:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     rows = [
-        ("state", f"{_condition(view)}, last heard {view.age_s:.1f} s ago"),
+        ("state", f"{condition(view)}, last heard {view.age_s:.1f} s ago"),
         ("model", " ".join(v for v in state.fingerprint.values() if v) or "-"),
         (
             "load",
@@ -198,7 +200,7 @@ def _details(view: View) -> Any:
                 f"KV {100 * state.kv_usage:.0f}% full, {state.context_tokens} tokens of context"
             ),
         ),
-        ("lengths", _lengths(state) + (f" ({state.mode})" if state.mode else "")),
+        ("lengths", lengths(state) + (f" ({state.mode})" if state.mode else "")),
         ("why", state.reason or "no decision yet"),
         (
             "goodput",
@@ -207,13 +209,9 @@ def _details(view: View) -> Any:
                 f"{_number(state.predicted_goodput)} predicted"
             ),
         ),
-        (
-            "estimated gain",
-            (
-                f"{_signed(state.gain_over_none)} over no speculation, "
-                f"{_signed(state.gain_over_static)} over the engine's static length"
-            ),
-        ),
+        ("stance", _stance(state)),
+        ("estimated gain", _gains(state, "gain")),
+        ("measured gain", _gains(state, "measured")),
         ("acceptance", _acceptance(state)),
         (
             "trust",
@@ -228,28 +226,77 @@ def _details(view: View) -> Any:
     for name, text in rows:
         table.add_row(name, shown(text))
     for number, event in enumerate(view.events):
-        table.add_row("last events" if number == 0 else "", shown(_event(event)))
+        table.add_row("last events" if number == 0 else "", shown(event_text(event)))
     return Panel(table, title=shown(f"engine {state.engine}"), title_align="left", expand=False)
 
 
-def _condition(view: View) -> str:
+def condition(view: View) -> str:
+    """What becomes of an engine, in few words."""
     state = view.state
     if state.state != "connected":
         return state.state
     if view.daemon_age_s is None or view.daemon_age_s > STALE_S:
         return "not steered: the daemon is silent"
     steering = {None: "learning", True: "steering", False: "observing"}[state.steering]
+    if state.stance in ("canary", "paused", "retreated"):
+        steering = state.stance
+    elif state.stance == "control":
+        steering = "steering"  # a block of something else is no news
     return f"{steering}, idle" if view.age_s > STALE_S else steering
 
 
-def _lengths(state: EngineState) -> str:
+def lengths(state: EngineState) -> str:
     """Requests by length.
 
-    >>> _lengths(EngineState(engine="a", length_counts=(2, 0, 0, 7)))
+    >>> lengths(EngineState(engine="a", length_counts=(2, 0, 0, 7)))
     '2 requests at 0, 7 at 3'
     """
     parts = [f"{n} at {k}" for k, n in enumerate(state.length_counts) if n]
     return ", ".join(parts).replace(" at", " requests at", 1) if parts else "-"
+
+
+def _stance(state: EngineState) -> str:
+    text = {
+        None: "-",
+        "observe": "observe: learns and predicts, steers nothing",
+        "canary": f"canary: steers a share of the time, now {_ARMS.get(state.arm)}",
+        "control": f"control: steers, now {_ARMS.get(state.arm)}",
+        "paused": "paused by an operator: the engine's own setting; `smartspec release` ends it",
+        "retreated": (
+            "retreated, since the engine's own setting is measurably better; tried again in "
+            f"{_number(state.retry_s)} s"
+        ),
+    }
+    return text.get(state.stance, str(state.stance))
+
+
+_ARMS = {
+    None: "-",
+    "smartspec": "SmartSpec",
+    "own": "the engine's own setting, to compare",
+    "none": "no speculation, to compare",
+}
+
+
+def _gains(state: EngineState, prefix: str) -> str:
+    """Both gains with their intervals.
+
+    >>> _gains(EngineState(engine="a", measured_over_static=0.1, measured_over_static_low=0.05,
+    ...     measured_over_static_high=0.15, num_compared_static=9), "measured")
+    "- over no speculation, +10% (+5% to +15%) in 9 comparisons over the engine's own setting"
+    """
+    parts = []
+    for over, words in (("none", "no speculation"), ("static", "the engine's own setting")):
+        value, low, high = (
+            getattr(state, f"{prefix}_over_{over}{bound}") for bound in ("", "_low", "_high")
+        )
+        part = _signed(value)
+        if value is not None:
+            part += f" ({_signed(low)} to {_signed(high)})"
+            num_compared = getattr(state, f"num_compared_{over}")
+            part += f" in {num_compared} comparisons" if prefix == "measured" else ""
+        parts.append(f"{part} over {words}")
+    return ", ".join(parts)
 
 
 def _targets(state: EngineState) -> str:
@@ -266,7 +313,8 @@ def _acceptance(state: EngineState) -> str:
     return "by depth " + ", ".join(parts) if parts else "-"
 
 
-def _event(event: PastEvent) -> str:
+def event_text(event: PastEvent) -> str:
+    """One line, with the local time of day."""
     at = time.strftime("%H:%M:%S", time.localtime(event.t_s))
     what = f"engine {event.state}" if event.type == "engine" else f"{event.kind}: {event.text}"
     return f"{at} {what}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,17 @@ TOLD_EVERY = 16  #: decisions between two policies at most, whether or not anyth
 WORTH_TELLING = 0.005  #: share of goodput by which the policy in force must fall short
 
 
+RELEASE_TTL_S = 1e-9  #: of a policy that has expired by the time it is looked at
+
+
+class Arm(enum.StrEnum):
+    """What an engine can be made to run, so that goodputs can be compared."""
+
+    SMARTSPEC = "smartspec"  #: the lengths of greatest goodput
+    OWN = "own"  #: its own configuration, whatever that is
+    NONE = "none"  #: no speculation
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """A policy and what was expected of the alternatives, in tokens per second."""
@@ -46,10 +58,13 @@ class Decision:
     goodput: float
     goodput_none: float  #: length 0 for all
     goodput_static: Callable[[], float]  #: the engine's own length for all; worked out when asked
+    gain_std: Callable[[], dict[Arm, float]]  #: of log(goodput / alternative's), as models know it
     mode: str = RAGGED  #: execution mode chosen
     num_targets: int = 0  #: requests that ask for a time per token
     num_out_of_reach: int = 0  #: of these, who cannot have it
     is_news: bool = True  #: False: the policy in force does as well, and need not be sent
+    arm: Arm = Arm.SMARTSPEC
+    is_comparable: bool = True  #: False: lengths are bent by targets, or the models being seeded
 
 
 class PlannerSettings(TypedDict):
@@ -96,6 +111,8 @@ class Planner:
         self._told_roster: int | None = None  #: of the last policy that was news
         self._num_untold = 0
         self._num_decisions = 0
+        self._arm = Arm.SMARTSPEC
+        self._arm_after = 0  #: policies after this one are of the arm
 
     def adjust(
         self, *, ttl_s: float, fallback_s: float, probe_share: float, meet_targets: bool
@@ -107,11 +124,17 @@ class Planner:
         self.prober.share = probe_share
         self._told_roster = None
 
-    def decide(self) -> Decision | None:
-        """The policy for what the engine last reported; None before it decodes anything."""
+    def decide(self, arm: Arm = Arm.SMARTSPEC) -> Decision | None:
+        """The policy for what the engine last reported; None before it decodes anything.
+
+        What is predicted is that of SmartSpec whatever the ``arm`` that the engine is to run.
+        """
         engine, observation = self.engine, self.engine.last
         if observation is None or engine.max_length == 0 or not len(observation.batch.ids):
             return None
+        if arm is not self._arm:
+            self._arm, self._arm_after = arm, engine.policy_seq
+        steering = arm is Arm.SMARTSPEC
         batch = observation.batch
         rows = engine.rows(batch)
         fresh = self._num_decisions < YOUNG or self._num_decisions % TABLE_EVERY == 0
@@ -136,9 +159,11 @@ class Planner:
         optimum = goodput.solve(ladder, curves, draft, other)
         even = curves[-1]  # of single lengths, such as 0
         none = ladder.weight_sum / float(even.at(ladder.size + other))
-        probe_length, num_probes = self.prober.plan(
-            engine, optimum, ladder, curves[0], draft, other
-        )
+        probe_length = num_probes = 0
+        if steering:
+            probe_length, num_probes = self.prober.plan(
+                engine, optimum, ladder, curves[0], draft, other
+            )
         every = FALLBACK_EVERY if self._num_decisions >= YOUNG else FALLBACK_EVERY // 5
         if self._num_decisions and self._num_decisions % every == 0:
             self._fallback = self._fallback_table(ladder, even, draft)
@@ -153,14 +178,23 @@ class Planner:
             if num_out_of_reach:
                 reason += f", {num_out_of_reach} of them out of reach"
         value_of_time, depth = optimum.value_of_time, optimum.depth
-        sweep_length = self.prober.sweep_length(observation)
+        sweep_length = self.prober.sweep_length(observation) if steering else None
         if sweep_length is not None:
             # At no value of time every request takes all that the depth allows.
             value_of_time, depth = 0.0, sweep_length
             reason = f"{len(batch.ids)} running: seed sweep, length {sweep_length} for all"
         is_news = True
         binding = num_targets > num_out_of_reach  # targets bend the engine's choice, not ours
-        if sweep_length is None and not num_probes and not binding and self._may_keep():
+        if arm is Arm.NONE:
+            depth = 0
+            reason += "; for comparison: no speculation"
+            is_news = not self._may_keep()
+        elif arm is Arm.OWN:
+            reason += "; not steered: the engine's own setting"
+            # Told again only where that did not arrive: its own arrival makes it look alive.
+            waiting = observation.report.policy_seq <= self._arm_after
+            is_news = observation.report.source != "own" and waiting
+        elif sweep_length is None and not num_probes and not binding and self._may_keep():
             if presence is not None:  # of what this step could draft
                 ladder = Ladder(survival, batch.weight, batch.floor, observation.num_available)
             is_news = not _did_as_well(observation, ladder, optimum, curves, draft, other)
@@ -199,18 +233,60 @@ class Planner:
             fallback_s=self._fallback_s,
             predicted_goodput=optimum.value_of_time,
             reason=reason,
-            meet_targets=self._meet_targets,
+            meet_targets=self._meet_targets and steering,
         )
+        if arm is Arm.OWN and is_news:
+            policy = self._release(seq, reason)
         return Decision(
             policy,
             optimum.choice.lengths,
             optimum.value_of_time,
             none,
             partial(self._goodput_static, ladder, even, draft, other),
+            partial(self._gain_std, ladder, optimum.choice.lengths, shape),
             optimum.choice.mode,
             num_targets,
             num_out_of_reach,
             is_news,
+            arm,
+            not steering or not (binding or self.is_learning),
+        )
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether it is too early to judge what is chosen."""
+        return self.prober.sweeping or self.engine.learned.num_steps < YOUNG
+
+    def obeyed(self, observation: Observation) -> bool:
+        """Whether a step ran what the last `decide` was asked for."""
+        report = observation.report
+        if self._arm is Arm.OWN:
+            return report.source == "own"
+        return report.source in STEERED and report.policy_seq > self._arm_after
+
+    def release(self) -> Policy:
+        """A policy that leaves the engine to its own configuration, at once."""
+        return self._release(self.engine.next_policy_seq(self.engine.last_seq), "released")
+
+    def _release(self, seq: int, reason: str) -> Policy:
+        """Expired on arrival, with nothing to fall back to but the engine itself.
+
+        Looked at by a clock that has not moved since, it is the engine's static length.
+        """
+        limits = self.engine.hello.limits
+        return Policy(
+            epoch=self.engine.hello.epoch,
+            daemon_epoch=self._daemon_epoch,
+            seq=seq,
+            report_seq=self.engine.last_seq,
+            ttl_s=RELEASE_TTL_S,
+            value_of_time=0.0,
+            depth=limits.static_length,
+            curves=(Curve(mode=RAGGED, num_tokens=(1.0,), seconds=(1.0,)),),
+            max_length=limits.max_length,
+            log_survival=pack([0.0] * limits.max_length, "f32"),
+            fallback_s=0.0,
+            reason=reason,
         )
 
     def _may_keep(self) -> bool:
@@ -219,7 +295,7 @@ class Planner:
         return (
             last is not None
             and last.report.source in STEERED
-            and last.report.policy_seq == self.engine.policy_seq
+            and last.report.policy_seq == self.engine.policy_seq > self._arm_after
             and last.batch.version == self._told_roster
             and self._num_untold < TOLD_EVERY
         )
@@ -253,6 +329,36 @@ class Planner:
         depth = int(lengths.max(initial=0))
         static_s = float(step_seconds(curve, draft, ladder.size + other + drafts, drafts, depth))
         return gain / static_s
+
+    def _gain_std(self, ladder: Ladder, lengths: I64, shape: StepShape) -> dict[Arm, float]:
+        """Deviation of log(goodput at ``lengths`` / goodput otherwise), by the delta method.
+
+        Hazards are taken to be independent by depth, and wrong alike for all requests; those of
+        depths never tried are as uncertain as their prior. Of costs only the difference counts.
+        """
+        engine = self.engine
+        hazard_std = engine.acceptance.hazard_std() / engine.acceptance.pooled_hazards()
+        static = engine.hello.limits.static_length
+        tokens, cost = self._influence(ladder, ladder.at(lengths)[0], shape)
+        found = {}
+        for arm, length in ((Arm.NONE, 0), (Arm.OWN, static)):
+            other_tokens, other_cost = self._influence(ladder, ladder.at(length)[0], shape)
+            of_tokens = float((((tokens - other_tokens) * hazard_std) ** 2).sum())
+            of_cost = engine.step_cost.log_ratio_std(cost, other_cost)
+            found[arm] = float(np.sqrt(of_tokens + of_cost**2))
+        return found
+
+    def _influence(self, ladder: Ladder, lengths: I64, shape: StepShape) -> tuple[F64, StepShape]:
+        """d log tokens / d log hazard by depth, [K], at ``lengths``; and the step's shape."""
+        presence = 1.0 if ladder.presence is None else ladder.presence
+        taken = np.arange(ladder.max_length)[:, None] < lengths
+        by_depth = (ladder.worth * taken * presence).sum(axis=1, dtype=np.float64)
+        beyond: F64 = by_depth[::-1].cumsum()[::-1]  # a hazard is a factor of all that follow
+        drafts = float((lengths * presence).sum())
+        forwards = 0 if self.engine.hello.limits.drafts_known_first else int(lengths.max(initial=0))
+        return beyond / (ladder.weight_sum + float(by_depth.sum())), shape._replace(
+            verify_tokens=ladder.size + drafts, draft_forwards=forwards, draft_tokens=drafts
+        )
 
     def _fallback_table(
         self, ladder: Ladder, curve: CostCurve, draft: DraftCost

@@ -21,6 +21,8 @@ SPACING = 8  #: decisions between two probes, or two looks at what one would cos
 #: Lengths probed in turn, 0 for the longest: while some requests speculate, and while none does.
 #: Then what is wanted is news of the first draft, of which a cheap probe brings most.
 TURNS, TURNS_WHEN_OFF = (2, 0, 1), (1, 1, 2, 1, 1, 0)
+SHARE_WHILE_DRAFTING = 0.2  #: of the budget, once settled: much is then learned without probes
+SETTLING_STEPS = 1000  #: of a first start, whose sweep saw each size of pass only now and then
 SAVINGS_S = 60.0  #: what was earned in more than this time is not saved up
 
 
@@ -31,13 +33,15 @@ class Prober:
     ----------
     max_length : longest length of the engine
     share : of goodput that probing may cost, 0 to 1
-    sweep : whether to try all lengths first, each twice, outside the budget
+    sweep : whether this is a first start: try all lengths, each twice, outside the budget; and
+        spend the whole budget for a while
     """
 
     def __init__(self, max_length: int, share: float, sweep: bool) -> None:
         self.share = share
         self.max_length = max_length
         self._sweep = list(range(max_length, -1, -1)) * SWEEPS if sweep and max_length else []
+        self._settling = SETTLING_STEPS if sweep else 0
         self._tries = 0
         self._turn = 0
         self.num_probes = 0
@@ -51,7 +55,11 @@ class Prober:
 
     def account(self, observation: Observation) -> None:
         """Earn from a step, and cross off what it tried of the sweep."""
-        earned_s = self._purse_s + self.share * observation.report.step_s
+        settled = not self._settling
+        self._settling = max(0, self._settling - 1)
+        reduced = settled and observation.num_drafted.any()
+        share = self.share * (SHARE_WHILE_DRAFTING if reduced else 1.0)
+        earned_s = self._purse_s + share * observation.report.step_s
         self._purse_s = min(earned_s, self.share * SAVINGS_S)
         if not self._sweep or observation.report.num_waiting or not len(observation.batch.ids):
             return

@@ -15,14 +15,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
 
-from smartspec.daemon import config, config_text, logs, notify
+from smartspec.daemon import commands, config, config_text, logs, notify
 from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
 from smartspec.daemon.notify import Notifier
+
+if TYPE_CHECKING:
+    from smartspec.daemon.curve_keys import DaemonKeys
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ class Loop(Protocol):
     def cycle(self, timeout_s: float) -> str | None: ...
 
     def apply(self, settings: Settings) -> None: ...
+
+    def obey(self, command: commands.Command) -> commands.Answer: ...
 
     def checkpoints(self) -> list[CheckpointEvent]: ...
 
@@ -256,15 +261,37 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
     import zmq
 
     from smartspec.daemon.control_loop import ControlLoop
+    from smartspec.daemon.curve_keys import KeyFileError
+    from smartspec.daemon.pauses import Pauses
+    from smartspec.daemon.tap import Tap
     from smartspec.daemon.transport import Server
     from smartspec.daemon.warm_start import load
 
     library = load(settings)  # this may wait for a disk, or a second for Redis: no engine does
     try:
-        transport = Server(settings.endpoint)
+        transport = Server(
+            settings.endpoint,
+            max_frame_bytes=settings.limits.max_frame_bytes,
+            keys=_keys_of(settings),
+        )
+    except KeyFileError as error:
+        raise ServiceError(f"curve.directory: {error}") from error
     except (zmq.ZMQError, OSError) as error:
         raise ServiceError(f"endpoint: cannot listen at {settings.endpoint} ({error})") from error
-    return ControlLoop(settings, transport, bus, time.monotonic, library=library)
+    # Not in the runtime directory, which a service manager removes between two runs.
+    kept = settings.state.directory if settings.state.enabled else settings.runtime_dir
+    pauses = Pauses(Path(kept) / "paused.json")
+    return ControlLoop(
+        settings, Tap(transport, bus), bus, time.monotonic, library=library, pauses=pauses
+    )
+
+
+def _keys_of(settings: Settings) -> Callable[[], DaemonKeys] | None:
+    from smartspec.daemon import curve_keys
+
+    if not settings.endpoint.startswith("tcp://") or settings.insecure:
+        return None
+    return partial(curve_keys.read, Path(settings.curve.directory))
 
 
 def save_last(settings: Settings, last: list[CheckpointEvent]) -> None:
@@ -307,6 +334,7 @@ def run(
     lock = InstanceLock(runtime_dir / "daemon.lock")
     lock.acquire()
     bus = _bind_bus(settings.bus_endpoint)
+    console = _bind_console(settings)
     telemetry = TelemetryChild(partial(start_telemetry, settings), bus)
     loop = None
     last: list[CheckpointEvent] = []
@@ -333,6 +361,7 @@ def run(
                     notifier.reloading()
                     settings = _apply(settings, reload, loop, telemetry)
                     notifier.ready(f"{settings.mode} mode")
+            console.serve(loop.obey)
             reason = loop.cycle(CYCLE_TIMEOUT_S)
             if reason:
                 log.debug("%s", reason)
@@ -348,6 +377,7 @@ def run(
             loop.close()
         telemetry.close()
         save_last(settings, last)
+        console.close()
         bus.close()
         lock.release()
         notifier.close()
@@ -357,9 +387,8 @@ def _apply(
     settings: Settings, load: Callable[[], Settings], loop: Loop, telemetry: TelemetryChild
 ) -> Settings:
     new, how = reload_settings(settings, load)
-    if "now" in how:
-        logs.configure(new.log)
-        loop.apply(new)
+    logs.configure(new.log)
+    loop.apply(new)  # also when no setting has changed: who may connect is in a file of its own
     if "telemetry" in how:
         telemetry.restart(partial(start_telemetry, new))
     return new
@@ -372,3 +401,13 @@ def _bind_bus(endpoint: str) -> EventBus:
         return EventBus.bind(endpoint)
     except zmq.ZMQError as error:
         raise ServiceError(f"bus_endpoint: cannot listen at {endpoint} ({error})") from error
+
+
+def _bind_console(settings: Settings) -> commands.CommandServer:
+    import zmq
+
+    address = commands.endpoint(settings)
+    try:
+        return commands.CommandServer.bind(address)
+    except zmq.ZMQError as error:
+        raise ServiceError(f"runtime_dir: cannot listen at {address} ({error})") from error

@@ -65,13 +65,13 @@ def _load_redis(settings: Settings, library: Library, found: set[str]) -> int:
 
     from smartspec.daemon.telemetry.redis_store import (
         Keys,
-        connect,
+        connect_as,
         put_learned_aside,
         read_learned,
     )
 
     num_taken = 0
-    client = connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S)
+    client = connect_as(settings, timeout_s=REDIS_TIMEOUT_S)
     keys = Keys(settings.redis.key_prefix)
     try:
         for key_id, frame in read_learned(client, keys, settings.state.max_kept).items():

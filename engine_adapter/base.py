@@ -72,6 +72,8 @@ class StepFacts:
     num_waiting: int = 0  #: requests queued, not yet running
     kv_usage: float = 0.0  #: share of the KV room in use, 0 to 1
     mode: str = "ragged"  #: execution mode of the target's pass
+    #: what was chosen for this step, where the engine has asked for a later one's lengths since
+    choice: Choice | None = None
 
 
 class LengthSource(Protocol):

@@ -100,6 +100,7 @@ class Choice(NamedTuple):
     gain: float = 0.0  #: expected weighted tokens of the step
     seconds: float = 0.0  #: expected time of the step
     source: str = "policy"  #: "policy", "probe", "fallback" or "own"
+    policy_seq: int = 0  #: the policy that chose; 0: none did, or not known here
 
     @classmethod
     def fixed(cls, lengths: I64, source: str) -> Choice:

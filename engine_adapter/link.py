@@ -33,6 +33,7 @@ from smartspec.engine_adapter.base import (
     LengthSource,
     StepFacts,
 )
+from smartspec.engine_adapter.curve import EngineKeys
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.messages import (
     Goodbye,
@@ -96,6 +97,7 @@ class EngineLink:
     hello : who this engine is and what it can do
     own : what decides when nobody steers; default: ``hello.limits.static_length`` for all
     clock : monotonic seconds
+    keys : of this engine, for a daemon that is reached over tcp://; None: no encryption
     socket : frames to and from the daemon; None: ZeroMQ's, to ``endpoint``
     """
 
@@ -105,6 +107,7 @@ class EngineLink:
         hello: Hello,
         own: LengthSource | None = None,
         *,
+        keys: EngineKeys | None = None,
         clock: Callable[[], float] = time.monotonic,
         socket: LinkSocket | None = None,
     ) -> None:
@@ -115,7 +118,7 @@ class EngineLink:
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: Any = socket  # zmq's methods have more to them than LinkSocket's
         if socket is None:
-            self._connect(endpoint)
+            self._connect(endpoint, keys)
 
         self._program: Program | None = None
         self._probe_pending = False
@@ -155,7 +158,7 @@ class EngineLink:
         seq = self._program.policy.seq if steered and self._program else 0
         self._chosen_by = (seq, choice.source)
         self.stats.state = choice.source
-        return choice
+        return choice._replace(policy_seq=seq) if seq else choice
 
     def report(self, facts: StepFacts) -> None:
         """Tell the daemon what a step did, if it can be told at once."""
@@ -198,7 +201,7 @@ class EngineLink:
         if self._context is not None:
             self._context.term()
 
-    def _connect(self, endpoint: str) -> None:
+    def _connect(self, endpoint: str, keys: EngineKeys | None) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in (
@@ -212,6 +215,10 @@ class EngineLink:
             # Such frames are refused by their decoder.
         ):
             self._socket.setsockopt(option, value)
+        if keys is not None:
+            self._socket.curve_serverkey = keys.server
+            self._socket.curve_publickey = keys.public
+            self._socket.curve_secretkey = keys.secret
         self._socket.connect(endpoint)
 
     # -- choosing -------------------------------------------------------------------------------
@@ -336,6 +343,8 @@ class EngineLink:
         batch = facts.batch
         self._update_roster(batch)
         policy_seq, source = self._chosen_by
+        if facts.choice is not None:
+            policy_seq, source = facts.choice.policy_seq, facts.choice.source
         report = StepReport(
             epoch=self.hello.epoch,
             seq=self._seq,

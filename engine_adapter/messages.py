@@ -57,6 +57,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True, omit_defaults=True):
     accelerator: Text = ""
     parallelism: Text = ""
     dtype: Text = ""
+    attention_backend: Text = ""
 
 
 class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -69,6 +70,7 @@ class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     modes: tuple[Text, ...] = ("ragged",)  #: execution modes of verification
     graph_sizes: tuple[UInt, ...] = ()  #: token counts that passes are padded to, rising
     drafts_known_first: bool = False  #: drafts exist before lengths are chosen (prompt lookup)
+    drafter_runs_at_zero: bool = False  #: a step without drafts still costs a pass of the drafter
 
 
 class Hello(Message, frozen=True, tag="hello"):

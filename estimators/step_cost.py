@@ -321,6 +321,14 @@ class StepCost(Regressor):
         leverage = self._solver.leverage(self.row(shape))
         return self._filters["step"].noise * math.sqrt(self.seconds(shape) ** 2 + leverage)
 
+    def log_ratio_std(self, a: StepShape, b: StepShape) -> float:
+        """Deviation of log(expected seconds of ``a`` / those of ``b``), by what is unlearned.
+
+        Errors that both shapes share cancel: that of a fixed cost hardly counts.
+        """
+        rows = [self.row(shape) / self.seconds(shape) for shape in (a, b)]
+        return self._filters["step"].noise * math.sqrt(self._solver.leverage(rows[0] - rows[1]))
+
     def target_curve(self, shape: StepShape, num_tokens: npt.ArrayLike) -> F64:
         """Seconds of steps without drafting, by N, the tokens of the target's pass.
 

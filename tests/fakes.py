@@ -45,6 +45,10 @@ class FakeTransport:
         self.waits: list[float] = []
         self.closed = False
         self.num_unsendable = 0
+        self.num_denied = 0
+
+    def reload(self) -> None:
+        pass
 
     def wait(self, timeout_s: float) -> bool:
         self.waits.append(timeout_s)
@@ -79,7 +83,11 @@ class RecordingBus:
 
     def __init__(self) -> None:
         self.events: list[BusEvent] = []
+        self.wanted: set[type[Any]] = set()
         self.num_dropped = 0
+
+    def wants(self, kind: type[Any]) -> bool:
+        return kind in self.wanted
 
     def publish(self, event: BusEvent) -> None:
         self.events.append(event)
@@ -231,15 +239,19 @@ def policy(seq: int = 1, *, lengths_for: float = 0.9, **more: Any) -> wire.Polic
 class Steering:
     """A `LengthSource` that plans in place: engine, planner and program without a wire.
 
-    In the loop's order: decide for what a report says, then learn from it.
+    In the loop's order: decide for what a report says, then learn from it. A policy steers the next
+    step, or ``late`` steps later.
     """
 
-    def __init__(self, engine: Engine, planner: Planner, own_length: int = 3) -> None:
+    def __init__(
+        self, engine: Engine, planner: Planner, own_length: int = 3, late: int = 0
+    ) -> None:
         self.engine = engine
         self.planner = planner
         self.program: Program | None = None
         self.decisions: list[Decision] = []
         self._own_length = own_length
+        self._on_the_way: deque[tuple[wire.Policy, Any] | None] = deque([None] * late)
         self._chosen: tuple[int, str] = (0, "own")
         self._probing = False
         self._seq = 0
@@ -292,10 +304,13 @@ class Steering:
         decision = self.planner.decide()
         if decision is not None:
             self.decisions.append(decision)
-        if decision is not None and decision.is_news:
-            features = self.engine.hello.limits.features
-            self.program = Program(decision.policy, features, self._ids)
-            self._probing = decision.policy.num_probes > 0
+        news = decision is not None and decision.is_news
+        self._on_the_way.append((decision.policy, self._ids) if decision and news else None)
+        arrived = self._on_the_way.popleft()
+        if arrived is not None:
+            policy, roster = arrived
+            self.program = Program(policy, self.engine.hello.limits.features, roster, self.program)
+            self._probing = policy.num_probes > 0
         self.engine.learn(observation)
         self.planner.prober.account(observation)
 

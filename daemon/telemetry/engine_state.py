@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec import Struct
 
-from smartspec.daemon.event_bus import DecisionEvent, EngineEvent, StepEvent
+from smartspec.daemon.event_bus import DecisionEvent, EngineEvent, GainEvent, StepEvent
 
 SMOOTHING_S = 5.0  #: memory of the smoothed figures, in seconds of engine steps
 
@@ -59,9 +59,29 @@ class EngineState(Struct, kw_only=True):
     predicted_goodput_static: float | None = None
     # smoothed
     goodput: float | None = None
-    gain_over_none: float | None = None
-    gain_over_static: float | None = None
     prediction_error: float | None = None
+    # what it brings, with 95% intervals
+    stance: str | None = None
+    arm: str | None = None
+    gain_over_none: float | None = None
+    gain_over_none_low: float | None = None
+    gain_over_none_high: float | None = None
+    gain_over_static: float | None = None
+    gain_over_static_low: float | None = None
+    gain_over_static_high: float | None = None
+    measured_over_none: float | None = None
+    measured_over_none_low: float | None = None
+    measured_over_none_high: float | None = None
+    measured_over_static: float | None = None
+    measured_over_static_low: float | None = None
+    measured_over_static_high: float | None = None
+    num_compared_none: int = 0
+    num_compared_static: int = 0
+    bias_none: float | None = None
+    bias_static: float | None = None
+    evidence_worse: float = 1.0
+    num_retreats: int = 0
+    retry_s: float | None = None
 
 
 class SmoothedRatio:
@@ -97,17 +117,18 @@ class EngineTracker:
 
     def _restart(self) -> None:
         self._goodput = SmoothedRatio()
-        self._over_none = SmoothedRatio()
-        self._over_static = SmoothedRatio()
         self._error = SmoothedRatio()
 
-    def note(self, event: StepEvent | DecisionEvent | EngineEvent) -> None:
+    def note(self, event: StepEvent | DecisionEvent | GainEvent | EngineEvent) -> None:
         self.state.updated_s = event.t_s
         match event:
             case StepEvent():
                 self._note_step(event)
             case DecisionEvent():
                 self._note_decision(event)
+            case GainEvent():
+                for name in _GAIN_FIELDS:
+                    setattr(self.state, name, getattr(event, name))
             case EngineEvent(state="refused"):
                 pass  # another's attempt under this name; the engine itself goes on
             case EngineEvent():
@@ -149,15 +170,6 @@ class EngineTracker:
         for name in _DECISION_FIELDS:
             setattr(state, name, getattr(event, name))
         state.num_probes += event.num_probes
-        step_s = state.step_s or 0.05  # weight of a decision: the step it is for
-        for ratio, other in (
-            (self._over_none, event.predicted_goodput_none),
-            (self._over_static, event.predicted_goodput_static),
-        ):
-            if event.predicted_goodput > 0 and other > 0:
-                ratio.add(event.predicted_goodput * step_s, other * step_s, step_s)
-        state.gain_over_none = _gain(self._over_none)
-        state.gain_over_static = _gain(self._over_static)
 
 
 _DECISION_FIELDS = tuple(
@@ -167,9 +179,7 @@ _DECISION_FIELDS = tuple(
 )
 
 
-def _gain(ratio: SmoothedRatio) -> float | None:
-    value = ratio.value
-    return None if value is None else value - 1.0
+_GAIN_FIELDS = tuple(n for n in GainEvent.__struct_fields__ if n not in ("engine", "t_s"))
 
 
 # -- as flat fields, for Redis hashes and stream entries ----------------------------------------

@@ -16,7 +16,14 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ("engine",)
     buckets: tuple[float, ...] = ()
 
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Names under which it is scraped."""
+        suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": _OF_HISTOGRAM}
+        return tuple(self.id + suffix for suffix in suffixes[self.kind])
 
+
+_OF_HISTOGRAM = ("_bucket", "_sum", "_count")
 _SECONDS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 _STEP_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 5.0)
 
@@ -80,9 +87,34 @@ PREDICTED_GOODPUT = Metric(
 GAIN = Metric(
     "smartspec_estimated_gain_ratio",
     "gauge",
-    "Predicted goodput over that of the alternative, less 1; smoothed.",
+    "Goodput over that of the alternative, less 1: estimate and 95% interval.",
+    ("engine", "over", "bound"),
+)
+MEASURED_GAIN = Metric(
+    "smartspec_measured_gain_ratio",
+    "gauge",
+    "The same, measured by neighbouring blocks of time: mean and 95% interval.",
+    ("engine", "over", "bound"),
+)
+COMPARISONS = Metric(
+    "smartspec_comparisons", "counter", "Pairs of blocks compared.", ("engine", "over")
+)
+BIAS = Metric(
+    "smartspec_prediction_bias_ratio",
+    "gauge",
+    "Goodput of the alternative, when it was run: measured over predicted, less 1.",
     ("engine", "over"),
 )
+STANCES = ("observe", "canary", "control", "paused", "retreated")
+STANCE = Metric(
+    "smartspec_stance", "gauge", "1 for how the engine is treated now.", ("engine", "stance")
+)
+EVIDENCE_WORSE = Metric(
+    "smartspec_evidence_worse",
+    "gauge",
+    "That the engine's own setting is better by more than the tolerance; from 1000 on it retreats.",
+)
+RETREATS = Metric("smartspec_retreats", "counter", "Times that an engine was left to itself.")
 ACCEPTANCE = Metric(
     "smartspec_acceptance_ratio",
     "gauge",
@@ -102,6 +134,9 @@ STALENESS = Metric(
 )
 
 # the daemon and its telemetry
+HEARD = Metric(
+    "smartspec_daemon_heard_timestamp_seconds", "gauge", "When the daemon last said a word.", ()
+)
 NUM_ENGINES = Metric("smartspec_engines", "gauge", "Engines served.", ())
 LOOP = Metric("smartspec_loop_events", "counter", "The loop's own counters.", ("counter",))
 NOTES = Metric("smartspec_notes", "counter", "Notes to the operator.", ("level", "kind"))

@@ -10,24 +10,26 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import threading
 
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import (
+    USUAL,
     BusEvent,
     CheckpointEvent,
     DecisionEvent,
     EngineEvent,
+    GainEvent,
     StepEvent,
     Subscriber,
     subscribe,
 )
 from smartspec.daemon.notify import Notifier
+from smartspec.daemon.stopping import Stop
 from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineTracker
 from smartspec.daemon.telemetry.prometheus import ADDRESS, PrometheusExporter
-from smartspec.daemon.telemetry.redis_store import RedisStore, connect
+from smartspec.daemon.telemetry.redis_store import RedisStore, connect_as
 from smartspec.daemon.warm_start import state_directory
 
 log = logging.getLogger(__name__)
@@ -71,12 +73,12 @@ class Telemetry:
 
     def _note(self, event: BusEvent) -> None:
         tracker = None
-        if isinstance(event, (StepEvent, DecisionEvent, EngineEvent)):
+        if isinstance(event, (StepEvent, DecisionEvent, GainEvent, EngineEvent)):
             tracker = self._trackers.get(event.engine)
             if tracker is None and getattr(event, "state", "") != "refused":
                 tracker = self._trackers[event.engine] = EngineTracker(event.engine)
         if tracker is not None:
-            tracker.note(event)  # type: ignore[arg-type]  # it is one of the three
+            tracker.note(event)  # type: ignore[arg-type]  # it is one of the four
             self._changed.add(tracker.state.engine)
         if self._exporter is not None:
             self._exporter.note(event, tracker.state if tracker else None)
@@ -100,13 +102,13 @@ class Telemetry:
         self._subscriber.close()
 
 
-def run(settings: Settings, stop: threading.Event) -> None:
+def run(settings: Settings, stop: Stop) -> None:
     """Serve until ``stop``. Never raises for a Redis or a port that cannot be had."""
     os.nice(NICENESS)  # its Valkey inherits it
     exporter = _exporter(settings)
     valkey = None if settings.redis.url else EmbeddedValkey(settings.embedded_socket)
     store = RedisStore(
-        connect(settings.redis_url),
+        connect_as(settings),
         settings.redis.key_prefix,
         settings.redis.stream_maxlen,
         settings.redis.ttl_s,
@@ -118,7 +120,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
     if settings.state.enabled:
         writer = CheckpointWriter(state_directory(settings), tell=store.add)
         writer.start()
-    telemetry = Telemetry(subscribe(settings.bus_endpoint), store, exporter, writer)
+    telemetry = Telemetry(subscribe(settings.bus_endpoint, USUAL), store, exporter, writer)
     notifier = Notifier(os.environ)
     notifier.ready(f"events from {settings.bus_endpoint}")
     try:

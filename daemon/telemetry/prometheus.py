@@ -18,6 +18,7 @@ from smartspec.daemon.event_bus import (
     BusEvent,
     DecisionEvent,
     EngineEvent,
+    GainEvent,
     LoopEvent,
     NoteEvent,
     StepEvent,
@@ -82,7 +83,9 @@ class PrometheusExporter:
             case StepEvent():
                 self._note_step(event, state)
             case DecisionEvent():
-                self._note_decision(event, state)
+                self._note_decision(event)
+            case GainEvent():
+                self._note_gain(event)
             case EngineEvent():
                 self._of(ids.ENGINE_EVENTS, event.state).inc()
                 if event.state == "connected":
@@ -92,6 +95,7 @@ class PrometheusExporter:
             case NoteEvent():
                 self._of(ids.NOTES, event.level, event.kind).inc()
             case LoopEvent():
+                self._of(ids.HEARD).set(event.t_s)
                 self._of(ids.NUM_ENGINES).set(event.num_engines)
                 for name, total in event.counters.items():
                     self._raise_to(ids.LOOP, total, name)
@@ -148,7 +152,22 @@ class PrometheusExporter:
             self._set(ids.GOODPUT, state.goodput, engine)
             self._set(ids.PREDICTION_ERROR, state.prediction_error, engine)
 
-    def _note_decision(self, event: DecisionEvent, state: EngineState | None) -> None:
+    def _note_gain(self, event: GainEvent) -> None:
+        engine = event.engine
+        for over in ("none", "static"):
+            for metric, prefix in ((ids.GAIN, "gain"), (ids.MEASURED_GAIN, "measured")):
+                for bound, suffix in (("mean", ""), ("low", "_low"), ("high", "_high")):
+                    value = getattr(event, f"{prefix}_over_{over}{suffix}")
+                    self._set(metric, value, engine, over, bound)
+            self._set(ids.BIAS, getattr(event, f"bias_{over}"), engine, over)
+            num_compared = getattr(event, f"num_compared_{over}")
+            self._raise_to(ids.COMPARISONS, num_compared, engine, over)
+        for stance in ids.STANCES:
+            self._of(ids.STANCE, engine, stance).set(stance == event.stance)
+        self._of(ids.EVIDENCE_WORSE, engine).set(event.evidence_worse)
+        self._raise_to(ids.RETREATS, event.num_retreats, engine)
+
+    def _note_decision(self, event: DecisionEvent) -> None:
         engine = event.engine
         self._of(ids.DECISIONS, engine, "yes" if event.steering else "no").inc()
         self._of(ids.STEERING, engine).set(event.steering)
@@ -167,9 +186,6 @@ class PrometheusExporter:
         self._of(ids.PREDICTED_GOODPUT, engine, "chosen").set(event.predicted_goodput)
         self._of(ids.PREDICTED_GOODPUT, engine, "none").set(event.predicted_goodput_none)
         self._of(ids.PREDICTED_GOODPUT, engine, "static").set(event.predicted_goodput_static)
-        if state is not None:
-            self._set(ids.GAIN, state.gain_over_none, engine, "none")
-            self._set(ids.GAIN, state.gain_over_static, engine, "static")
 
     def _set(self, metric: ids.Metric, value: float | None, *labels: str) -> None:
         if value is not None:

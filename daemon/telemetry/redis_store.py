@@ -17,13 +17,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.credentials import CredentialProvider
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 from redis.retry import Retry
 
+from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import (
     BusEvent,
     CheckpointEvent,
@@ -87,10 +90,40 @@ class Keys:
                 return None
 
 
-def connect(url: str, timeout_s: float = SOCKET_TIMEOUT_S) -> redis.Redis:
+class PasswordFile(CredentialProvider):
+    """User and password for one connection: the file may be renewed while we run."""
+
+    def __init__(self, username: str, path: Path) -> None:
+        self._username = username
+        self._path = path
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            password = self._path.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise redis.ConnectionError(
+                f"redis.password_file: {self._path} cannot be read ({type(error).__name__})"
+            ) from error
+        return (self._username, password) if self._username else (password,)
+
+
+def connect_as(settings: Settings, timeout_s: float = SOCKET_TIMEOUT_S) -> redis.Redis:
+    """A client of the server in the settings, with its user and certificates."""
+    chosen = settings.redis
+    options: dict[str, Any] = {}
+    if chosen.password_file:
+        path = Path(chosen.password_file)
+        options["credential_provider"] = PasswordFile(chosen.username, path)
+    if chosen.ca_file:
+        options["ssl_ca_certs"] = chosen.ca_file
+    return connect(settings.redis_url, timeout_s, **options)
+
+
+def connect(url: str, timeout_s: float = SOCKET_TIMEOUT_S, **options: Any) -> redis.Redis:
     """A client that gives up after ``timeout_s`` and reconnects once by itself."""
     return redis.Redis.from_url(
         url,
+        **options,
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         retry=Retry(BACKOFF, 1, supported_errors=(redis.ConnectionError,)),

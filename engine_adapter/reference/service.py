@@ -10,6 +10,7 @@ from typing import BinaryIO, Literal, TypeAlias
 
 import torch
 
+from smartspec.engine_adapter.curve import EngineKeys
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
 from smartspec.engine_adapter.reference import model as models
@@ -56,7 +57,7 @@ def make_proposer(
     return DraftModel(ModelRunner(model, max_num_running, max_model_len), max_length)
 
 
-def link_to(endpoint: str, engine: str) -> LinkFactory:
+def link_to(endpoint: str, engine: str, keys: EngineKeys | None = None) -> LinkFactory:
     """Makes links to the daemon at ``endpoint`` for an engine of this name."""
 
     def connect(facts: WorkerFacts) -> EngineLink:
@@ -79,7 +80,9 @@ def link_to(endpoint: str, engine: str) -> LinkFactory:
         # The epoch is the one place where the time of day is right: it must differ after a reboot.
         epoch = time.time_ns()
         return EngineLink(
-            endpoint, Hello(engine=engine, epoch=epoch, fingerprint=fingerprint, limits=limits)
+            endpoint,
+            Hello(engine=engine, epoch=epoch, fingerprint=fingerprint, limits=limits),
+            keys=keys,
         )
 
     return connect
@@ -96,6 +99,7 @@ def run_worker(
     length: int = 3,
     engine: str = "worker-0",
     endpoint: str | None = None,
+    keys: EngineKeys | None = None,
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
@@ -116,6 +120,7 @@ def run_worker(
     speculation : mode to start in
     length : the worker's own length: static, and where no daemon steers
     engine, endpoint : name on the daemon, and where it listens; None: there is no daemon
+    keys : for a daemon that listens at tcp://
     link_factory : takes the place of a link to ``endpoint``
     threads : of torch on the CPU
     fetch_only : fetch and convert the default model, and return
@@ -142,7 +147,7 @@ def run_worker(
             max_prefill_tokens=max_prefill_tokens,
             seed=seed,
             step_events=step_events,
-            link_factory=link_to(endpoint, engine)
+            link_factory=link_to(endpoint, engine, keys)
             if link_factory is None and endpoint is not None
             else link_factory,
             sink=sys.stdout.buffer if sink is None else sink,

@@ -30,7 +30,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Draft(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A drafter: ``fixed + forward * depth + token * tokens`` seconds, 0 where nothing is drafted."""
+    """A drafter: ``fixed + forward * depth + token * tokens`` seconds; 0 without drafts."""
 
     fixed_s: float
     forward_s: float

@@ -43,6 +43,7 @@ class Wire:
         self.to_daemon: deque[tuple[bytes, bytes]] = deque()
         self._sockets: dict[bytes, EngineSocket] = {}
         self.num_unsendable = 0
+        self.num_denied = 0
 
     def connect(self, name: str) -> EngineSocket:
         """A new engine's end."""
@@ -63,6 +64,9 @@ class Wire:
             return False
         socket.inbox.append(frame)
         return True
+
+    def reload(self) -> None:
+        """There are no keys to read."""
 
     def close(self) -> None:
         self._sockets.clear()

@@ -21,7 +21,6 @@ from smartspec.lab.profiles.machines import Chunk, Machine, Step
 
 TABLE = (1, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 TABLE_BEYOND = (640, 768, 1024, 1536, 2048, 4096)
-NOTHING = Source("", "", "")
 #: Bytes of weights and layers: Llama-68M, Llama-160M, Llama-3.2-1B; one layer of an 8B with a
 #: reduced vocabulary of 32,000, as EAGLE-3's heads are.
 DRAFTS = {
@@ -64,7 +63,7 @@ def _round(value: float) -> float:
 
 
 def _relative_fit(rows: list[list[float]], seconds: list[float]) -> list[float]:
-    """Coefficients >= 0 of the least squares of relative errors: what turns negative is left out."""
+    """Coefficients >= 0 of the least squares of relative errors; what turns negative is 0."""
     x, y = np.array(rows), np.array(seconds)
     x, y = x / y[:, None], np.ones(len(y))
     used = list(range(x.shape[1]))
@@ -91,7 +90,9 @@ def fit(
     table = TABLE + TABLE_BEYOND
     dense_s = [term["dense"].seconds(Step(0, n)) for n in table]
     if "all_reduce" in term:
-        dense_s = [s + term["all_reduce"].seconds(Step(0, n)) for s, n in zip(dense_s, table)]
+        dense_s = [
+            s + term["all_reduce"].seconds(Step(0, n)) for s, n in zip(dense_s, table, strict=True)
+        ]
     steps = _random_steps(machine, rng, 800)
     decode = _relative_fit(
         [[1.0, step.num_decoding, step.context_tokens] for step in steps],
@@ -117,11 +118,29 @@ def fit(
         host = low - host_request
     sources = [Source(one.name, one.source, one.note) for one in machine.terms]
     made = Profile(
-        machine.name, target, accelerator, machine.graph_sizes, table,
-        tuple(_round(s) for s in dense_s), *decode, *chunk, _round(max(row_s, 0.0)),
-        _round(host), _round(host_request), drafts, machine.max_num_running,
-        machine.kv_tokens, machine.chunk_tokens, 0.0, 0.0, tuple(sources),
-    )  # fmt: skip
+        name=machine.name,
+        target=target,
+        accelerator=accelerator,
+        graph_sizes=machine.graph_sizes,
+        dense_tokens=table,
+        dense_s=tuple(_round(s) for s in dense_s),
+        decode_fixed_s=decode[0],
+        decode_request_s=decode[1],
+        decode_context_s=decode[2],
+        chunk_fixed_s=chunk[0],
+        chunk_token_s=chunk[1],
+        chunk_pair_s=chunk[2],
+        row_s=_round(max(row_s, 0.0)),
+        host_s=_round(host),
+        host_request_s=_round(host_request),
+        drafts=drafts,
+        max_num_running=machine.max_num_running,
+        kv_tokens=machine.kv_tokens,
+        chunk_tokens=machine.chunk_tokens,
+        fit_error_mean=0.0,
+        fit_error_p95=0.0,
+        sources=tuple(sources),
+    )
     errors = []
     for step in _random_steps(machine, rng, 800):
         chunks = tuple(profile.Chunk(*one) for one in step.chunks)

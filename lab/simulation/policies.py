@@ -40,7 +40,7 @@ class Table(BatchLength):
         self, profile: Profile, draft: str, acceptance: float, max_length: int, context: int = 700
     ) -> None:
         super().__init__()
-        survival = acceptance ** np.arange(1, max_length + 1)
+        survival = acceptance ** np.arange(1.0, max_length + 1)
         cost = profile.draft(draft)
         lengths = [0]
         for size in range(1, profile.max_num_running + 1):
@@ -233,7 +233,8 @@ class Told(FixedLength):
         if self._clairvoyant:
             survival = (depths <= engine.outcomes.run[present.positions]).astype(np.float64)
         else:
-            survival = engine.outcomes.probability[present.positions].astype(np.float64) ** depths
+            ahead = engine.outcomes.probability[present.positions + depths - 1]
+            survival = np.cumprod(ahead, axis=0, dtype=np.float64)
         factor, chunks = present.cost_factor, present.chunks
         most = batch.size * (1 + engine.max_length) + batch.num_prefill_tokens
         curve = engine.profile.curve(batch.size, present.context_tokens, chunks, most, factor)

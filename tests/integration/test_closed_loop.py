@@ -142,7 +142,8 @@ REGIMES = {
 def test_goodput_comes_near_the_best_uniform_length_in_hindsight(regime: str) -> None:
     costs, acceptance, lookup = REGIMES[regime]
     with closed(acceptance, costs, lookup=lookup) as pair:
-        pair.run(200)
+        # Past a knee the sweep makes the slope look steeper than it is, until probes have told.
+        pair.run(400 if costs is KNEE else 200)
         assert pair.run(150) >= 0.96 * best_uniform(pair.engine)
         assert pair.link.stats.num_errors == pair.link.stats.num_bad_frames == 0
         assert not any(name.startswith("failures") for name in pair.loop.counters)

@@ -29,6 +29,7 @@ from scripted_engine import hello
 from smartspec.daemon import config
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import NullBus
+from smartspec.daemon.throttle import Throttle
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.link import EngineLink
@@ -97,13 +98,15 @@ values = st.one_of(
 
 @st.composite
 def frames(draw: st.DrawFn, real: list[wire.Message]) -> bytes:
-    """A real message with fields replaced, deep or shallow, or with its bytes changed; or noise."""
+    """A real message, whole, with fields replaced or with its bytes changed; or noise."""
     frame = wire.encode(draw(st.sampled_from(real)))
     kind = draw(st.integers(0, 9))
     if kind == 0:
         return draw(st.binary(max_size=64))
     if kind == 1:
         return frame + bytes(wire.MAX_FRAME_BYTES)
+    if kind == 9:  # whole: what comes after the checks is to be reached whatever is drawn
+        return frame
     if kind <= 3:
         data = bytearray(frame)
         for _ in range(draw(st.integers(1, 4))):
@@ -126,6 +129,10 @@ def frames(draw: st.DrawFn, real: list[wire.Message]) -> bytes:
 # -- to the daemon --------------------------------------------------------------------------------
 
 
+#: Quarantine and rates would keep most of what follows from being read at all.
+UNGUARDED = {"limits.quarantine_after": 1_000_000, "limits.max_reports_per_s": 100_000}
+
+
 class Scene:
     """A daemon, an honest engine, and a hostile peer that is let in when ``hostile``.
 
@@ -136,8 +143,13 @@ class Scene:
         self.transport = FakeTransport()
         self.clock = Clock()
         self.loop = ControlLoop(
-            config.load(None, {}, {}), self.transport, NullBus(), self.clock, wall=lambda: 0.0
+            config.load(None, {}, UNGUARDED),
+            self.transport,
+            NullBus(),
+            self.clock,
+            wall=lambda: 0.0,
         )
+        self.loop._hellos = Throttle(1e9, 1e9)
         self.loop.epoch = 5
         self.rng = np.random.default_rng(0)
         self.seq = 0

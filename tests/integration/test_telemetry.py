@@ -29,6 +29,7 @@ from smartspec.daemon.event_bus import (
     DecisionEvent,
     EngineEvent,
     EventBus,
+    GainEvent,
     LoopEvent,
     NoteEvent,
     StepEvent,
@@ -142,9 +143,25 @@ def decision(seq: int, engine: str = "worker-0") -> DecisionEvent:
     )
 
 
+def gain(engine: str = "worker-0") -> GainEvent:
+    return GainEvent(
+        engine=engine,
+        stance="control",
+        arm="smartspec",
+        gain_over_none=0.6,
+        gain_over_none_low=0.5,
+        gain_over_none_high=0.7,
+        measured_over_static=0.04,
+        measured_over_static_low=0.01,
+        measured_over_static_high=0.07,
+        num_compared_static=12,
+    )
+
+
 def play(bus: EventBus, first: int, count: int) -> None:
     for seq in range(first, first + count):
         bus.publish(step(seq))
+        bus.publish(gain())
         bus.publish(decision(seq))
         time.sleep(0.001)
 
@@ -233,7 +250,9 @@ def test_inspect_shows_state_and_reason_when_engine_reports(
         assert inspect.run(settings, "worker-0") == 0
         text = " ".join(capsys.readouterr().out.replace("│", "").split())
         for part in (
-            *("steering", REASON, "2 requests at 0, 10 at 3", "+60% over no speculation"),
+            *("steering", REASON, "2 requests at 0, 10 at 3"),
+            "+60% (+50% to +70%) over no speculation",
+            "+4% (+1% to +7%) in 12 comparisons over the engine's own setting",
             *("1: 80%", "640.0 tokens/s measured", "steps became slower"),
             "5 requests ask for a time per token, 2 of them out of reach",
         ):

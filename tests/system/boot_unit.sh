@@ -22,6 +22,9 @@ packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 mkdir "$root/opt/python" "$root/opt/packages"
 mount --bind "$prefix" "$root/opt/python"
 mount --bind "$packages" "$root/opt/packages"
+# So may the sources, in a home or below /tmp, of which services see one of their own.
+mkdir -p "$root/opt/source/smartspec"
+mount --bind "$source" "$root/opt/source/smartspec"
 name=python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 mkdir -p "$root/etc/systemd/system.conf.d"
 printf '[Manager]\nDefaultEnvironment=LD_LIBRARY_PATH=/opt/python/lib\n' \
@@ -29,7 +32,7 @@ printf '[Manager]\nDefaultEnvironment=LD_LIBRARY_PATH=/opt/python/lib\n' \
 mkdir -p "$root/opt/venv/bin" "$root/opt/venv/lib/$name/site-packages"
 ln -s "/opt/python/bin/$name" "$root/opt/venv/bin/python"
 echo "home = /opt/python/bin" > "$root/opt/venv/pyvenv.cfg"
-echo "import site; site.addsitedir('/opt/packages')" \
+printf '/opt/source\nimport site; site.addsitedir("/opt/packages")\n' \
     > "$root/opt/venv/lib/$name/site-packages/smartspec.pth"
 printf '#!/opt/venv/bin/python\nfrom smartspec.daemon.cli import main\nmain()\n' > "$root/usr/bin/smartspec"
 chmod 0755 "$root/usr/bin/smartspec"

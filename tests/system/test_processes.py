@@ -296,3 +296,53 @@ def test_loop_does_not_notice_when_telemetry_and_redis_are_killed(
     while not {child.pid for child in children()} - gone:
         assert time.monotonic() < deadline, "telemetry was not started again"
         load.run(0.1)
+
+
+def test_engine_is_paused_and_released_from_the_command_line(
+    stack: ExitStack, runtime_dir: str
+) -> None:
+    daemon = Daemon(runtime_dir, "telemetry.enabled=false")
+    stack.callback(daemon.close)
+    load = engine(stack, daemon, [0.6] * 16)
+    load.run_until("policy")
+
+    def smartspec(*words: str) -> subprocess.CompletedProcess[str]:
+        """The command, while the engine goes on stepping."""
+        command = [sys.executable, "-m", "smartspec.daemon.cli", *words]
+        with subprocess.Popen(
+            [*command, "--runtime-dir", runtime_dir],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            while process.poll() is None:
+                load.run(0.05)
+            out, err = process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    assert smartspec("pause", "gpu9").returncode == 3
+    paused = smartspec("pause", "gpu0")
+    assert (paused.returncode, paused.stderr) == (0, "")
+    assert "engine gpu0 paused" in paused.stdout
+    load.run_until("own")
+    assert set(load.run(0.5)) == {"own"}
+    # Neither the engine's restart nor the daemon's undoes it.
+    load.link.close()
+    again = engine(stack, daemon, [0.6] * 16, "gpu0", 2)
+    again.run(1.0)
+    assert set(again.run(0.5)) == {"own"}
+    daemon.kill()
+    daemon.start()
+    connections = again.link.stats.num_connections
+    deadline = time.monotonic() + PATIENCE_S
+    while again.link.stats.num_connections == connections:
+        assert again.step() == "own"
+        assert time.monotonic() < deadline
+        time.sleep(STEP_S)
+    assert set(again.run(1.0)) == {"own"}
+    load = again
+    assert smartspec("release").returncode == 0
+    load.run_until("policy")
+    daemon.kill()
+    nobody = smartspec("pause")
+    assert nobody.returncode == 2 and "no daemon answers" in nobody.stderr

@@ -19,7 +19,7 @@ from smartspec.daemon import config, inspect, service
 from smartspec.daemon.cli import app
 from smartspec.daemon.config import Settings
 
-COMMANDS = ["run", "worker", "telemetry", "inspect", "demo", "config"]
+COMMANDS = ["run", "worker", "telemetry", "inspect", "pause", "release", "demo", "config"]
 
 
 @pytest.fixture(autouse=True)

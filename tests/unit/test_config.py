@@ -65,7 +65,7 @@ def test_password_is_not_shown_when_a_url_changes() -> None:
 def test_units_are_documented_when_a_name_carries_one() -> None:
     for key in config.keys().values():
         if key.name.endswith("_s"):
-            assert "econds" in key.doc, key.name
+            assert "econd" in key.doc, key.name
 
 
 def test_flags_override_environment_and_environment_overrides_file(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_environment_is_converted_to_the_type_of_the_key() -> None:
         ("[contrl]\nttl_s = 1", ["contrl.ttl_s", "did you mean control.ttl_s?"]),
         ("ttl_s = 1", ["ttl_s", "did you mean", ".ttl_s?"]),
         ("control = 1", ["control", "expected a section [control]"]),
-        ("mode = 'stear'", ["mode", "'stear'", "'observe' or 'control'"]),
+        ("mode = 'stear'", ["mode", "'stear'", "'observe' or 'canary' or 'control'"]),
         ("mode = ", ["smartspec.toml", "not a TOML file"]),
         ("[log]\njson = 'yes'", ["log.json", "true or false"]),
         ("[telemetry]\nprometheus_port = 70000", ["telemetry.prometheus_port", "65535"]),

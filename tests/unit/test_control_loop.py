@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,12 +10,14 @@ import pytest
 from fakes import Clock, FakeTransport, RecordingBus, step_report
 from scripted_engine import hello
 
-from smartspec.daemon import config
+from smartspec.daemon import config, control_loop
+from smartspec.daemon.commands import Command
 from smartspec.daemon.control_loop import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT, ControlLoop
 from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
     EngineEvent,
+    GainEvent,
     LinkCounts,
     LoopEvent,
     NoteEvent,
@@ -22,6 +25,8 @@ from smartspec.daemon.event_bus import (
 )
 from smartspec.daemon.learned import ModelKey, decode
 from smartspec.daemon.library import Library
+from smartspec.daemon.pauses import Pauses
+from smartspec.daemon.policy import RELEASE_TTL_S
 from smartspec.engine_adapter import messages as wire
 
 
@@ -29,7 +34,11 @@ class Rig:
     """A loop and what it is connected to."""
 
     def __init__(
-        self, mode: str = "control", library: Library | None = None, **control: Any
+        self,
+        mode: str = "control",
+        library: Library | None = None,
+        pauses: Pauses | None = None,
+        **control: Any,
     ) -> None:
         overrides = {"mode": mode, **{f"control.{k}": v for k, v in control.items()}}
         self.clock = Clock()
@@ -37,7 +46,7 @@ class Rig:
         self.bus = RecordingBus()
         self.settings = config.load(None, {}, overrides)
         self.loop = ControlLoop(
-            self.settings, self.transport, self.bus, self.clock, lambda: 7.0, library
+            self.settings, self.transport, self.bus, self.clock, lambda: 7.0, library, pauses
         )
 
     def cycle(self, peer: bytes = b"a", *messages: wire.Message | bytes) -> str | None:
@@ -215,6 +224,7 @@ def test_operator_is_told_when_steps_take_longer_for_good(rig: Rig) -> None:
 
 
 def test_bad_frame_is_counted_and_told_now_and_then(rig: Rig) -> None:
+    rig.loop.apply(config.replace(rig.settings, {"limits.quarantine_after": 1000}))
     for _ in range(50):
         rig.cycle(b"a", b"\xc1", step_report(1, step_s=float("nan")))
     assert rig.loop.counters["frames_refused"] == 100
@@ -475,6 +485,101 @@ def test_changed_settings_reach_engines_by_the_next_policy(rig: Rig) -> None:
     assert rig.loop.counters["engines_refused"] == 1
 
 
+LIES: list[dict[str, Any]] = [
+    {"step_s": float("nan")},
+    {"step_s": -0.03},
+    {"context_tokens": 1 << 60},
+    {"num_accepted": wire.pack([3] * 3, "u8")},
+    {"num_emitted": wire.pack([9] * 3, "u8")},
+    {"features": wire.pack([[float("inf")] * 3, [4.0] * 3], "f32")},
+    {"num_drafted": b"\x02"},
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: next(iter(lie)))
+def test_lying_engine_is_quarantined_with_an_event_and_others_are_unaffected(
+    rig: Rig, lie: dict[str, Any]
+) -> None:
+    alone = Rig()
+    alone.connect(b"b", "gpu1")
+    rig.connect(b"b", "gpu1")
+    for seq in range(1, 40):
+        rig.transport.put(b"a", step_report(seq, **(lie if seq > 5 else {})))
+        for each in (rig, alone):
+            each.cycle(b"b", step_report(seq))
+            each.clock.now += 0.02
+    [note] = [n for n in rig.bus.of(NoteEvent) if n.kind == "quarantined"]
+    assert (note.engine, note.level) == ("gpu0", "error")
+    assert "quarantined" in [e.state for e in rig.bus.of(EngineEvent) if e.engine == "gpu0"]
+    assert rig.loop.counters["quarantines"] == 1
+    assert len(rig.policies(b"b")) == len(alone.policies(b"b")) > 0
+    for mine, other in zip(
+        rig.session("gpu1").engine.acceptance.pooled_hazards(),
+        alone.session("gpu1").engine.acceptance.pooled_hazards(),
+        strict=True,
+    ):
+        assert mine == other
+    refusal = rig.transport.take(b"a", wire.Refused)[0]
+    assert "quarantine" in refusal.reason
+
+
+def test_quarantined_engine_may_return_and_is_not_believed_what_it_taught(rig: Rig) -> None:
+    for seq in range(1, 30):
+        rig.cycle(b"a", step_report(seq, **(LIES[0] if seq > 10 else {})))
+    rig.transport.sent.clear()
+    rig.clock.now += 1.0
+    rig.cycle(b"a", hello("gpu0"))
+    assert "quarantine" in rig.transport.take(b"a", wire.Refused)[0].reason
+    rig.clock.now += rig.settings.limits.quarantine_s + 1
+    rig.cycle(b"a", hello("gpu0"))
+    assert rig.session().engine.learned.num_steps == 0
+    rig.cycle(b"a", step_report(50))
+    assert rig.policies()
+
+
+def test_engine_is_not_quarantined_when_few_of_its_frames_are_corrupted(rig: Rig) -> None:
+    for seq in range(1, 1001):
+        rig.clock.now += 0.02
+        rig.cycle(b"a", b"\xc1" if seq % 25 == 0 else step_report(seq))
+        rig.cycle(b"a", step_report(seq))  # comes twice
+    assert rig.loop.counters["quarantines"] == 0
+    assert rig.session().engine.num_reports == 960 + 40
+
+
+def test_noisy_engine_starves_no_other(rig: Rig) -> None:
+    rig.connect(b"b", "gpu1")
+    learned: list[str] = []
+    for session in (rig.session("gpu0"), rig.session("gpu1")):
+        learn = session.engine.learn
+
+        def noted(observation: Any, name: str = session.engine.name, learn: Any = learn) -> Any:
+            learned.append(name)
+            return learn(observation)
+
+        session.engine.learn = noted
+    seq = 0
+    for turn in range(1, 41):  # a second: 40 steps of the one, 100,000 of the other
+        for _ in range(2500):
+            seq += 1
+            rig.transport.put(b"a", step_report(seq))
+        rig.transport.put(b"b", step_report(turn))
+        rig.loop.cycle(0.0)
+        rig.clock.now += 1 / 40
+    limit = rig.settings.limits.max_reports_per_s
+    assert rig.session("gpu0").engine.num_reports <= 1.3 * limit
+    assert rig.session("gpu0").engine.num_throttled > 90_000
+    assert learned.count("gpu0") <= 40 * control_loop.MAX_LEARNED_PER_CYCLE
+    assert learned.count("gpu1") == 40  # every step of the other, in its own turn
+    assert any(n.kind == "throttled" and n.engine == "gpu0" for n in rig.bus.of(NoteEvent))
+
+
+def test_engine_is_refused_when_it_announces_too_many_requests() -> None:
+    rig = Rig()
+    rig.loop.apply(config.replace(rig.settings, {"limits.max_requests": 100}))
+    rig.cycle(b"a", hello("gpu0", max_num_running=101))
+    assert "limits.max_requests" in rig.transport.take(b"a", wire.Refused)[0].reason
+
+
 def test_what_the_link_lost_is_published_per_engine(rig: Rig) -> None:
     rig.cycle(b"a", step_report(1))
     rig.cycle(b"a", step_report(1))  # again
@@ -613,3 +718,91 @@ def test_refused_state_is_counted_and_told_when_its_engine_comes() -> None:
     (note,) = rig.bus.of(NoteEvent)
     assert note.kind == "cold_start" and "damaged" in note.text
     assert rig.loop.counters["states_refused"] == 1
+
+
+# -- what is run, and who says so -----------------------------------------------------------------
+
+
+def test_engine_is_released_at_once_when_paused_and_steered_when_released(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    assert rig.policies()[-1].fallback_s > 0
+    answer = rig.loop.obey(Command(action="pause", engine="gpu0"))
+    assert answer.ok and "engine gpu0 paused" in answer.text
+    (told,) = rig.policies()  # though the engine may be idle
+    assert (told.ttl_s, told.fallback_s, told.depth) == (RELEASE_TTL_S, 0.0, 3)
+    # A step that was under way: told again. Then there is nothing to tell.
+    rig.cycle(b"a", step_report(2, roster=False, policy_seq=1))
+    (again,) = rig.policies()
+    assert again.seq > told.seq and again.ttl_s == RELEASE_TTL_S
+    for seq in range(3, 10):
+        rig.cycle(b"a", step_report(seq, roster=False, source="own"))
+    assert rig.policies() == []
+    assert not rig.bus.of(DecisionEvent)[-1].steering
+    assert rig.bus.of(GainEvent)[-1].stance == "paused"
+    rig.loop.obey(Command(action="release", engine="gpu0"))
+    rig.cycle(b"a", step_report(10, roster=False, source="own"))
+    (steered,) = rig.policies()
+    assert steered.fallback_s > 0 and rig.bus.of(DecisionEvent)[-1].steering
+    assert [n.kind for n in rig.bus.of(NoteEvent)] == ["pause", "release"]
+
+
+def test_engine_stays_paused_when_it_restarts_and_when_the_daemon_does(tmp_path: Path) -> None:
+    kept = tmp_path / "paused.json"
+    for life in range(2):
+        rig = Rig(pauses=Pauses(kept))
+        rig.connect()
+        if life == 0:
+            rig.loop.obey(Command(action="pause", engine="gpu0"))
+            rig.transport.sent.clear()
+        rig.cycle(b"a", step_report(1, source="own"))
+        rig.cycle(b"a", wire.Goodbye(epoch=1))
+        rig.connect(b"b", epoch=2)
+        rig.cycle(b"b", step_report(1, epoch=2, source="own"))
+        assert rig.policies(b"a") == rig.policies(b"b") == []
+        rig.connect(b"c", "gpu1")
+        rig.cycle(b"c", step_report(1))
+        assert len(rig.policies(b"c")) == 1  # others are steered
+
+
+def test_all_engines_are_paused_when_none_is_named_those_to_come_included(rig: Rig) -> None:
+    assert rig.loop.obey(Command(action="pause")).text.startswith("all engines paused")
+    rig.connect(b"b", "gpu1")
+    for peer in (b"a", b"b"):
+        rig.cycle(peer, step_report(1, source="own"))
+        assert rig.policies(peer) == []
+    answer = rig.loop.obey(Command(action="release", engine="gpu0"))
+    assert not answer.ok and "without a name" in answer.text
+    rig.loop.obey(Command(action="release"))
+    rig.cycle(b"b", step_report(2, roster=False, source="own"))
+    assert len(rig.policies(b"b")) == 1
+
+
+def test_unknown_engine_is_named_with_those_known_when_paused(rig: Rig) -> None:
+    answer = rig.loop.obey(Command(action="pause", engine="gpu9"))
+    assert not answer.ok and answer.text == "no engine 'gpu9'; known: gpu0"
+
+
+def test_everything_is_paused_when_it_cannot_be_read_what_was(tmp_path: Path) -> None:
+    kept = tmp_path / "paused.json"
+    kept.write_text("{not a list")
+    assert "gpu0" in Pauses(kept)
+
+
+def test_gain_is_told_once_a_second_while_the_engine_works(rig: Rig) -> None:
+    for seq in range(1, 101):
+        rig.cycle(b"a", step_report(seq, roster=seq == 1))
+        rig.clock.now += 0.05
+    events = rig.bus.of(GainEvent)
+    assert 4 <= len(events) <= 6
+    assert {(e.stance, e.arm) for e in events} == {("control", "smartspec")}
+    rig.clock.now += 10
+    for _ in range(5):
+        rig.clock.now += 1
+        rig.cycle()
+    assert len(rig.bus.of(GainEvent)) <= len(events) + 1
+
+
+def test_trials_are_forgotten_with_what_was_learned(rig: Rig) -> None:
+    for i in range(RETIRED_KEPT + 20):
+        rig.cycle(b"b", hello(f"name{i}"))
+    assert len(rig.loop._trials) <= RETIRED_KEPT + 2

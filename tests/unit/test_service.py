@@ -236,6 +236,8 @@ _DAEMON = """
                 time.sleep(0.01)
         def apply(self, settings):
             print("ttl_s", settings.control.ttl_s, flush=True)
+        def obey(self, command):
+            raise NotImplementedError
         def checkpoints(self):
             return []
         def close(self):

@@ -18,7 +18,7 @@ from smartspec.engine_adapter.simulator.events.daemon_turn import DaemonTurn, He
 from smartspec.engine_adapter.simulator.events.step_begin import StepBegin
 from smartspec.engine_adapter.simulator.events.step_end import StepEnd
 from smartspec.engine_adapter.simulator.requests import Traffic
-from smartspec.lab.simulation import policies
+from smartspec.lab.simulation import experiment, policies
 from smartspec.lab.simulation.world import Cell, Fleet, rival, simulate
 
 DATA = os.environ.get("SMARTSPEC_DATA")
@@ -129,7 +129,7 @@ def test_policies_meet_the_same_luck() -> None:
 
 
 def test_more_load_favours_shorter_lengths() -> None:
-    quiet, busy = cell(1.0), cell(60.0)
+    quiet, busy = cell(1.0), cell(400.0, until_s=4.0)
     for at, better, worse in ((quiet, "static5", "none"), (busy, "none", "static5")):
         means = {name: simulate(name, at).served.latency_s.mean() for name in (better, worse)}
         assert means[better] < means[worse]
@@ -279,7 +279,7 @@ def test_switch_off_is_for_ever() -> None:
 
 def test_table_falls_with_the_batch() -> None:
     table = policies.Table(profile.load("h100_8b"), "eagle", 0.7, 5)
-    assert table.at(1) >= 3 and table.at(256) <= 1
+    assert table.at(1) > table.at(64) >= table.at(256)
     assert table.at(10_000) == table.at(256)
 
 
@@ -288,3 +288,53 @@ def test_unknown_names_are_refused_with_those_that_are_known() -> None:
         rival("best", cell())
     with pytest.raises(ValueError, match="choose of"):
         profile.load("tpu")
+
+
+# -- experiments --------------------------------------------------------------------------------
+
+SMALL = experiment.Experiment(
+    policies=("none", "static3", "smartspec"), loads=(0.1,), num_seeds=2, duration_s=5.0
+)
+
+
+def test_experiments_repeat_in_any_number_of_processes() -> None:
+    played: list[None] = []
+    alone = experiment.play_all(SMALL, 1, lambda: played.append(None))
+    assert len(played) == len(alone) == 6
+    assert [run.policy for run in alone] == ["none"] * 2 + ["static3"] * 2 + ["smartspec"] * 2
+    assert experiment.play_all(SMALL, 2) == alone
+
+
+def test_a_summary_compares_seed_by_seed_with_the_first_policy() -> None:
+    lines = {line.policy: line for line in experiment.summarise(experiment.play_all(SMALL))}
+    assert lines["none"].over_first == lines["none"].highest == 1.0
+    assert np.isnan(lines["none"].accepted_share)
+    assert lines["static3"].lowest <= lines["static3"].over_first <= lines["static3"].highest < 1.0
+    assert 0.3 < lines["static3"].accepted_share < 0.9
+
+
+def test_capacity_is_what_a_full_batch_serves() -> None:
+    gpu = profile.load("h100_8b")
+    one, many = (experiment.capacity(gpu, size, 600, 200) for size in (1, 64))
+    assert one == pytest.approx(1 / (200 * gpu.target_seconds(1, 1, 700)), rel=0.7)
+    assert 10 * one < many < 64 * one
+
+
+def test_an_experiment_that_cannot_be_played_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "e.toml"
+    path.write_text('profile = "h100_8b"\nload = 3\n')
+    with pytest.raises(ValueError, match="load"):
+        experiment.read(path)
+    for change, words in (
+        ({"policies": ("best",)}, "choose of none"),
+        ({"profile": "tpu"}, "no profile"),
+        ({"draft": "7b"}, "no draft"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            experiment.check(replace_fields(change))
+
+
+def replace_fields(change: dict[str, object]) -> experiment.Experiment:
+    import msgspec
+
+    return msgspec.structs.replace(SMALL, **change)

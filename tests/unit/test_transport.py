@@ -51,6 +51,20 @@ def test_socket_is_for_owner_and_group(endpoint: str, server: Server) -> None:
     assert not stat.S_IMODE(path.stat().st_mode) & stat.S_IRWXO
 
 
+def test_connection_is_closed_when_a_frame_is_too_large() -> None:
+    with ipc_endpoint() as endpoint, zmq.Context() as context:
+        server = Server(endpoint, max_frame_bytes=5000)
+        for size, received in ((5000, True), (5001, False)):
+            with context.socket(zmq.DEALER) as client:
+                client.linger = 0
+                client.connect(endpoint)
+                client.send(b"x" * size)
+                assert server.wait(5.0 if received else 0.5) == received
+                if received:
+                    assert server.receive() is not None
+        server.close()
+
+
 def test_frames_go_both_ways(server: Server, client: zmq.Socket[bytes]) -> None:
     peer = peer_of(server, client)
     assert server.send(peer, b"there")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 
 class Event(Protocol):
     """Something that happens at a moment."""
 
-    order: int  #: among events of the same moment; lower is earlier
+    order: ClassVar[int]  #: among events of the same moment; lower is earlier
 
     def happen(self, queue: Queue) -> None:
         """Do it, and schedule what follows."""

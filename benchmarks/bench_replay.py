@@ -1,0 +1,341 @@
+"""Recorded answers under the real policy: what lengths chosen step by step bring over fixed ones.
+
+An engine decodes recorded answers (record_acceptance.py), `--batch` at a time. What each draft
+comes to is on record; what a step takes is reckoned, ``base + token N (+ forward D)``: N tokens in
+the target's pass, D sequential draft passes. A token costs a share of the base, which stands for
+load: a lone request on a large GPU pays 5% or less for a further token, a busy one 50% and more.
+The daemon and its policies are the real ones without the wire (estimators, planner, program). They
+know what they would at each moment: reports of steps that have ended, with 2% of noise on their
+times; and a policy arrives while the next step is under way, so that it steers the step after.
+
+Arms, over the same answers in the same order:
+
+* *static*: each length from 0 to 8, the best of them picked in hindsight for every cell;
+* *ours*, cold: nothing known at the start, the sweep of all lengths included; and warm: it has
+  served the three tasks of the other half of the split, never the one measured, at the same load;
+* *clairvoyant*: knows every outcome before it drafts, and wastes nothing. Out of anyone's reach.
+
+``way`` is the share of the distance from the best static length to the clairvoyant. A draft model's
+first pass is run before lengths are chosen for those who were drafted for in the step before, and
+charged whether or not it is used (engine_adapter/reference/draft_model.py).
+
+Run: python benchmarks/bench_replay.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from acceptance_stream import Decoding
+from acceptance_traces import FILE, MAX_LENGTH, SPLIT, Answer, load
+from figures import record
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from fakes import Steering
+
+from smartspec.daemon.engines import Engine
+from smartspec.daemon.policy import Planner
+from smartspec.engine_adapter.base import (
+    FEATURE_DRAFT_CONFIDENCE,
+    FEATURE_LAST_SHARE,
+    FEATURE_MATCH_LENGTH,
+    FEATURE_TOKEN_ACCEPTANCE,
+    DecodeBatch,
+    FixedLength,
+    LengthSource,
+    StepFacts,
+)
+from smartspec.engine_adapter.lengths import I64, Choice
+from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
+from smartspec.engine_adapter.reference.draft_model import NOT_DRAFTED
+from smartspec.engine_adapter.token_acceptance import TokenAcceptance
+
+BASE_S = 0.02
+TOKEN_SHARES = (0.05, 0.1, 0.2, 0.5)  #: of the base, per token of the target's pass
+FORWARD_SHARES = (0.02, 0.1, 0.2)  #: of the base, per draft pass
+NOISE = 0.02
+SEED = 7
+FEATURES = {
+    "lookup": (FEATURE_LAST_SHARE, FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE),
+    "draft": (FEATURE_LAST_SHARE, FEATURE_TOKEN_ACCEPTANCE, FEATURE_DRAFT_CONFIDENCE),
+}
+
+
+class Cell(NamedTuple):
+    """One load, one mixture of tasks."""
+
+    style: str
+    batch: int
+    token_share: float
+    forward_share: float
+    tasks: tuple[str, ...]  #: that are measured
+    before: tuple[str, ...]  #: that a warm daemon has served
+
+    @property
+    def label(self) -> str:
+        return self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
+
+
+class Result(NamedTuple):
+    cell: Cell
+    static: list[float]  #: goodput by length, tokens per second
+    cold: float
+    warm: float
+    clairvoyant: float
+
+    @property
+    def best(self) -> float:
+        return max(self.static)
+
+    def way(self, goodput: float) -> float:
+        room = self.clairvoyant - self.best
+        return (goodput - self.best) / room if room > 1e-9 * self.best else float("nan")
+
+
+class Replay:
+    """Decodes recorded answers to their end, `cell.batch` at a time, with lengths from a source."""
+
+    def __init__(self, cell: Cell, seed: int) -> None:
+        self.cell = cell
+        self.is_lookup = cell.style == "lookup"
+        self.rates = TokenAcceptance()
+        self._rng = np.random.default_rng(seed)
+        self._next_id = 0
+
+    def seconds(self, num_tokens: int, num_forwards: int) -> float:
+        c = self.cell
+        return BASE_S * (1.0 + c.token_share * num_tokens + c.forward_share * num_forwards)
+
+    def run(self, answers: Sequence[Answer], source: LengthSource) -> float:
+        """Tokens per second of decoding all ``answers``, in an order of the seed's."""
+        order = self._rng.permutation(len(answers)).tolist()
+        tokens, seconds = 0, 0.0
+        running: list[Decoding] = []
+        shares: list[float] = []
+        while True:
+            alive = [i for i, one in enumerate(running) if not one.done]
+            running, shares = [running[i] for i in alive], [shares[i] for i in alive]
+            while order and len(running) < self.cell.batch:
+                answer = answers[order.pop()]
+                if answer.size > 1:
+                    self._next_id += 1
+                    running.append(Decoding(self._next_id, answer, self.cell.style))
+                    shares.append(-1.0)
+            if not running:
+                return tokens / seconds
+            if isinstance(source, Clairvoyant):
+                source.look(running)
+            batch = self._describe(running, shares)
+            lengths = np.minimum(source.choose(batch).lengths, batch.ceiling).astype(np.int64)
+            began = any(one.goes_on for one in running)
+            accepted = [
+                one.advance(length, self.rates)
+                for one, length in zip(running, lengths.tolist(), strict=True)
+            ]
+            for i, (count, length) in enumerate(zip(accepted, lengths.tolist(), strict=True)):
+                shares[i] = count / length if length else shares[i]
+            tokens += sum(accepted) + len(running)
+            seconds += self._report(source, batch, lengths, np.array(accepted), began)
+
+    def _describe(self, running: list[Decoding], shares: list[float]) -> DecodeBatch:
+        rates = self.rates.rates([one.token_before for one in running])
+        at = [(one.answer, one.position) for one in running]
+        last = np.array(shares, np.float32)
+        if self.is_lookup:
+            match = np.array([answer.match_length[p] for answer, p in at], np.float32)
+            features = np.stack((last, match, rates))
+        else:
+            confidence = np.array(
+                [
+                    answer.draft_confidence[p] if one.goes_on else NOT_DRAFTED
+                    for one, (answer, p) in zip(running, at, strict=True)
+                ],
+                np.float32,
+            )
+            features = np.stack((last, rates, confidence))
+        return DecodeBatch(
+            request_ids=np.array([one.number for one in running], np.uint64),
+            ceiling=np.array([one.available for one in running], np.uint8),
+            features=features,
+        )
+
+    def _report(
+        self, source: LengthSource, batch: DecodeBatch, lengths: I64, accepted: I64, began: bool
+    ) -> float:
+        """Tell the source of a step; returns its seconds, without noise."""
+        depth, num_drafts = int(lengths.max(initial=0)), int(lengths.sum())
+        num_forwards = 0 if self.is_lookup else max(depth, int(began))
+        target_s = self.seconds(batch.size + num_drafts, 0)
+        draft_s = self.seconds(batch.size + num_drafts, num_forwards) - target_s
+        noise = 1.0 + NOISE * self._rng.standard_normal(2)
+        source.report(
+            StepFacts(
+                batch=batch,
+                num_drafted=lengths.astype(np.uint8),
+                num_accepted=accepted.astype(np.uint8),
+                num_emitted=(accepted + 1).astype(np.uint8),
+                step_s=float(target_s * noise[0] + draft_s * noise[1]),
+                target_s=float(target_s * noise[0]),
+                draft_s=float(draft_s * noise[1]),
+                context_tokens=200 * batch.size,
+                num_draft_forwards=num_forwards,
+                num_draft_tokens=0 if self.is_lookup else num_drafts,
+            )
+        )
+        return target_s + draft_s
+
+
+class Clairvoyant(FixedLength):
+    """Drafts what will be accepted, as far as it pays at the value of time."""
+
+    def __init__(self, replay: Replay, value_of_time: float) -> None:
+        super().__init__(0)
+        self._replay = replay
+        self._value = value_of_time
+        self._lengths: I64 = np.zeros(0, np.int64)
+
+    def look(self, running: Sequence[Decoding]) -> None:
+        """Be told the outcomes of the step about to run."""
+        runs = np.array([min(int(one.run[one.position]), one.available) for one in running])
+        best_value = -np.inf
+        for depth in range(int(runs.max(initial=0)) + 1):
+            lengths = np.minimum(runs, depth)
+            num_tokens = len(runs) + int(lengths.sum())
+            num_forwards = 0 if self._replay.is_lookup else depth
+            value = num_tokens - self._value * self._replay.seconds(num_tokens, num_forwards)
+            if value > best_value:
+                self._lengths, best_value = lengths, value
+
+    def choose(self, batch: DecodeBatch) -> Choice:
+        return Choice.fixed(self._lengths, source="own")
+
+
+def clairvoyant(cell: Cell, answers: Sequence[Answer], value_of_time: float) -> float:
+    """Goodput of knowing every outcome, by Dinkelbach's iteration on the value of time."""
+    for _ in range(4):
+        replay = Replay(cell, SEED)
+        found = replay.run(answers, Clairvoyant(replay, value_of_time))
+        if abs(found - value_of_time) < 1e-6 * found:
+            break
+        value_of_time = found
+    return value_of_time
+
+
+def daemon_for(cell: Cell) -> Steering:
+    """A daemon that knows nothing, and whose policies come one step late."""
+    lookup = cell.style == "lookup"
+    limits = Limits(
+        max_length=MAX_LENGTH,
+        max_num_running=64,
+        static_length=3,
+        features=FEATURES[cell.style],
+        drafts_known_first=lookup,
+    )
+    proposer = "lookup" if lookup else "draft_model"
+    hello = Hello(
+        engine="replay",
+        epoch=1,
+        fingerprint=Fingerprint(target="recorded", proposer=proposer),
+        limits=limits,
+    )
+    engine = Engine(hello)
+    return Steering(engine, Planner(engine, daemon_epoch=9), late=1)
+
+
+def play(cell: Cell) -> Result:
+    answers = load()
+    measured = [answer for answer in answers if answer.task in cell.tasks]
+    before = [answer for answer in answers if answer.task in cell.before]
+    static = [
+        Replay(cell, SEED).run(measured, FixedLength(length)) for length in range(MAX_LENGTH + 1)
+    ]
+    cold = Replay(cell, SEED).run(measured, daemon_for(cell))
+    steering = daemon_for(cell)
+    served = Replay(cell, SEED + 1)
+    served.run(before, steering)
+    warmed = Replay(cell, SEED)
+    warmed.rates = served.rates
+    warmed._next_id = served._next_id
+    warm = warmed.run(measured, steering)
+    return Result(cell, static, cold, warm, clairvoyant(cell, measured, max(static)))
+
+
+def cells(styles: Sequence[str], batches: Sequence[int]) -> list[Cell]:
+    """All loads and mixtures; a task's daemon has served the other half of the split."""
+    found = []
+    for style, batch, token in itertools.product(styles, batches, TOKEN_SHARES):
+        for forward in (0.0,) if style == "lookup" else FORWARD_SHARES:
+            for half, other in (SPLIT, SPLIT[::-1]):
+                for tasks in (*((task,) for task in half), tuple(half)):
+                    found.append(Cell(style, batch, token, forward, tasks, tuple(other)))
+    return found
+
+
+def show(results: Sequence[Result]) -> None:
+    table = Table(
+        *("proposer", "batch", "token", "forward", "tasks", "best static", "tok/s"),
+        *("cold", "warm", "clairvoyant", "way, warm"),
+    )
+    for result in results:
+        cell, best = result.cell, result.best
+        table.add_row(
+            cell.style,
+            str(cell.batch),
+            f"{cell.token_share:.0%}",
+            f"{cell.forward_share:.0%}",
+            cell.label,
+            str(int(np.argmax(result.static))),
+            f"{best:.1f}",
+            f"{result.cold / best:.3f}",
+            f"{result.warm / best:.3f}",
+            f"{result.clairvoyant / best:.3f}",
+            f"{result.way(result.warm):.2f}",
+        )
+    Console(width=120).print(table)
+
+
+def figures_of(results: Sequence[Result]) -> dict[str, float]:
+    """Worst and mean over cells, single tasks and mixtures apart."""
+    figures: dict[str, float] = {"num_cells": float(len(results))}
+    for style in dict.fromkeys(result.cell.style for result in results):
+        for kind, wanted in (("task", True), ("mixture", False)):
+            some = [
+                r for r in results if r.cell.style == style and (len(r.cell.tasks) == 1) == wanted
+            ]
+            for name in ("cold", "warm"):
+                ratios = [getattr(r, name) / r.best for r in some]
+                figures[f"{style}_{kind}_{name}_vs_best_min"] = min(ratios)
+                figures[f"{style}_{kind}_{name}_vs_best_mean"] = float(np.mean(ratios))
+                least = 0.99 if wanted else 1.0
+                figures[f"{style}_{kind}_{name}_num_missed"] = float(sum(r < least for r in ratios))
+                ways = [r.way(getattr(r, name)) for r in some]
+                figures[f"{style}_{kind}_{name}_way_mean"] = float(np.nanmean(ways))
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--style", choices=("lookup", "draft"), action="append")
+    parser.add_argument("--batch", type=int, action="append", help="requests decoded together")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    todo = cells(args.style or ("lookup", "draft"), args.batch or (1, 8))
+    with ProcessPoolExecutor(args.jobs) as pool:
+        results = list(track(pool.map(play, todo), description="replaying", total=len(todo)))
+    show(results)
+    record("replay", figures_of(results), seed=SEED, notes={"traces": FILE.name})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What being steered adds to vLLM's scheduler: ``schedule()`` plus ``update_from_output()``.
+
+No model: vLLM's own scheduler with a worker that counts (tests/vllm/scheduler_only.py), with our
+class and without it, step by step in turns, under a daemon that is a process of its own. Between
+the two calls the engine waits, as it would for a GPU. Then the daemon is stopped. ``*_added_us`` is
+the median over steps of the difference between neighbouring steps of the two.
+
+Needs an environment with vLLM, which `make test-vllm` makes. Writes build/figures/vllm.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TESTS = HERE.parent / "tests"
+WARM_UP = 40
+STEPS = 300
+
+
+def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, Any]:
+    """By vLLM's Python: times of both schedulers, [steps] seconds each, by phase."""
+    sys.path.insert(0, str(TESTS / "vllm"))
+    import numpy as np
+    from scheduler_only import Rig, configuration, make_scheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from smartspec.engine_adapter.vllm import SmartSpecScheduler
+
+    rigs = {}
+    for name, kind in (("plain", Scheduler), ("steered", SmartSpecScheduler)):
+        config = configuration(False, size, 16_384, smartspec={"endpoint": endpoint})
+        rig = Rig(make_scheduler(kind, config, 128 * size + 1), 1, np.random.default_rng(size))
+        for number in range(size):
+            rig.add(number, 16, 2000)
+        rigs[name] = rig
+    spent = dict.fromkeys(rigs, 0.0)
+    for name, rig in rigs.items():
+        for method in ("schedule", "update_from_output"):
+            _time(rig.scheduler, method, spent, name)
+
+    def steps(count: int) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {name: [] for name in rigs}
+        for i in range(count):
+            for name in sorted(rigs, reverse=bool(i % 2)):
+                rig = rigs[name]
+                run = rig.worker.run
+                spent[name] = 0.0
+
+                def waited(output: Any, run: Any = run) -> Any:
+                    result = run(output)
+                    time.sleep(step_s)
+                    return result
+
+                rig.worker.run = waited
+                rig.step()
+                rig.worker.run = run
+                times[name].append(spent[name])
+        return times
+
+    steps(WARM_UP)
+    steering = rigs["steered"].scheduler.steering
+    found: dict[str, Any] = {"size": size}
+    before = steering.stats.num_steered_steps
+    found["with_daemon"] = steps(STEPS)
+    found["steered_share"] = (steering.stats.num_steered_steps - before) / STEPS
+    os.kill(daemon, signal.SIGSTOP)
+    time.sleep(2.0)  # beyond the life of its last policy
+    steps(WARM_UP)
+    found["daemon_stopped"] = steps(STEPS)
+    os.kill(daemon, signal.SIGCONT)
+    assert rigs["steered"].scheduler.smartspec_stats.num_errors == 0
+    return found
+
+
+def _time(owner: Any, method: str, spent: dict[str, float], name: str) -> None:
+    inner = getattr(owner, method)
+
+    def timed(*args: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return inner(*args)
+        finally:
+            spent[name] += time.perf_counter() - began
+
+    setattr(owner, method, timed)
+
+
+def measure(python: str, size: int, step_s: float) -> dict[str, float]:
+    """By our own Python: a daemon, and vLLM beside it."""
+    import numpy as np
+
+    folder = tempfile.mkdtemp(prefix="ss-")
+    out = Path(folder) / "times.json"
+    command = [sys.executable, "-m", "smartspec.daemon.cli", "run", "--runtime-dir", folder]
+    for setting in ("telemetry.enabled=false", "state.enabled=false"):
+        command += ["--set", setting]
+    daemon = subprocess.Popen([*command, "--log-level", "warning"])
+    try:
+        endpoint = f"ipc://{folder}/engines.sock"
+        arguments = ["--endpoint", endpoint, "--size", size, "--daemon", daemon.pid, "--out", out]
+        subprocess.run(
+            [python, __file__, "--step-ms", str(1000 * step_s), *map(str, arguments)], check=True
+        )
+    finally:
+        daemon.send_signal(signal.SIGCONT)
+        daemon.terminate()
+        daemon.wait()
+    found = json.loads(out.read_text("utf-8"))
+    figures = {f"steered_share_{size}": found["steered_share"]}
+    for phase in ("with_daemon", "daemon_stopped"):
+        times = {name: 1e6 * np.array(values) for name, values in found[phase].items()}
+        added = times["steered"] - times["plain"]
+        for name, values in times.items():
+            figures[f"{phase}_{name}_p50_us_{size}"] = float(np.median(values))
+        figures[f"{phase}_added_us_{size}"] = float(np.median(added))
+        low, high = np.percentile(added, (25, 75))
+        figures[f"{phase}_added_p25_us_{size}"] = float(low)
+        figures[f"{phase}_added_p75_us_{size}"] = float(high)
+    return figures
+
+
+def main() -> None:
+    """Run all, print a table, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = HERE.parent / ".venv-vllm" / "bin" / "python"
+    parser.add_argument("--python", default=os.environ.get("SMARTSPEC_VLLM_PYTHON", str(default)))
+    parser.add_argument("--step-ms", type=float, default=5.0, help="what the engine waits")
+    for name, kind in (("endpoint", str), ("size", int), ("daemon", int), ("out", Path)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    step_s = args.step_ms / 1000
+    if args.out:
+        told = inside(args.endpoint, args.size, args.daemon, step_s)
+        args.out.write_text(json.dumps(told))
+        return
+    if not Path(args.python).exists():
+        print(f"{args.python} does not exist: `make test-vllm` makes an environment with vLLM")
+        return
+    from figures import record
+
+    figures: dict[str, float] = {}
+    for size in (64, 256):
+        print(f"{size} requests", flush=True)
+        figures |= measure(args.python, size, step_s)
+    record("vllm", figures, seed=64)
+
+
+if __name__ == "__main__":
+    main()

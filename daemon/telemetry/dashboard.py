@@ -1,0 +1,386 @@
+"""The Grafana dashboard, made from the metrics' ids.
+
+``python -m smartspec.daemon.telemetry.dashboard > dashboards/smartspec.json`` writes the file; a
+test compares the two. Every expression is built from `metric_ids`, so that none names a metric or
+label that is not there.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import msgspec
+
+from smartspec.daemon.telemetry import metric_ids as ids
+from smartspec.daemon.telemetry.metric_ids import Metric
+
+SCHEMA_VERSION = 39  #: of Grafana's dashboard JSON; newer releases migrate older files
+COLUMNS = 24  #: of Grafana's grid
+HEIGHT = 8
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+RATE = "$__rate_interval"
+PERCENT, SECONDS, RATE_UNIT, SHORT = "percentunit", "s", "reqps", "short"
+
+
+class Query(NamedTuple):
+    expression: str
+    legend: str
+
+
+class Panel(NamedTuple):
+    """One graph. ``width``: of `COLUMNS`."""
+
+    title: str
+    unit: str
+    queries: tuple[Query, ...]
+    about: str
+    width: int = 8
+    stacked: bool = False
+
+
+def selected(metric: Metric, suffix: str = "", **labels: str) -> str:
+    """The series of a metric: of the engines chosen, where it has engines.
+
+    >>> selected(ids.STEPS, "_total", source="policy")
+    'smartspec_steps_total{engine=~"$engine",source="policy"}'
+    """
+    unknown = set(labels) - set(metric.labels)
+    if unknown:
+        raise ValueError(f"{metric.id} has no label {', '.join(sorted(unknown))}")
+    chosen = ['engine=~"$engine"'] if "engine" in metric.labels else []
+    chosen += [f'{name}="{value}"' for name, value in labels.items()]
+    return f"{metric.id}{suffix}" + (f"{{{','.join(chosen)}}}" if chosen else "")
+
+
+def rate(metric: Metric, *by: str, **labels: str) -> str:
+    """Growth of a counter per second, summed over all labels but ``by``."""
+    return f"sum by ({', '.join(by)}) (rate({selected(metric, '_total', **labels)}[{RATE}]))"
+
+
+def quantile(q: float, metric: Metric) -> str:
+    """A quantile of a histogram, by engine."""
+    buckets = f"rate({selected(metric, '_bucket')}[{RATE}])"
+    return f"histogram_quantile({q:g}, sum by (le, engine) ({buckets}))"
+
+
+def _gauge(metric: Metric, **labels: str) -> Query:
+    shown = [name for name in metric.labels if name not in labels]
+    return Query(selected(metric, **labels), " ".join(f"{{{{{name}}}}}" for name in shown))
+
+
+def _quantiles(metric: Metric) -> tuple[Query, ...]:
+    return tuple(Query(quantile(q, metric), f"{{{{engine}}}} p{100 * q:g}") for q in (0.5, 0.99))
+
+
+ROWS: dict[str, tuple[Panel, ...]] = {
+    "What it brings": (
+        Panel(
+            "Goodput",
+            SHORT,
+            (
+                Query(selected(ids.GOODPUT), "{{engine}} measured"),
+                _gauge(ids.PREDICTED_GOODPUT),
+            ),
+            "Tokens per second: measured, and expected of the lengths chosen, of none and of the "
+            "engine's static length.",
+        ),
+        Panel(
+            "Estimated gain",
+            PERCENT,
+            (_gauge(ids.GAIN),),
+            "Goodput over that without speculation and over the engine's own setting, less 1; with "
+            "95% intervals.",
+        ),
+        Panel(
+            "Measured gain",
+            PERCENT,
+            (_gauge(ids.MEASURED_GAIN),),
+            "The same, by neighbouring blocks of time that were run either way.",
+        ),
+        Panel(
+            "Bias of predictions",
+            PERCENT,
+            (_gauge(ids.BIAS),),
+            "Goodput of the alternative when it was run: measured over predicted, less 1.",
+        ),
+        Panel(
+            "Tokens",
+            SHORT,
+            (
+                Query(rate(ids.EMITTED, "engine"), "{{engine}} answered"),
+                Query(rate(ids.DRAFTED, "engine"), "{{engine}} drafted"),
+                Query(rate(ids.ACCEPTED, "engine"), "{{engine}} accepted"),
+            ),
+            "Per second of the clock, idle time included.",
+        ),
+    ),
+    "What it does": (
+        Panel(
+            "Requests by length",
+            SHORT,
+            (
+                Query(
+                    f"sum by (length) ({selected(ids.REQUESTS_AT_LENGTH)})",
+                    "length {{length}}",
+                ),
+            ),
+            "How many requests draft how far, in the last decision.",
+            stacked=True,
+        ),
+        Panel(
+            "Steps by who chose their lengths",
+            SHORT,
+            (Query(rate(ids.STEPS, "source"), "{{source}}"),),
+            "policy and probe: SmartSpec; fallback: the table it left; own: the engine.",
+            stacked=True,
+        ),
+        Panel(
+            "Value of time",
+            SHORT,
+            (_gauge(ids.VALUE_OF_TIME), Query(selected(ids.DEPTH), "{{engine}} depth")),
+            "Tokens that a second of step time must bring; and the longest length in force.",
+        ),
+        Panel(
+            "Steering",
+            SHORT,
+            (_gauge(ids.STEERING), Query(selected(ids.CONNECTED), "{{engine}} connected")),
+            "1 while policies are sent, and while the engine reports.",
+        ),
+        Panel(
+            "How engines are treated",
+            SHORT,
+            (
+                Query(f"sum by (stance) ({selected(ids.STANCE)})", "{{stance}}"),
+                Query(
+                    f"sum by (over) (increase({selected(ids.COMPARISONS, '_total')}[{RATE}]))",
+                    "comparisons with {{over}}",
+                ),
+            ),
+            "Engines by stance (docs/adoption.md), and pairs of blocks compared.",
+        ),
+        Panel(
+            "Retreats",
+            SHORT,
+            (
+                _gauge(ids.EVIDENCE_WORSE),
+                Query(f"increase({selected(ids.RETREATS, '_total')}[1d])", "{{engine}} in a day"),
+            ),
+            "Evidence that the engine's own setting is better, from 1000 on of which it is left to "
+            "that for a while; and how often it was.",
+        ),
+        Panel(
+            "Probes and decisions",
+            SHORT,
+            (
+                Query(rate(ids.DECISIONS, "engine"), "{{engine}} decisions"),
+                Query(rate(ids.PROBES, "engine"), "{{engine}} probes"),
+            ),
+            "Per second. Probes are drafted for only to learn, within control.probe_share.",
+        ),
+        Panel(
+            "Requests with a target",
+            SHORT,
+            (_gauge(ids.TARGETS),),
+            "That ask for a time per token. out: not even if all others gave way.",
+        ),
+    ),
+    "Whether to trust it": (
+        Panel(
+            "Error of predicted step times",
+            PERCENT,
+            (_gauge(ids.PREDICTION_ERROR),),
+            "Sum of absolute errors over the sum of step times.",
+        ),
+        Panel(
+            "Acceptance by depth",
+            PERCENT,
+            (_gauge(ids.ACCEPTANCE),),
+            "P(the draft at this depth is accepted | those before it were).",
+        ),
+        Panel(
+            "Staleness of policies",
+            SHORT,
+            _quantiles(ids.STALENESS),
+            "Steps from the report that a policy knew to the step that obeyed it.",
+        ),
+    ),
+    "Load": (
+        Panel(
+            "Requests",
+            SHORT,
+            (
+                Query(selected(ids.NUM_RUNNING), "{{engine}} running"),
+                Query(selected(ids.NUM_WAITING), "{{engine}} waiting"),
+            ),
+            "Decoding, and queued.",
+        ),
+        Panel("KV room in use", PERCENT, (_gauge(ids.KV_USAGE),), "0 to 100%."),
+        Panel("Step time", SECONDS, _quantiles(ids.STEP_SECONDS), "Of the engine."),
+    ),
+    "The service": (
+        Panel(
+            "Decision time",
+            SECONDS,
+            (*_quantiles(ids.DECIDE_SECONDS), Query(quantile(0.5, ids.LEARN_SECONDS), "learning")),
+            "Report received to policy sent; and learning from a report, after it.",
+        ),
+        Panel(
+            "Reports that taught nothing",
+            RATE_UNIT,
+            (Query(rate(ids.REPORTS_LOST, "engine", "how"), "{{engine}} {{how}}"),),
+            "Dropped by the engine, missed (those included), repeated, refused, throttled.",
+        ),
+        Panel(
+            "Notes and engine events",
+            SHORT,
+            (
+                Query(
+                    f"sum by (level, kind) (increase({selected(ids.NOTES, '_total')}[{RATE}]))",
+                    "{{level}} {{kind}}",
+                ),
+                Query(
+                    f"sum by (state) (increase({selected(ids.ENGINE_EVENTS, '_total')}[{RATE}]))",
+                    "engine {{state}}",
+                ),
+            ),
+            "What `smartspec inspect` tells in words.",
+        ),
+        Panel(
+            "Redis",
+            SHORT,
+            (
+                Query(selected(ids.REDIS_UP), "up"),
+                Query(selected(ids.REDIS_BUFFERED), "events waiting"),
+                Query(rate(ids.REDIS_FAILURES), "failures/s"),
+                Query(rate(ids.REDIS_LOST), "events lost/s"),
+            ),
+            "Steering does not depend on it.",
+        ),
+        Panel(
+            "Saved state",
+            SHORT,
+            (
+                Query(rate(ids.STATE_WRITTEN), "written/s"),
+                Query(rate(ids.STATE_FAILURES), "failures/s"),
+            ),
+            "Checkpoints of what was learned, in files.",
+        ),
+        Panel(
+            "Daemon",
+            SHORT,
+            (
+                Query(selected(ids.NUM_ENGINES), "engines"),
+                Query(f"time() - {selected(ids.HEARD)}", "seconds since it was heard"),
+                Query(rate(ids.BUS_MISSED, "topic"), "missed {{topic}}/s"),
+                Query(
+                    rate(ids.LOOP, "counter") + " > 0",
+                    "{{counter}}/s",
+                ),
+            ),
+            "The loop's own counters, and events that telemetry was too slow for.",
+        ),
+    ),
+}
+
+
+def _variable(name: str, kind: str, query: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "type": kind, "query": query, "label": name, "hide": 0, **more}
+
+
+def _panel(number: int, panel: Panel, x: int, y: int) -> dict[str, Any]:
+    stacking = {"mode": "normal" if panel.stacked else "none", "group": "A"}
+    return {
+        "id": number,
+        "type": "timeseries",
+        "title": panel.title,
+        "description": panel.about,
+        "datasource": DATASOURCE,
+        "gridPos": {"h": HEIGHT, "w": panel.width, "x": x, "y": y},
+        "fieldConfig": {
+            "defaults": {
+                "unit": panel.unit,
+                "custom": {"fillOpacity": 30 if panel.stacked else 0, "stacking": stacking},
+            },
+            "overrides": [],
+        },
+        "options": {
+            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        },
+        "targets": [
+            {
+                "refId": chr(ord("A") + index),
+                "datasource": DATASOURCE,
+                "expr": query.expression,
+                "legendFormat": query.legend,
+                "range": True,
+            }
+            for index, query in enumerate(panel.queries)
+        ],
+    }
+
+
+def build() -> dict[str, Any]:
+    """The dashboard as Grafana imports it."""
+    panels: list[dict[str, Any]] = []
+    y = 0
+    for title, row in ROWS.items():
+        place = {"h": 1, "w": COLUMNS, "x": 0, "y": y}
+        number = len(panels) + 1
+        panels.append(
+            {"id": number, "type": "row", "title": title, "gridPos": place, "panels": []}
+            | {"collapsed": False}
+        )
+        y += 1
+        x = 0
+        for panel in row:
+            if x + panel.width > COLUMNS:
+                x, y = 0, y + HEIGHT
+            panels.append(_panel(len(panels) + 1, panel, x, y))
+            x += panel.width
+        y += HEIGHT
+    engines = f"label_values({ids.CONNECTED.id}, engine)"
+    return {
+        "uid": "smartspec",
+        "title": "SmartSpec",
+        "description": "What speculation brings, what is decided, and whether to trust it.",
+        "tags": ["llm", "speculative-decoding"],
+        "schemaVersion": SCHEMA_VERSION,
+        "version": 1,
+        "editable": True,
+        "graphTooltip": 1,
+        "refresh": "10s",
+        "time": {"from": "now-30m", "to": "now"},
+        "timezone": "",
+        "annotations": {"list": []},
+        "links": [],
+        "templating": {
+            "list": [
+                _variable("datasource", "datasource", "prometheus"),
+                _variable(
+                    "engine",
+                    "query",
+                    engines,
+                    datasource=DATASOURCE,
+                    definition=engines,
+                    includeAll=True,
+                    multi=True,
+                    allValue=".*",
+                    current={"text": ["All"], "value": ["$__all"]},
+                    refresh=2,
+                    sort=1,
+                ),
+            ]
+        },
+        "panels": panels,
+    }
+
+
+def to_json() -> str:
+    """The file's text."""
+    return msgspec.json.format(msgspec.json.encode(build()), indent=2).decode() + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(to_json())

@@ -1,0 +1,82 @@
+"""What a user may set of the adapter: in vLLM's ``additional_config``, or in the environment.
+
+    --additional-config '{"smartspec": {"endpoint": "ipc:///run/smartspec/engines.sock"}}'
+
+What ``additional_config`` says goes before the environment, that before the default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+SECTION = "smartspec"  #: of additional_config
+ENVIRONMENT = {
+    "endpoint": "SMARTSPEC_ENDPOINT",
+    "engine": "SMARTSPEC_ENGINE_NAME",
+    "mode": "SMARTSPEC_ENGINE_MODE",
+    "lengths": "SMARTSPEC_ENGINE_LENGTHS",
+}
+SYSTEM_RUNTIME_DIR = "/run/smartspec"  #: of the daemon as a systemd service
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used: names the key, and what was expected."""
+
+
+class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The adapter's settings."""
+
+    endpoint: str = ""  #: where the daemon listens; empty: `default_endpoint`
+    engine: Annotated[str, Meta(max_length=200)] = ""  #: unique on the daemon; empty: the model's
+    mode: Literal["control", "off"] = "control"  #: off: vLLM as without us
+    #: ragged: a length per request; uniform: one for all of a step, for attention backends that
+    #: need it; both: whichever pays, by what each has cost; auto: both with CUDA graphs, or ragged
+    lengths: Literal["auto", "ragged", "uniform", "both"] = "auto"
+
+
+def load(additional_config: Any, environment: Mapping[str, str]) -> Settings:
+    """Settings of one vLLM instance.
+
+    Parameters
+    ----------
+    additional_config : vLLM's, a dict or something else that has nothing of ours
+    environment : e.g. ``os.environ``
+
+    Raises `SettingsError`.
+    """
+    values: dict[str, Any] = {
+        key: environment[name] for key, name in ENVIRONMENT.items() if environment.get(name)
+    }
+    given = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
+    if given is not None:
+        if not isinstance(given, Mapping):
+            raise SettingsError(f"additional_config.{SECTION}: expected an object of settings")
+        values |= given
+    try:
+        settings = msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        known = ", ".join(Settings.__struct_fields__)
+        raise SettingsError(f"{SECTION} settings: {error}; the keys are {known}") from error
+    endpoint = settings.endpoint or default_endpoint(environment)
+    if "://" not in endpoint:
+        raise SettingsError(
+            f"{SECTION}.endpoint: {endpoint!r}, expected an address such as ipc:///run/x.sock"
+        )
+    return msgspec.structs.replace(settings, endpoint=endpoint)
+
+
+def default_endpoint(environment: Mapping[str, str]) -> str:
+    """Where a default daemon listens: the system's if there is one, else the user's."""
+    folder = environment.get("SMARTSPEC_RUNTIME_DIR", "")
+    if not folder and Path(SYSTEM_RUNTIME_DIR).is_dir():
+        folder = SYSTEM_RUNTIME_DIR
+    if not folder:
+        own = environment.get("XDG_RUNTIME_DIR", "")
+        folder = f"{own}/smartspec" if own else f"/tmp/smartspec-{os.getuid()}"
+    return f"ipc://{folder}/engines.sock"

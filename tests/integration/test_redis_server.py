@@ -1,0 +1,219 @@
+"""Debian's redis-server, by TLS and with an ACL user; and a failover to its replica."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from redis.exceptions import NoPermissionError
+
+from smartspec.daemon import config, inspect
+from smartspec.daemon.config import ConfigError
+from smartspec.daemon.event_bus import CheckpointEvent, LoopEvent, NoteEvent, StepEvent
+from smartspec.daemon.telemetry.engine_state import EngineState
+from smartspec.daemon.telemetry.redis_store import RedisStore, connect, connect_as
+
+SERVER = shutil.which("redis-server")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(SERVER is None, reason="redis-server is not installed"),
+]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="ss-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def server(stack: ExitStack, folder: Path, name: str, *options: str) -> subprocess.Popen[bytes]:
+    """A server on the Unix socket ``<name>.sock``, ready."""
+    assert SERVER is not None
+    path = folder / f"{name}.sock"
+    common = [
+        "--unixsocket",
+        str(path),
+        "--dir",
+        str(folder),
+        "--save",
+        "",
+        "--loglevel",
+        "warning",
+    ]
+    ports = () if "--port" in options else ("--port", "0")
+    log = (folder / f"{name}.log").open("wb")
+    stack.callback(log.close)
+    process = subprocess.Popen([SERVER, *common, *ports, *options], stdout=log, stderr=log)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    eventually(path.exists)
+    return process
+
+
+def eventually(what: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if value := what():
+                return value
+        except (redis.RedisError, OSError):
+            pass
+        time.sleep(0.03)
+    raise AssertionError(f"did not happen within {timeout_s} s")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def step(seq: int) -> StepEvent:
+    return StepEvent(engine="a", seq=seq, num_running=1, step_s=0.05)
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = folder / "key.pem", folder / "cert.pem"
+    subprocess.run(
+        [
+            *(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "2"),
+            *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return key, certificate
+
+
+def documented_rights(repository: Path) -> list[str]:
+    text = (repository / "docs" / "redis.md").read_text("utf-8")
+    found = re.search(r"ACL SETUSER smartspec on >PASSWORD ((?:.+\n)+)", text)
+    assert found is not None
+    return found[1].split()
+
+
+def test_all_is_written_and_read_by_tls_with_the_documented_rights(
+    folder: Path, stack: ExitStack, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, certificate = make_certificate(folder)
+    port = free_port()
+    server(
+        stack, folder, "tls", "--tls-port", str(port), "--tls-cert-file", str(certificate),
+        "--tls-key-file", str(key), "--tls-auth-clients", "no",
+    )  # fmt: skip
+    admin = redis.Redis(unix_socket_path=str(folder / "tls.sock"))
+    stack.callback(admin.close)
+    rights = documented_rights(repository)
+    admin.execute_command("ACL", "SETUSER", "smartspec", "on", ">hunter2", *rights)
+    admin.execute_command("ACL", "SETUSER", "default", "off")
+    password = folder / "password"
+    password.write_text("wrong\n", "utf-8")
+    settings = config.load(
+        env={},
+        overrides={
+            "runtime_dir": str(folder),
+            "redis.url": f"rediss://localhost:{port}/0",
+            "redis.username": "smartspec",
+            "redis.password_file": str(password),
+            "redis.ca_file": str(certificate),
+        },
+    )
+    store = RedisStore(connect_as(settings), "smartspec:", 100, 60)
+    store.start()
+    stack.callback(store.close)
+    store.add(step(1))
+    store.add(NoteEvent(engine="a", kind="drift", text="slower"))
+    store.add(LoopEvent(num_engines=1))
+    store.add(CheckpointEvent(key_id="0" * 16 + "-" + "0" * 8, frame=b"x"))
+    store.put_states([EngineState(engine="a", updated_s=time.time())])
+    eventually(lambda: store.num_failures >= 1)
+    assert not store.up, "a wrong password was taken"
+    password.write_text("hunter2\n", "utf-8")  # no restart is needed
+    eventually(lambda: store.up and store.num_written >= 2)
+    assert store.num_lost == 0
+    assert inspect.run(settings, as_json=True) == 0
+    assert "slower" in capsys.readouterr().out
+    reader = connect_as(settings)
+    stack.callback(reader.close)
+    with pytest.raises(NoPermissionError):
+        reader.flushall()
+    with pytest.raises(NoPermissionError):
+        reader.get("other:key")
+
+
+def test_server_is_not_believed_when_nobody_vouches_for_it(folder: Path, stack: ExitStack) -> None:
+    key, certificate = make_certificate(folder)
+    port = free_port()
+    server(
+        stack, folder, "tls", "--tls-port", str(port), "--tls-cert-file", str(certificate),
+        "--tls-key-file", str(key), "--tls-auth-clients", "no",
+    )  # fmt: skip
+    client = connect(f"rediss://localhost:{port}/0")
+    stack.callback(client.close)
+    with pytest.raises(redis.ConnectionError, match="certificate"):
+        client.ping()
+
+
+def test_nothing_is_doubled_when_the_replica_takes_over(folder: Path, stack: ExitStack) -> None:
+    first = server(stack, folder, "first", "--port", str(port := free_port()))
+    server(stack, folder, "second", "--replicaof", f"127.0.0.1 {port}")
+    replica = redis.Redis(unix_socket_path=str(folder / "second.sock"))
+    stack.callback(replica.close)
+    eventually(lambda: replica.info("replication")["master_link_status"] == "up")
+    address = folder / "address.sock"
+    address.symlink_to(folder / "first.sock")
+    store = RedisStore(connect(f"unix://{address}", timeout_s=0.5), "t:", 1000, 60)
+    store.start()
+    stack.callback(store.close)
+    for seq in range(1, 101):
+        store.add(step(seq))
+    eventually(lambda: replica.xlen("t:v1:steps:a") == 100)
+    first.kill()
+    first.wait()
+    for seq in range(101, 201):
+        store.add(step(seq))
+    eventually(lambda: store.num_failures >= 1)
+    address.unlink()
+    address.symlink_to(folder / "second.sock")  # read-only still: what is sent now must wait
+    failures = store.num_failures
+    eventually(lambda: store.num_failures > failures + 1)
+    assert not store.up
+    replica.replicaof("NO", "ONE")
+    eventually(lambda: replica.xlen("t:v1:steps:a") == 200)
+    seqs = [int(fields[b"seq"]) for _, fields in replica.xrange("t:v1:steps:a")]
+    assert seqs == list(range(1, 201))
+    assert store.num_lost == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"redis.url": "redis://u:p@h", "redis.password_file": "/p"}, "redis.password_file"),
+        ({"redis.username": "u"}, "redis.username"),
+        ({"redis.url": "redis://h", "redis.ca_file": "/c"}, "redis.ca_file"),
+    ],
+)
+def test_contradictory_credentials_are_refused(settings: dict[str, str], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        config.load(env={}, overrides=settings)

@@ -1,0 +1,161 @@
+"""Gains: intervals that hold what is true as often as they say, by simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from smartspec.daemon.gain import (
+    COMPARISONS_KEPT,
+    LEAST_COMPARISONS,
+    MODEL_ERROR,
+    Comparisons,
+    Discounted,
+    GainEstimator,
+    Tally,
+    student_95,
+)
+from smartspec.daemon.policy import Arm
+
+CERTAIN = {Arm.NONE: 0.0, Arm.OWN: 0.0}
+
+
+def tally(tokens_per_s: float, own: float, none: float, chosen: float | None = None) -> Tally:
+    """Two seconds at a goodput, where others were predicted."""
+    made = Tally()
+    made.add(
+        2.0,
+        2.0 * tokens_per_s,
+        tokens_per_s if chosen is None else chosen,
+        {Arm.OWN: own, Arm.NONE: none},
+    )
+    return made
+
+
+@pytest.mark.parametrize("freedom", [2.0, 3.0, 4.0, 10.0, 100.0])
+def test_student_quantile_is_that_of_tables(freedom: float) -> None:
+    assert student_95(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=0.04)
+
+
+def test_old_values_fade() -> None:
+    values = Discounted(memory=10.0)
+    for x in [5.0] * 100 + [1.0] * 100:
+        values.add(x)
+    assert values.mean == pytest.approx(1.0, abs=0.01)
+    assert 15 < values.count < 21
+
+
+def test_variance_of_the_mean_is_that_of_simulated_means() -> None:
+    rng = np.random.default_rng(0)
+    means, claimed = [], []
+    for _ in range(500):
+        values = Discounted(memory=10.0)
+        for x in rng.normal(size=60):
+            values.add(float(x))
+        means.append(values.mean)
+        claimed.append(values.variance_of_mean)
+    assert np.mean(claimed) == pytest.approx(np.var(means), rel=0.15)
+
+
+def test_interval_of_comparisons_holds_the_true_gain_in_95_percent() -> None:
+    rng = np.random.default_rng(1)
+    held = 0
+    for trial in range(600):
+        comparisons = Comparisons()
+        noise = rng.normal if trial % 2 else rng.laplace
+        for x in noise(math.log(1.2), 0.05, size=8):
+            comparisons.add(float(x))
+        interval = comparisons.interval()
+        assert interval is not None
+        held += interval.low <= 0.2 <= interval.high
+    assert 0.92 <= held / 600 <= 0.98
+
+
+def test_comparisons_are_not_judged_while_there_are_few_and_old_ones_are_dropped() -> None:
+    comparisons = Comparisons()
+    for count in range(1, COMPARISONS_KEPT + 11):
+        comparisons.add(1.0 if count <= 10 else 0.0)
+        assert (comparisons.interval() is None) == (count < LEAST_COMPARISONS)
+    assert comparisons.num_made == COMPARISONS_KEPT + 10
+    assert comparisons.interval() == (0.0, 0.0, 0.0)
+
+
+# -- estimates ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_claimed_before_the_first_block() -> None:
+    gains = GainEstimator()
+    assert gains.over(Arm.OWN) is None and gains.bias(Arm.OWN) is None
+
+
+def test_gain_is_that_of_the_models_while_nothing_is_steered() -> None:
+    gains = GainEstimator()
+    for _ in range(10):
+        gains.note_block(Arm.OWN, tally(100.0, 100.0, 80.0, chosen=120.0), CERTAIN)
+    over = gains.over(Arm.OWN)
+    assert over is not None and over.value == pytest.approx(0.2)
+    # The models' own certainty is not believed.
+    assert over.high - over.value > 2 * MODEL_ERROR
+    # What is chosen is near to what is run; no speculation may be better than is known.
+    open_end = GainEstimator()
+    open_end.note_block(
+        Arm.OWN, tally(100.0, 100.0, 80.0, chosen=101.0), {Arm.NONE: 0.5, Arm.OWN: 0.0}
+    )
+    ignorant = open_end.over(Arm.OWN)
+    assert ignorant is not None and ignorant.low > -0.2 and ignorant.high > 1.0
+    uncertain = GainEstimator()
+    uncertain.note_block(
+        Arm.OWN, tally(100.0, 100.0, 80.0, chosen=120.0), {Arm.NONE: 0.2, Arm.OWN: 0.2}
+    )
+    wider = uncertain.over(Arm.OWN)
+    assert wider is not None and wider.high > over.high + 0.3
+
+
+def test_error_of_the_models_is_found_when_the_alternative_is_run() -> None:
+    """The models think too little of the own setting and believe in 20% over it: 5% is true."""
+    rng = np.random.default_rng(2)
+    gains = GainEstimator()
+    for count in range(60):
+        noise = float(rng.normal(1.0, 0.01))
+        gains.note_block(Arm.SMARTSPEC, tally(120.0 * noise, 100.0, 80.0), CERTAIN)
+        if count % 3 == 0:
+            noise = float(rng.normal(1.0, 0.01))
+            gains.note_block(Arm.OWN, tally(120.0 / 1.05 * noise, 100.0, 80.0), CERTAIN)
+    over, bias = gains.over(Arm.OWN), gains.bias(Arm.OWN)
+    assert over is not None and bias is not None
+    assert bias == pytest.approx(1.2 / 1.05 - 1, abs=0.01)
+    assert over.low < 0.05 < over.high and over.high - over.low < 0.1
+    other = gains.over(Arm.NONE)  # never run: believed, with the doubt of models
+    assert other is not None and other.value == pytest.approx(0.5, abs=0.02)
+    assert other.high - other.low > 0.3
+
+
+@pytest.mark.parametrize("num_checks", [0, 1, 3, 8, 20])
+def test_interval_of_estimates_holds_the_true_gain_in_95_percent(num_checks: int) -> None:
+    """Models that are wrong by 5% or so, blocks with a noise of 3%."""
+    rng = np.random.default_rng(3)
+    held = 0
+    for _ in range(400):
+        wrong, true = float(rng.normal(0.0, MODEL_ERROR)), float(rng.uniform(-0.1, 0.5))
+        gains = GainEstimator()
+        for block in range(60):
+            noise = math.exp(float(rng.normal(true + wrong, 0.03)))
+            gains.note_block(Arm.SMARTSPEC, tally(100.0 * noise, 100.0, 90.0), CERTAIN)
+            if block >= 60 - num_checks:
+                noise = math.exp(float(rng.normal(wrong, 0.03)))
+                gains.note_block(Arm.OWN, tally(100.0 * noise, 100.0, 90.0), CERTAIN)
+        over = gains.over(Arm.OWN)
+        assert over is not None
+        held += over.low <= math.expm1(true) <= over.high
+    assert held / 400 >= 0.93
+
+
+def test_own_setting_counts_as_no_speculation_when_it_is_that() -> None:
+    gains = GainEstimator(own_is_none=True)
+    gains.note_block(Arm.OWN, tally(100.0, 110.0, 110.0), CERTAIN)
+    assert gains.bias(Arm.NONE) == gains.bias(Arm.OWN) == pytest.approx(-1 / 11)
+    gains.note_comparison(Arm.OWN, tally(120.0, 110.0, 110.0), tally(100.0, 110.0, 110.0))
+    assert gains.comparisons[Arm.NONE].num_made == 1

@@ -1,0 +1,86 @@
+"""The vLLM adapter's settings and refusals, which need no vLLM."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from smartspec.engine_adapter.messages import MAX_BATCH, MAX_LENGTH
+from smartspec.engine_adapter.vllm import facts
+from smartspec.engine_adapter.vllm.settings import SettingsError, default_endpoint, load
+
+
+def test_additional_config_goes_before_the_environment() -> None:
+    environment = {"SMARTSPEC_ENDPOINT": "ipc:///a", "SMARTSPEC_ENGINE_NAME": "gpu0"}
+    found = load({"smartspec": {"endpoint": "ipc:///b"}}, environment)
+    assert (found.endpoint, found.engine) == ("ipc:///b", "gpu0")
+
+
+@pytest.mark.parametrize("given", [None, {}, {"other": 1}, "text"])
+def test_nothing_of_ours_means_defaults(given: Any) -> None:
+    found = load(given, {"SMARTSPEC_RUNTIME_DIR": "/x"})
+    assert (found.endpoint, found.mode, found.lengths) == (
+        "ipc:///x/engines.sock",
+        "control",
+        "auto",
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"smartspec": {"endpont": "ipc:///a"}}, "endpont.*the keys are endpoint"),
+        ({"smartspec": {"mode": "on"}}, "mode"),
+        ({"smartspec": {"endpoint": "/run/a.sock"}}, "endpoint.*expected an address"),
+        ({"smartspec": "ipc:///a"}, "expected an object"),
+    ],
+)
+def test_wrong_setting_is_named(given: Any, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        load(given, {})
+
+
+def test_default_endpoint_is_the_users_own_without_a_system_daemon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("smartspec.engine_adapter.vllm.settings.SYSTEM_RUNTIME_DIR", "/none")
+    found = default_endpoint({"XDG_RUNTIME_DIR": "/run/user/7"})
+    assert found == "ipc:///run/user/7/smartspec/engines.sock"
+    assert default_endpoint({}) == f"ipc:///tmp/smartspec-{os.getuid()}/engines.sock"
+
+
+def configuration(**changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "num_speculative_tokens": 5,
+        "data_parallel_size": 1,
+        "max_num_seqs": 64,
+        "runner_type": "generate",
+    } | changes
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(method="ngram"),
+        num_speculative_tokens=values["num_speculative_tokens"],
+        parallel_config=SimpleNamespace(data_parallel_size=values["data_parallel_size"]),
+        model_config=SimpleNamespace(runner_type=values["runner_type"]),
+        scheduler_config=SimpleNamespace(max_num_seqs=values["max_num_seqs"]),
+    )
+
+
+def test_usual_engine_is_steered() -> None:
+    assert facts.refusal(configuration()) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_speculative_tokens": 0}, "no speculation"),
+        ({"num_speculative_tokens": MAX_LENGTH + 1}, "num_speculative_tokens"),
+        ({"data_parallel_size": 2}, "data_parallel_size"),
+        ({"max_num_seqs": MAX_BATCH + 1}, "max-num-seqs"),
+        ({"runner_type": "pooling"}, "does not generate"),
+    ],
+)
+def test_engine_that_cannot_be_steered_is_left_alone(changes: Any, words: str) -> None:
+    assert words in (facts.refusal(configuration(**changes)) or "")
