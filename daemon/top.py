@@ -259,7 +259,8 @@ class Top(App[None]):
         self._problem = message.problem
         if message.views:  # in an outage the last that was known stays, and is said to be old
             self.views = message.views
-        self._show()
+        if self.screen_stack:  # what comes while the application ends has nothing to be shown on
+            self._show()
 
     # -- showing --------------------------------------------------------------------------------
 

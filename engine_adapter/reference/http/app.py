@@ -310,7 +310,9 @@ def build_app(server: Server, keys: Iterable[str] = ()) -> FastAPI:
 
 
 def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
+    # Of each event, as checkers of descriptions read it.
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    streamed = {"text/event-stream": {"schema": event}}
     return {200: {"model": model, "content": streamed}, **_ERRORS}
 
 
