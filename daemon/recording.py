@@ -156,10 +156,13 @@ def run(settings: Settings, path: Path, seconds: float, max_bytes: int, stop: St
     """Record what the daemon of these settings hears and says; returns the exit code."""
     subscriber = subscribe(settings.bus_endpoint, ("frame", "loop"))
     try:
-        if subscriber.poll(DAEMON_TIMEOUT_S) is None:
+        first = subscriber.poll(DAEMON_TIMEOUT_S)
+        if first is None:
             return _fail(f"no daemon is heard at {settings.bus_endpoint}: is `smartspec run` up?")
         writer = Writer(path, time.time())
         try:
+            if isinstance(first, FrameEvent):  # it may be what introduces an engine
+                writer.add(first)
             why = record(subscriber, writer, stop, seconds, max_bytes)
         finally:
             writer.close()

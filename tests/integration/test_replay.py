@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import live_daemon
 import msgspec
@@ -217,6 +217,27 @@ def test_bus_knows_who_asks_for_frames(folder: str) -> None:
     finally:
         every.close()
         bus.close()
+
+
+def test_the_first_frame_heard_is_recorded(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = FrameEvent(turn=1, at_s=1.0, peer=b"gpu0", inbound=True, frame=b"hello")
+    heard = iter([frame])
+
+    class Silent:
+        num_missed: ClassVar[dict[str, int]] = {}
+
+        def poll(self, timeout_s: float) -> object:
+            return next(heard, None)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(recording, "subscribe", lambda *_: Silent())
+    path = Path(folder) / "recording"
+    settings = config.load(None, None, {"runtime_dir": folder})
+    assert recording.run(settings, path, 0.05, 1 << 20, Stop()) == 0
+    with path.open("rb") as file:
+        assert list(recording.read(file)) == [frame]
 
 
 @pytest.mark.system
