@@ -35,7 +35,9 @@ SETTINGS = {
 }
 STATIC = ("none", "static1", "static2", "static3", "static4", "static5")
 ONLINE = ("tiers", "authors", "bandit", "switch_off", "smartspec")
-POLICIES = (*STATIC, "table", *ONLINE, "informed", "clairvoyant")
+#: With a prompt token counting as so much of an answer's: what the solver of today leaves lying.
+PROMPTS = ("informed0.1", "informed0.3")
+POLICIES = (*STATIC, "table", *ONLINE, "informed", *PROMPTS, "clairvoyant")
 
 
 def dearer(now_s: float, phase_s: float) -> float:
@@ -114,7 +116,7 @@ def main() -> None:
             informed = mean["informed"]
             stem = f"{setting}_{limit}_{measure}"
             figures[f"{stem}_best_static_s"] = best
-            for name in (*ONLINE, "table", "none", "informed", "clairvoyant"):
+            for name in (*ONLINE, "table", "none", "informed", *PROMPTS, "clairvoyant"):
                 figures[f"{stem}_{name}_vs_best_static"] = mean[name] / best
             figures[f"{stem}_smartspec_vs_informed"] = mean["smartspec"] / informed
             figures[f"{stem}_smartspec_way"] = (best - mean["smartspec"]) / (best - informed)

@@ -36,7 +36,11 @@ class Optimum(NamedTuple):
 
 
 def solve(
-    ladder: Ladder, curves: Sequence[CostCurve], draft: DraftCost, num_other_tokens: int = 0
+    ladder: Ladder,
+    curves: Sequence[CostCurve],
+    draft: DraftCost,
+    num_other_tokens: int = 0,
+    other_value: float = 0.0,
 ) -> Optimum:
     """The optimum for a batch; ties go to the fewest drafts.
 
@@ -45,6 +49,8 @@ def solve(
     ladder : the batch's draftable items
     curves : seconds of the target's pass by tokens, for each execution mode that is a candidate
     num_other_tokens : tokens of the pass that are not verified (prefill)
+    other_value : what each of these counts for in goodput, in tokens of an answer; above 0, a step
+        that carries prompts is kept shorter, since drafts delay those too
 
     Raises ValueError when a candidate step would take no time.
 
@@ -58,6 +64,7 @@ def solve(
     deepest = ladder.max_length
     depths = range(deepest + 1) if draft.per_forward_s > 0 else (deepest,)
     best_goodput, best_depth = -np.inf, 0
+    beside = other_value * num_other_tokens
     _, most_drafts = ladder.prefixes(deepest)
     for curve in curves:
         if curve.mode == UNIFORM:
@@ -72,7 +79,7 @@ def solve(
             if ladder.presence is not None and depth < deepest:
                 seconds = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
             times = ladder.add_depth(seconds, draft, depth, drafts)
-            goodput = float((gains / times).max())
+            goodput = float(((gains + beside) / times).max())
             if goodput > best_goodput + 1e-12:
                 best_goodput, best_depth = goodput, depth
     for curve in curves:
@@ -83,7 +90,8 @@ def solve(
             width = int(lengths.max(initial=0))
             drafted = np.array(float(lengths.sum()))
             num_tokens = ladder.size * (1 + width) + num_other_tokens
-            goodput = gain / float(step_seconds(curve, draft, num_tokens, drafted, width))
+            seconds_all = float(step_seconds(curve, draft, num_tokens, drafted, width))
+            goodput = (gain + beside) / seconds_all
             if goodput > best_goodput + 1e-12:
                 best_goodput, best_depth = goodput, length
     choice = choose_lengths(ladder, best_goodput, best_depth, curves, draft, num_other_tokens)

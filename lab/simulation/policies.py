@@ -217,14 +217,16 @@ class SwitchOff(BatchLength):
 class Told(FixedLength):
     """The solver with true costs and true probabilities, or (``clairvoyant``) true outcomes.
 
-    `engine` is to be set before the first step.
+    `engine` is to be set before the first step. ``prompt_value``: what a prompt token counts for in
+    goodput, in tokens of an answer.
     """
 
     engine: Engine
 
-    def __init__(self, draft: str, *, clairvoyant: bool = False) -> None:
+    def __init__(self, draft: str, *, clairvoyant: bool = False, prompt_value: float = 0.0) -> None:
         super().__init__(0)
         self._draft, self._clairvoyant = draft, clairvoyant
+        self._prompt_value = prompt_value
 
     def choose(self, batch: DecodeBatch) -> Choice:
         engine, present = self.engine, self.engine.present
@@ -240,4 +242,5 @@ class Told(FixedLength):
         curve = engine.profile.curve(batch.size, present.context_tokens, chunks, most, factor)
         draft = engine.profile.draft(self._draft, factor)
         ladder = Ladder(survival, ceiling=batch.ceiling)
-        return goodput.solve(ladder, [curve], draft, batch.num_prefill_tokens).choice
+        prompts = batch.num_prefill_tokens
+        return goodput.solve(ladder, [curve], draft, prompts, self._prompt_value).choice

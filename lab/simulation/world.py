@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,9 +67,13 @@ class Cell:
 
 
 def rival(name: str, cell: Cell) -> LengthSource:
-    """A policy by name; "static3" is length 3 for all. Raises ValueError for others."""
+    """A policy by name; "static3" is length 3 for all, and "informed0.1" is
+    informed, a prompt token counting as a tenth of an answer's. Raises ValueError for others.
+    """
     if name.startswith("static") and name[6:].isdigit():
         return FixedLength(int(name[6:]))
+    if name.startswith("informed") and re.fullmatch(r"[0-9.]*[0-9]", name[8:]):
+        return policies.Told(cell.draft, prompt_value=float(name[8:]))
     match name:
         case "none":
             return FixedLength(0)

@@ -158,3 +158,17 @@ def test_fallback_table_equals_the_solver_when_requests_are_alike() -> None:
             seconds = curve.seconds[batch + drafts] + extra
             goodputs.append(batch * (1 + survival[:k].sum()) / seconds)
         assert goodputs[length] == max(goodputs)
+
+
+def test_prompts_that_are_worth_something_keep_a_step_short() -> None:
+    ladder = Ladder(np.full((4, 8), 0.7) ** np.arange(1, 5)[:, None])
+    curve = CostCurve("ragged", [1.0, 1000.0], [1.0, 11.0])
+    drafts = [
+        int(solve(ladder, [curve], DraftCost(), 400, value).choice.lengths.sum())
+        for value in (0.0, 0.3, 1.0)
+    ]
+    assert drafts[0] > drafts[1] > drafts[2]
+    one = solve(ladder, [curve], DraftCost(), 400, 0.3)
+    gain = ladder.at(one.choice.lengths)[1] + 0.3 * 400
+    seconds = curve.at(np.array(8 + 400.0 + one.choice.lengths.sum()))
+    assert one.value_of_time == pytest.approx(gain / float(seconds))
