@@ -13,9 +13,9 @@ import numpy as np
 
 from smartspec.daemon import goodput
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, StepFacts
-from smartspec.engine_adapter.lengths import Choice, Ladder
+from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
 from smartspec.engine_adapter.simulator.engine import Engine
-from smartspec.engine_adapter.simulator.profile import Profile
+from smartspec.engine_adapter.simulator.profile import Chunk, Profile
 
 
 class BatchLength(FixedLength):
@@ -217,13 +217,16 @@ class SwitchOff(BatchLength):
 class Told(FixedLength):
     """The solver with true costs and true probabilities, or (``clairvoyant``) true outcomes.
 
-    `engine` is to be set before the first step. ``prompt_value``: what a prompt token counts for in
-    goodput, in tokens of an answer.
+    `engine` is to be set before the first step. The value of time is the goodput of the batch
+    without the step's prompts, as in the daemon; or, where ``prompt_value`` is given, that of the
+    step itself, a token of a prompt counting as so much of an answer's.
     """
 
     engine: Engine
 
-    def __init__(self, draft: str, *, clairvoyant: bool = False, prompt_value: float = 0.0) -> None:
+    def __init__(
+        self, draft: str, *, clairvoyant: bool = False, prompt_value: float | None = None
+    ) -> None:
         super().__init__(0)
         self._draft, self._clairvoyant = draft, clairvoyant
         self._prompt_value = prompt_value
@@ -237,10 +240,31 @@ class Told(FixedLength):
         else:
             ahead = engine.outcomes.probability[present.positions + depths - 1]
             survival = np.cumprod(ahead, axis=0, dtype=np.float64)
-        factor, chunks = present.cost_factor, present.chunks
-        most = batch.size * (1 + engine.max_length) + batch.num_prefill_tokens
-        curve = engine.profile.curve(batch.size, present.context_tokens, chunks, most, factor)
+        factor, prompts = present.cost_factor, batch.num_prefill_tokens
+        most = batch.size * (1 + engine.max_length) + prompts
         draft = engine.profile.draft(self._draft, factor)
         ladder = Ladder(survival, ceiling=batch.ceiling)
-        prompts = batch.num_prefill_tokens
-        return goodput.solve(ladder, [curve], draft, prompts, self._prompt_value).choice
+
+        def curve(chunks: tuple[Chunk, ...]) -> CostCurve:
+            context = present.context_tokens
+            return engine.profile.curve(batch.size, context, chunks, most, factor)
+
+        with_prompts = curve(present.chunks)
+        if self._prompt_value is not None:
+            worth = self._prompt_value * prompts
+            return _greatest(ladder, with_prompts, draft, prompts, worth)
+        value_of_time = goodput.solve(ladder, [curve(())], draft).value_of_time
+        return goodput.at_price(ladder, value_of_time, [with_prompts], draft, prompts).choice
+
+
+def _greatest(
+    ladder: Ladder, curve: CostCurve, draft: DraftCost, num_prompt_tokens: int, worth: float
+) -> Choice:
+    """The lengths of greatest (gain + ``worth``) / T, by Dinkelbach's iteration."""
+    value_of_time = 0.0
+    while True:
+        found = goodput.at_price(ladder, value_of_time, [curve], draft, num_prompt_tokens).choice
+        better = (found.gain + worth) / found.seconds
+        if better <= value_of_time * (1 + 1e-9):
+            return found
+        value_of_time = better
