@@ -125,7 +125,9 @@ def _best(
             width = int(lengths.max(initial=0))
             drafted = np.array(float(lengths.sum()))
             num_tokens = ladder.size * (1 + width) + num_other_tokens
-            found = float(worth(gain, float(step_seconds(curve, draft, num_tokens, drafted, width))))
+            found = float(
+                worth(gain, float(step_seconds(curve, draft, num_tokens, drafted, width)))
+            )
             if found > best + 1e-12:
                 best, best_depth = found, length
     return best, best_depth

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from smartspec.daemon import goodput
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, StepFacts
 from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
 from smartspec.engine_adapter.simulator.engine import Engine
-from smartspec.engine_adapter.simulator.profile import Chunk, Profile
+from smartspec.engine_adapter.simulator.profile import Profile
 
 
 class BatchLength(FixedLength):
@@ -214,22 +215,31 @@ class SwitchOff(BatchLength):
             self.is_off = True
 
 
-class Told(FixedLength):
-    """The solver with true costs and true probabilities, or (``clairvoyant``) true outcomes.
+class Known(NamedTuple):
+    """A step about to run, as a policy that is told the truth sees it."""
 
-    `engine` is to be set before the first step. The value of time is the goodput of the batch
-    without the step's prompts, as in the daemon; or, where ``prompt_value`` is given, that of the
-    step itself, a token of a prompt counting as so much of an answer's.
+    ladder: Ladder  #: by the true probabilities, or outcomes
+    alone: CostCurve  #: true costs, if the step carried no prompts
+    carrying: CostCurve  #: with the prompts that it does carry
+    draft: DraftCost
+    num_prompt_tokens: int
+
+
+class Told(FixedLength):
+    """Our law with true costs and true probabilities, or (``clairvoyant``) true outcomes.
+
+    `engine` is to be set before the first step.
     """
 
     engine: Engine
 
-    def __init__(
-        self, draft: str, *, clairvoyant: bool = False, prompt_value: float | None = None
-    ) -> None:
+    def __init__(self, draft: str, *, clairvoyant: bool = False) -> None:
         super().__init__(0)
         self._draft, self._clairvoyant = draft, clairvoyant
-        self._prompt_value = prompt_value
+
+    def value_of_time(self, step: Known) -> float:
+        """The goodput of the batch without the step's prompts: as the daemon prices a second."""
+        return goodput.solve(step.ladder, [step.alone], step.draft).value_of_time
 
     def choose(self, batch: DecodeBatch) -> Choice:
         engine, present = self.engine, self.engine.present
@@ -242,29 +252,11 @@ class Told(FixedLength):
             survival = np.cumprod(ahead, axis=0, dtype=np.float64)
         factor, prompts = present.cost_factor, batch.num_prefill_tokens
         most = batch.size * (1 + engine.max_length) + prompts
+        alone, carrying = (
+            engine.profile.curve(batch.size, present.context_tokens, chunks, most, factor)
+            for chunks in ((), present.chunks)
+        )
         draft = engine.profile.draft(self._draft, factor)
         ladder = Ladder(survival, ceiling=batch.ceiling)
-
-        def curve(chunks: tuple[Chunk, ...]) -> CostCurve:
-            context = present.context_tokens
-            return engine.profile.curve(batch.size, context, chunks, most, factor)
-
-        with_prompts = curve(present.chunks)
-        if self._prompt_value is not None:
-            worth = self._prompt_value * prompts
-            return _greatest(ladder, with_prompts, draft, prompts, worth)
-        value_of_time = goodput.solve(ladder, [curve(())], draft).value_of_time
-        return goodput.at_price(ladder, value_of_time, [with_prompts], draft, prompts).choice
-
-
-def _greatest(
-    ladder: Ladder, curve: CostCurve, draft: DraftCost, num_prompt_tokens: int, worth: float
-) -> Choice:
-    """The lengths of greatest (gain + ``worth``) / T, by Dinkelbach's iteration."""
-    value_of_time = 0.0
-    while True:
-        found = goodput.at_price(ladder, value_of_time, [curve], draft, num_prompt_tokens).choice
-        better = (found.gain + worth) / found.seconds
-        if better <= value_of_time * (1 + 1e-9):
-            return found
-        value_of_time = better
+        price = self.value_of_time(Known(ladder, alone, carrying, draft, prompts))
+        return goodput.at_price(ladder, price, [carrying], draft, prompts).choice

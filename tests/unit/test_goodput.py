@@ -109,7 +109,7 @@ def test_solve_equals_brute_force_when_batches_are_small(block: int) -> None:
         priced = at_price(ladder, price, curves, draft, other)
         expected = brute_force(
             *(survival, weight, floor, ceiling, curves, draft, other),
-            lambda gain, seconds: gain - price * seconds,
+            lambda gain, seconds, price=price: gain - price * seconds,
         )
         value = priced.choice.gain - price * priced.choice.seconds
         assert value == pytest.approx(expected, rel=1e-9, abs=1e-9), f"case {case}"
