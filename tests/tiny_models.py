@@ -22,6 +22,7 @@ from transformers import (
 
 from smartspec.engine_adapter.base import DecodeBatch, StepFacts
 from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.events import Finished
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
@@ -120,9 +121,10 @@ class RandomProposer:
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         sizes = [int(self._rng.integers(0, n + 1)) for n in lengths]
-        return Proposal([self._rng.integers(0, self._vocabulary, n).tolist() for n in sizes])
+        drawn = [self._rng.integers(0, self._vocabulary, n).tolist() for n in sizes]
+        return Proposal([DraftTree.chain(tokens) for tokens in drawn])
 
-    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         pass
 
     def forget(self, sequence: Sequence) -> None:

@@ -12,6 +12,7 @@ from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_TOKEN_ACCEPTANCE,
 )
+from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
@@ -101,7 +102,7 @@ class DraftModel:
         active = np.flatnonzero(lengths)
         self._num_fed = {sequences[i].id: 0 for i in active}
         if len(active) == 0:
-            return Proposal(drafts, *self._spent)
+            return Proposal([DraftTree.chain(draft) for draft in drafts], *self._spent)
         passes = [(active, self._first_drafts([sequences[i] for i in active]))]
         depth = 1
         while len(active := active[lengths[active] > depth]):
@@ -120,7 +121,7 @@ class DraftModel:
         rows = np.concatenate([rows for rows, _ in passes]).tolist()
         for row, token in zip(rows, drawn, strict=True):
             drafts[row].append(token)
-        return Proposal(drafts, *self._spent)
+        return Proposal([DraftTree.chain(draft) for draft in drafts], *self._spent)
 
     def _first_drafts(self, sequences: list[Sequence]) -> torch.Tensor:
         """The first draft of each, [B]: as it was looked at, or run now."""
@@ -147,10 +148,10 @@ class DraftModel:
         asked = zip(sequences, places, strict=True)
         return sample(logits, Draws.of((s.request.sampling, s.seed, place) for s, place in asked))
 
-    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         before: list[int] = []
         outcome: list[bool] = []
-        for sequence, count in zip(sequences, num_accepted, strict=True):
+        for sequence, count in zip(sequences, map(len, paths), strict=True):
             if sequence.id in self._num_fed:
                 num_fed = self._num_fed[sequence.id]
                 start = self._num_computed[sequence.id]  # tokens before its drafts

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smartspec.engine_adapter.base import FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE
+from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
@@ -135,10 +136,10 @@ class PromptLookup:
             # A match near the end is a repetition: the copy runs on into itself.
             period = len(draft)
             draft += [draft[i % period] for i in range(length - period)]
-            drafts.append(draft)
+            drafts.append(DraftTree.chain(draft))
         return Proposal(drafts)
 
-    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         # The index follows the tokens. What the copy would have been is known without a draft.
         before: list[int] = []
         outcome: list[bool] = []

@@ -48,7 +48,7 @@ class Draws(NamedTuple):
     key: npt.NDArray[np.int64]  #: hash of (seed, position)
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[SamplingParams, int, range]]) -> Draws:
+    def of(cls, rows: Iterable[tuple[SamplingParams, int, Sequence[int]]]) -> Draws:
         """From (parameters, seed, positions) of every request, a row per position."""
         temperature: list[float] = []
         top_k: list[int] = []
@@ -178,15 +178,3 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[
         TokenLogprobs(token, score, list(zip(*top, strict=True)))
         for token, score, top in zip(tokens, chosen, tops, strict=True)
     ]
-
-
-def num_agreeing(drafts: Sequence[int], drawn: Sequence[int]) -> int:
-    """The acceptance rule: how many first drafts are the tokens that the target draws there.
-
-    >>> num_agreeing([5, 6, 7], [5, 6, 8, 9])
-    2
-    """
-    for count, draft in enumerate(drafts):
-        if draft != drawn[count]:
-            return count
-    return len(drafts)

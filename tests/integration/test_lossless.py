@@ -12,11 +12,11 @@ from tiny_models import FAMILIES, VOCABULARY, RandomLengths, RandomProposer, ans
 
 from smartspec.engine_adapter.reference import worker as worker_module
 from smartspec.engine_adapter.reference.draft_model import DraftModel
+from smartspec.engine_adapter.reference.draft_tree import DraftTree, agreeing_path
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import Proposer
-from smartspec.engine_adapter.reference.sampling import num_agreeing
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
 from smartspec.engine_adapter.reference.worker import Worker
 
@@ -166,19 +166,19 @@ def test_greedy_output_equals_generate_when_not_speculating(family: str) -> None
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda drafts, drawn: len(drafts),
-        lambda drafts, drawn: min(num_agreeing(drafts, drawn) + 1, len(drafts)),
+        lambda tree, drawn: list(range(tree.size)),
+        lambda tree, drawn: list(range(min(len(agreeing_path(tree, drawn)) + 1, tree.size))),
     ],
     ids=["accept_every_draft", "accept_one_too_many"],
 )
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "seeded"])
 def test_comparison_fails_when_the_acceptance_rule_is_broken(
     monkeypatch: pytest.MonkeyPatch,
-    broken: Callable[[list[int], list[int]], int],
+    broken: Callable[[DraftTree, list[int]], list[int]],
     sampled: bool,
 ) -> None:
     expected = alone("llama", sampled)
-    monkeypatch.setattr(worker_module, "num_agreeing", broken)
+    monkeypatch.setattr(worker_module, "agreeing_path", broken)
     found, cancelled, _ = speculative("llama", PROPOSERS["other_weights"]("llama"), sampled)
     with pytest.raises(AssertionError):
         assert_same(found, cancelled, expected)

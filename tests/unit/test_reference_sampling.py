@@ -13,7 +13,6 @@ from smartspec.engine_adapter.reference.sampling import (
     Draws,
     exponential_noise,
     hash_key,
-    num_agreeing,
     sample,
 )
 from smartspec.engine_adapter.reference.sequence import SamplingParams
@@ -152,16 +151,6 @@ def test_token_is_the_likeliest_when_greedy_or_top_k_is_one() -> None:
 def test_tokens_differ_when_the_seed_differs() -> None:
     logits = np.zeros(64)
     assert len(set(draw(logits, SamplingParams(temperature=1.0), range(50)).tolist())) > 20
-
-
-@pytest.mark.parametrize(
-    ("drafts", "drawn", "expected"),
-    [([], [1], 0), ([1], [1, 2], 1), ([2], [1, 2], 0), ([1, 2, 3], [1, 9, 3, 4], 1)],
-)
-def test_only_first_agreeing_drafts_count(
-    drafts: list[int], drawn: list[int], expected: int
-) -> None:
-    assert num_agreeing(drafts, drawn) == expected
 
 
 @pytest.mark.parametrize(
