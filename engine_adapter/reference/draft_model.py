@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from smartspec.engine_adapter.base import (
+    F32,
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_TOKEN_ACCEPTANCE,
 )
@@ -86,16 +87,19 @@ class DraftModel:
         goes_on = [i for i, s in enumerate(sequences) if s.id in self._num_fed]
         self._first = {}
         if goes_on:
-            chosen = [sequences[i] for i in goes_on]
-            logits = self._begin(chosen)
-            tokens = self._draw(logits, chosen, 0)
-            chance = logits.float().softmax(-1).gather(-1, tokens[:, None])[:, 0]
-            confidence[goes_on] = chance.cpu().numpy()
-            ids = [sequence.id for sequence in chosen]
-            self._first = dict(zip(ids, tokens.tolist(), strict=True))
+            confidence[goes_on] = self._look([sequences[i] for i in goes_on])
         ceiling = np.full(len(sequences), self.max_length, np.uint8)
         rates = self._rates.rates([s.tokens[-1] for s in sequences])
         return Availability(ceiling, np.stack((rates, confidence)))
+
+    def _look(self, sequences: list[Sequence]) -> F32:
+        """Run the first draft of each; how sure the draft model is of it, [B]."""
+        logits = self._begin(sequences)
+        tokens = self._draw(logits, sequences, 0)
+        ids = [sequence.id for sequence in sequences]
+        self._first = dict(zip(ids, tokens.tolist(), strict=True))
+        chance: F32 = logits.float().softmax(-1).gather(-1, tokens[:, None])[:, 0].cpu().numpy()
+        return chance
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         drafts: list[list[int]] = [[] for _ in sequences]

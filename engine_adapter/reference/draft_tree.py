@@ -65,6 +65,43 @@ def agreeing_path(tree: DraftTree, drawn: Sequence[int]) -> list[int]:
     return path
 
 
+def outcomes(
+    tree: DraftTree, path: list[int], tokens: Sequence[int], start: int
+) -> tuple[list[int], list[bool]]:
+    """After which tokens of the accepted path there was a draft, and whether one was right.
+
+    ``tokens`` of the sequence after the step, of which ``start`` before it.
+
+    >>> tree = DraftTree(tokens=[5, 6, 7], parents=[ROOT, ROOT, 1])
+    >>> outcomes(tree, [1], [3, 4, 6, 8], 2)
+    ([4, 6], [True, False])
+    """
+    end = path[-1] if path else ROOT
+    num_tried = len(path) + (end in tree.parents)
+    before = list(tokens[start - 1 : start - 1 + num_tried])  # less where the answer has ended
+    return before, [depth < len(path) for depth in range(len(before))]
+
+
+def most_probable(
+    tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float], size: int
+) -> tuple[DraftTree, list[int]]:
+    """The ``size`` nodes of the greatest chances, most probable first, and which they were.
+
+    ``chances`` : that a node is on the accepted path, at most its parent's. So every node's parent
+    comes before it, and the first nodes of a tree are the best tree of their number: the chances
+    are what `lengths.Ladder` calls survivals.
+
+    >>> most_probable([5, 6, 7, 8], [ROOT, ROOT, 0, 1], [0.6, 0.3, 0.2, 0.25], 3)
+    (DraftTree(tokens=[5, 6, 8], parents=[-1, -1, 1]), [0, 1, 3])
+    """
+    best = sorted(range(len(tokens)), key=lambda node: -chances[node])[:size]
+    place = {node: at for at, node in enumerate(best)}
+    tree = DraftTree(
+        [tokens[node] for node in best], [place.get(parents[node], ROOT) for node in best]
+    )
+    return tree, best
+
+
 def lineage(parents: Sequence[int]) -> npt.NDArray[np.bool_]:
     """Who descends from whom, [n, n]: row i is True at node i and at its ancestors.
 
