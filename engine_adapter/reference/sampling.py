@@ -143,7 +143,8 @@ def likeliest(logits: Tensor, draws: Draws, count: int) -> tuple[Tensor, Tensor]
     Returns [M, count] each, chances falling along a row; those of tokens left out are 0.
     """
     tokens = torch.empty((len(logits), count), dtype=torch.int64, device=logits.device)
-    chances = torch.empty((len(logits), count), device=logits.device)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    chances = torch.empty((len(logits), count), dtype=wide.dtype, device=logits.device)
     hot = draws.temperature > 0
     narrowed = hot & ((draws.top_k > 0) | (draws.top_p < 1))
     for chosen, race in (
@@ -155,12 +156,12 @@ def likeliest(logits: Tensor, draws: Draws, count: int) -> tuple[Tensor, Tensor]
         if len(index) == 0:
             continue
         places = torch.from_numpy(index).to(logits.device)
-        score = logits[places].float()
+        score = wide[places]
         token = torch.arange(score.shape[1], device=score.device)[None]
         if race is not None:
             token, time = race(score, draws.rows(index))
             temperature = torch.from_numpy(draws.temperature[index]).to(score)
-            score = -temperature[:, None] * time.log()
+            score = -temperature[:, None] * time.to(score.dtype).log()
         chance, best = score.softmax(-1).topk(count, -1)
         tokens[places] = token.expand_as(score).gather(-1, best)
         chances[places] = chance
