@@ -12,7 +12,7 @@ per step, 4 or 8; a lookup drafts less where it finds less, so what was verified
 
 Writes build/figures/trees.json.
 
-Run: python benchmarks/bench_trees.py [--answers-per-task 4] [--only-lookup]
+Run: python benchmarks/bench_trees.py [--answers-per-task 3] [--only-lookup]
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def show(title: str, rows: Mapping[str, Tallies]) -> dict[str, float]:
 def main() -> None:
     """Replay, print tables, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--answers-per-task", type=int, default=4, help="for the draft model")
+    parser.add_argument("--answers-per-task", type=int, default=3, help="for the draft model")
     parser.add_argument("--only-lookup", action="store_true")
     arguments = parser.parse_args()
     text = {prompt.question_id: prompt for prompt in prompts()}

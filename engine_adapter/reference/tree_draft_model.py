@@ -52,7 +52,7 @@ class Growth:
         self._depths: list[int] = []
         self._own: list[float] = []
         self._chances: list[float] = []
-        self._run: list[int] = []  # nodes in the draft model's cache, in the order of their slots
+        self._slots: dict[int, int] = {}  # of nodes run, counted from the sequence's own tokens
         self._best: list[int] = []
         self._num_seen = 0  # nodes that have been looked at for being run
 
@@ -78,16 +78,16 @@ class Growth:
         begin, self._num_seen = self._num_seen, len(self._tokens)
         least = self._chances[self._best[-1]] if self.tree.size == self._size else 0.0
         level = [node for node in self._best if node >= begin and self._chances[node] > least]
-        level = level[: max(0, room - len(self._run))]
-        self._run += level
+        level = level[: max(0, room - len(self._slots))]
+        for node in level:
+            self._slots[node] = len(self._slots)
         return level
 
     def segment(self, sequence: Sequence, level: list[int]) -> Segment:
         """The pass that runs ``level``, the nodes last given."""
-        place = {node: at for at, node in enumerate(self._run)}
-        first = sequence.num_tokens + len(self._run) - len(level)
+        first = sequence.num_tokens + len(self._slots) - len(level)
         tokens = [self._tokens[node] for node in level]
-        parents = [place.get(self._parents[node], ROOT) for node in self._run]
+        parents = [self._slots.get(self._parents[node], ROOT) for node in self._slots]
         return Segment(sequence.row, first, tokens, len(level), parents)
 
     def positions(self, sequence: Sequence, level: list[int]) -> list[int]:
@@ -99,11 +99,10 @@ class Growth:
         """The draft model's own, of the tree's nodes."""
         return [self._own[node] for node in self._best]
 
-    def places(self, path: list[int]) -> list[int]:
+    def slots(self, path: list[int]) -> list[int]:
         """Where in the draft model's cache the accepted nodes are, as far as they were run."""
-        place = {node: at for at, node in enumerate(self._run)}
         nodes = [self._best[node] for node in path]
-        return [place[node] for node in nodes if node in place]
+        return [self._slots[node] for node in nodes if node in self._slots]
 
 
 class TreeDraftModel(DraftModel):
@@ -200,9 +199,9 @@ class TreeDraftModel(DraftModel):
             tried, right = outcomes(growth.tree, path, sequence.tokens, start)
             before += tried
             outcome += right
-            places = growth.places(path)
-            kept.append((sequence.row, start, places))
-            self._num_computed[sequence.id] += len(places)
+            slots = growth.slots(path)
+            kept.append((sequence.row, start, slots))
+            self._num_computed[sequence.id] += len(slots)
         self._runner.cache.compact(kept)
         self._rates.learn(before, outcome)
 

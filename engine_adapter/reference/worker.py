@@ -204,8 +204,10 @@ class Worker:
         )
 
     def _room(self, sequence: Sequence) -> int:
-        """Drafts that there is room for. A chain of k brings k + 1 tokens to the answer at most;
-        a tree of k brings fewer, but takes as much of the cache until it is verified.
+        """Drafts that there is room for, in the answer and so in the cache's row.
+
+        A chain of k brings k + 1 tokens at most. A tree of k may bring fewer, but has a slot for
+        every node until it is verified.
         """
         room = min(sequence.num_remaining - 1, self.proposer.max_length)
         limit = sequence.request.max_speculation_length
