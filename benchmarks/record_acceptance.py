@@ -32,10 +32,11 @@ from acceptance_traces import FILE, MAX_LENGTH
 from spec_bench import TASKS, Prompt, prompts
 
 from smartspec.engine_adapter.reference import model as models
+from smartspec.engine_adapter.reference.draft_tree import DraftTree, agreeing_path
 from smartspec.engine_adapter.reference.events import Finished, Tokens
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
-from smartspec.engine_adapter.reference.sampling import Draws, num_agreeing, sample
+from smartspec.engine_adapter.reference.sampling import Draws, sample
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams, Sequence
 from smartspec.engine_adapter.reference.worker import Worker
 
@@ -131,10 +132,10 @@ def lookup_runs(
     for p in range(1, len(answer)):
         sequence.tokens = prompt + answer[:p]
         length = int(lookup.available([sequence]).features[0, 0])
-        drafts = lookup.propose([sequence], wanted).drafts[0] if length else []
+        drafts = lookup.propose([sequence], wanted).drafts[0].tokens if length else []
         rest = answer[p : p + MAX_LENGTH]
         match.append(length)
-        runs.append(num_agreeing(drafts[: len(rest)], rest))
+        runs.append(len(agreeing_path(DraftTree.chain(drafts[: len(rest)]), [*rest, -1])))
     return np.array(match, np.uint8), np.array(runs, np.uint8)
 
 

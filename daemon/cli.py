@@ -66,6 +66,8 @@ class Mode(enum.StrEnum):
 class Proposer(enum.StrEnum):
     lookup = "lookup"
     draft = "draft"
+    lookup_tree = "lookup-tree"
+    draft_tree = "draft-tree"
     none = "none"
 
 
@@ -351,12 +353,14 @@ def worker(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Hugging Face id or local path.")] = None,
     proposer: Annotated[Proposer, typer.Option(help="What guesses tokens.")] = Proposer.lookup,
-    draft_model: Annotated[str | None, typer.Option(help="Of --proposer draft.")] = None,
+    draft_model: Annotated[str | None, typer.Option(help="Of draft and draft-tree.")] = None,
     draft_drop_layers: Annotated[
         str | None,
         typer.Option(metavar="I,J,...", help="Draft with the model itself less these layers."),
     ] = None,
-    max_length: Annotated[int, typer.Option(min=0, max=64, help="Longest speculation.")] = 8,
+    max_length: Annotated[
+        int, typer.Option(min=0, max=64, help="Longest speculation; of trees the most nodes.")
+    ] = 8,
     speculation: Annotated[
         Speculation,
         typer.Option(help="smartspec: steered by the daemon; static or own: always --length."),
@@ -420,8 +424,15 @@ def worker(
 
         follow_parent(parent)
     settings = _load(config_file, set_, runtime_dir=runtime_dir, endpoint=endpoint)
-    if proposer is Proposer.draft and not (draft_model or draft_drop_layers):
-        _fail("--proposer draft: give --draft-model or --draft-drop-layers")
+    drafting = proposer in (Proposer.draft, Proposer.draft_tree)
+    if drafting and not (draft_model or draft_drop_layers):
+        _fail(f"--proposer {proposer.value}: give --draft-model or --draft-drop-layers")
+    trees = proposer in (Proposer.lookup_tree, Proposer.draft_tree)
+    if trees and speculation is Speculation.smartspec and not fetch_only:
+        _fail(
+            f"--proposer {proposer.value}: trees are not steered by the daemon; give "
+            "--speculation static and --length, the nodes of a tree"
+        )
     if speculation is Speculation.static and length > max_length:
         _fail(f"--length {length}: expected at most --max-length ({max_length})")
     try:

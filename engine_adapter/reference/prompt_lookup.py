@@ -6,12 +6,14 @@ costs microseconds and no model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from smartspec.engine_adapter.base import FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE
+from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
@@ -54,37 +56,49 @@ class NgramIndex:
         self._latest: dict[tuple[int, ...], int] = {}  # n-gram -> position after it
         self._earlier: list[int] = []  # by position after an n-gram: the one before, or -1
 
+    def extend(self, text: list[int]) -> None:
+        """Take in what has been added to a text.
+
+        Its end itself is left out: it would match itself, and nothing follows it yet.
+        """
+        shortest = self._min
+        for end in range(len(self._earlier), len(text)):
+            if end < shortest:
+                self._earlier.append(-1)
+                continue
+            ngram = tuple(text[end - shortest : end])
+            self._earlier.append(self._latest.get(ngram, -1))
+            self._latest[ngram] = end
+
     def find(self, tokens: list[int]) -> Match:
         """The longest match of the end of ``tokens``, the latest among equals.
 
         ``tokens`` must begin with those of the last call.
         """
-        shortest, size = self._min, len(tokens)
-        # The end itself is left out: it would match itself, and nothing follows it yet.
-        for end in range(len(self._earlier), size):
-            if end < shortest:
-                self._earlier.append(-1)
-                continue
-            ngram = tuple(tokens[end - shortest : end])
-            self._earlier.append(self._latest.get(ngram, -1))
-            self._latest[ngram] = end
-        if size <= shortest:
-            return NO_MATCH
+        self.extend(tokens)
         best = NO_MATCH
+        for match in self.occurrences(tokens, tokens):
+            if match.length > best.length:
+                best = match
+                if match.length == self._max:
+                    break
+        return best
+
+    def occurrences(self, text: list[int], tokens: list[int]) -> Iterator[Match]:
+        """Where the end of ``tokens`` occurs in ``text``, which is indexed; latest first."""
+        shortest, size = self._min, len(tokens)
+        if size < shortest:
+            return
         end = self._latest.get(tuple(tokens[size - shortest :]), -1)
         for _ in range(MAX_OCCURRENCES):
             if end < 0:
-                break
+                return
             length = shortest
-            longest = min(self._max, end)
-            while length < longest and tokens[end - 1 - length] == tokens[size - 1 - length]:
+            longest = min(self._max, end, size)
+            while length < longest and text[end - 1 - length] == tokens[size - 1 - length]:
                 length += 1
-            if length > best.length:
-                best = Match(length, end)
-                if length == self._max:
-                    break
+            yield Match(length, end)
             end = self._earlier[end]
-        return best
 
 
 class PromptLookup:
@@ -135,10 +149,10 @@ class PromptLookup:
             # A match near the end is a repetition: the copy runs on into itself.
             period = len(draft)
             draft += [draft[i % period] for i in range(length - period)]
-            drafts.append(draft)
+            drafts.append(DraftTree.chain(draft))
         return Proposal(drafts)
 
-    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         # The index follows the tokens. What the copy would have been is known without a draft.
         before: list[int] = []
         outcome: list[bool] = []

@@ -364,7 +364,8 @@ def test_distribution_is_the_targets_when_speculating(kind: str) -> None:
 def test_distribution_is_wrong_when_every_draft_is_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(worker_module, "num_agreeing", lambda drafts, drawn: len(drafts))
+    every_draft = lambda tree, drawn: list(range(tree.size))  # noqa: E731
+    monkeypatch.setattr(worker_module, "agreeing_path", every_draft)
     proposer = DraftModel(ModelRunner(tiny_model("llama", seed=1), 64, 32), 2)
     worker = build(proposer=proposer, max_num_running=64, max_model_len=32, max_prefill_tokens=512)
     assert pairs_p_value(sampled_pairs(worker, 3000), 3000) < 1e-3

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smartspec.engine_adapter.reference.draft_tree import NO_DRAFTS, DraftTree
 from smartspec.engine_adapter.reference.prompt_lookup import (
     NO_MATCH,
     Match,
@@ -76,7 +77,7 @@ def test_copy_follows_the_match_when_there_is_one() -> None:
     offer = proposer.available([sequence])
     assert offer.ceiling.tolist() == [3]
     assert offer.features.tolist() == [[3.0], [0.5]]
-    assert proposer.propose([sequence], np.array([2])).drafts == [[4, 5]]
+    assert proposer.propose([sequence], np.array([2])).drafts == [DraftTree.chain([4, 5])]
 
 
 def test_nothing_can_be_drafted_when_nothing_matches() -> None:
@@ -85,14 +86,15 @@ def test_nothing_can_be_drafted_when_nothing_matches() -> None:
     offer = proposer.available([sequence])
     assert offer.ceiling.tolist() == [0]
     assert offer.features.tolist() == [[0.0], [0.5]]
-    assert proposer.propose([sequence], np.array([0])).drafts == [[]]
+    assert proposer.propose([sequence], np.array([0])).drafts == [NO_DRAFTS]
 
 
 def test_copy_runs_on_into_itself_when_the_match_is_a_repetition() -> None:
     proposer = PromptLookup(max_length=7)
     sequence = sequence_of([9, 1, 2, 3, 1, 2, 3])
     proposer.available([sequence])
-    assert proposer.propose([sequence], np.array([7])).drafts == [[1, 2, 3, 1, 2, 3, 1]]
+    drafts = proposer.propose([sequence], np.array([7])).drafts
+    assert drafts == [DraftTree.chain([1, 2, 3, 1, 2, 3, 1])]
 
 
 def test_nothing_is_remembered_when_a_sequence_has_left() -> None:

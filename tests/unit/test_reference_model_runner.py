@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from smartspec.engine_adapter.reference.attention import ModelNotSupported
+from smartspec.engine_adapter.reference.draft_tree import ROOT, lineage
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import (
     MAX_PADDED_TOKENS,
@@ -83,6 +84,60 @@ def test_logits_are_right_when_a_row_has_moved() -> None:
     runner.cache.move(3, 1, len(prompt))
     logits = runner.forward([Segment(1, 30, [5], 1)])
     torch.testing.assert_close(logits, plain_logits(plain, [*prompt, 5])[-1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_node_are_those_of_its_path_when_rows_end_in_trees(family: str) -> None:
+    plain = tiny_model(family)
+    runner = ModelRunner(tiny_model(family), NUM_ROWS, MAX_LEN)
+    rng = np.random.default_rng(1)
+    texts: dict[int, list[int]] = {row: [] for row in range(NUM_ROWS)}
+    num_branching = 0
+    for _ in range(25):
+        rows = rng.permutation(NUM_ROWS)[: rng.integers(1, NUM_ROWS + 1)].tolist()
+        segments, paths = [], []
+        for row in rows:
+            size = int(rng.integers(1, MAX_PADDED_TOKENS + 8))
+            if len(texts[row]) + size > MAX_LEN:
+                texts[row] = []
+            tokens = rng.integers(0, VOCABULARY, size).tolist()
+            # Anything from a chain to a bush, and rows that know of no tree.
+            reach = int(rng.integers(1, 4))
+            parents = [max(ROOT, node - int(rng.integers(1, reach + 1))) for node in range(size)]
+            if rng.random() < 0.2:
+                parents = list(range(-1, size - 1))
+            known = () if parents == list(range(-1, size - 1)) and rng.random() < 0.5 else parents
+            segment = Segment(row, len(texts[row]), tokens, size, known)
+            num_branching += segment.branches
+            segments.append(segment)
+            paths.append(lineage(parents))
+        logits = runner.forward(segments).split([len(s.tokens) for s in segments])
+        kept = []
+        for segment, found, path in zip(segments, logits, paths, strict=True):
+            text = texts[segment.row]
+            tokens = np.array(segment.tokens)
+            for node in rng.permutation(len(tokens))[:4]:
+                expected = plain_logits(plain, text + tokens[path[node]].tolist())[-1]
+                torch.testing.assert_close(found[node], expected, rtol=1e-5, atol=1e-5)
+            accepted = np.flatnonzero(path[rng.integers(len(tokens))]).tolist()
+            kept.append((segment.row, len(text), accepted))
+            texts[segment.row] = text + tokens[accepted].tolist()
+        runner.cache.compact(kept)
+    assert num_branching > 50
+
+
+def test_logits_are_right_when_a_tree_grows_over_several_passes() -> None:
+    plain, runner = tiny_model("llama"), ModelRunner(tiny_model("llama"), 2, MAX_LEN)
+    prompt = list(range(20))
+    runner.forward([Segment(1, 0, prompt, 0)])
+    tokens, parents = [5, 6, 7, 8, 9], [ROOT, ROOT, 1, 0, 1]
+    first = runner.forward([Segment(1, 20, tokens[:2], 2, parents[:2])])
+    second = runner.forward([Segment(1, 22, tokens[2:], 3, parents)])
+    for found, path in zip(
+        (*first, *second), ([5], [6], [6, 7], [5, 8], [6, 9]), strict=True
+    ):  # fmt: skip
+        expected = plain_logits(plain, prompt + path)[-1]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_on_the_device_take_the_place_of_the_segments_own() -> None:
