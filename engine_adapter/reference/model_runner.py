@@ -22,6 +22,8 @@ from smartspec.engine_adapter.reference.kv_cache import KvCache
 
 #: Segments up to this long share a padded group; longer ones (prompt chunks) are a group each.
 MAX_PADDED_TOKENS = 16
+#: Another group costs about as much as attention of so many padded tokens.
+GROUP_TOKENS = 8
 #: Unused rows that a group may span. Reading one costs about as much as starting another group.
 MAX_ROW_GAP = 1
 #: Rotary embeddings that change with the longest position *of the batch*: not row by row.
@@ -38,6 +40,7 @@ class Segment(NamedTuple):
     #: of the tree whose last nodes these tokens are: parents of all its nodes, in slot order;
     #: `ROOT`: what comes before the tree. Empty: the tokens follow each other
     parents: Sequence[int] = ()
+    is_tail: bool = False  #: the beginning of the row's tokens is a segment of its own
 
     @property
     def tree_start(self) -> int:
@@ -81,10 +84,12 @@ class ModelRunner:
 
         Parameters
         ----------
-        segments : at most one per row, at least one token each
+        segments : one per row at most, of one token at least
         fresh : [len(segments)], tokens that are on the device already and take the place of the
             segments' own, which must be one each (their values are ignored)
         """
+        if fresh is None:
+            segments = _without_long_tails(segments)
         trees = {i: lineage(s.parents) for i, s in enumerate(segments) if s.branches}
         order, groups = self._layout(segments, trees)
         sizes = np.array([len(segments[i].tokens) for i in order])
@@ -191,11 +196,12 @@ class ModelRunner:
 
     @staticmethod
     def _runs(segments: Sequence[Segment]) -> Iterator[list[int]]:
-        """Segments by group: runs of neighbouring rows, then the long segments one by one."""
+        """Segments by group: runs of neighbouring rows, then what is long, and tails, alone."""
         by_row = sorted(range(len(segments)), key=lambda i: segments[i].row)
+        alone = {i for i in by_row if segments[i].is_tail or not _is_short(segments[i])}
         run: list[int] = []
         for i in by_row:
-            if len(segments[i].tokens) > MAX_PADDED_TOKENS:
+            if i in alone:
                 continue
             if run and segments[i].row - segments[run[-1]].row > MAX_ROW_GAP + 1:
                 yield run
@@ -204,7 +210,7 @@ class ModelRunner:
         if run:
             yield run
         for i in by_row:
-            if len(segments[i].tokens) > MAX_PADDED_TOKENS:
+            if i in alone:
                 yield [i]
 
     def _to_device(self, array: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Tensor:
@@ -246,3 +252,34 @@ class ModelRunner:
             raise ModelNotSupported(
                 f"{name} gives other logits on a ragged batch (relative error {error:.2g})"
             )
+
+
+def _is_short(segment: Segment) -> bool:
+    return len(segment.tokens) <= MAX_PADDED_TOKENS
+
+
+def _without_long_tails(segments: Sequence[Segment]) -> list[Segment]:
+    """Segments cut where that saves padding: a group is as wide as the longest of its segments.
+
+    The width at which attention has the least to do, with a group for every tail beyond it, as if
+    all short segments were one group. What has branches stays whole.
+    """
+    sizes = [len(segment.tokens) for segment in segments if _is_short(segment)]
+
+    def work(width: int) -> int:
+        beyond = [size - width for size in sizes if size > width]
+        return width * len(sizes) + sum(beyond) + GROUP_TOKENS * len(beyond)
+
+    best = min(range(1, MAX_PADDED_TOKENS + 1), key=lambda width: (work(width), width))
+    cut: list[Segment] = []
+    for segment in segments:
+        size = len(segment.tokens)
+        if size <= best or not _is_short(segment) or segment.branches:
+            cut.append(segment)
+            continue
+        tail = min(segment.num_logits, size - best)
+        cut += [
+            Segment(segment.row, segment.start, segment.tokens[:best], segment.num_logits - tail),
+            Segment(segment.row, segment.start + best, segment.tokens[best:], tail, is_tail=True),
+        ]
+    return cut

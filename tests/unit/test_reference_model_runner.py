@@ -25,6 +25,7 @@ from smartspec.engine_adapter.reference.model_runner import (
     MAX_PADDED_TOKENS,
     ModelRunner,
     Segment,
+    _without_long_tails,
 )
 
 NUM_ROWS = 10
@@ -75,6 +76,35 @@ def test_logits_are_right_when_rejected_tokens_are_overwritten() -> None:
     torch.testing.assert_close(
         logits, plain_logits(plain, [*prompt, 1, 9, 8])[-2:], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_same_when_a_few_segments_are_much_longer(family: str) -> None:
+    plain, runner = tiny_model(family), ModelRunner(tiny_model(family), 6, MAX_LEN)
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(0, VOCABULARY, 4 + row).tolist() for row in range(6)]
+    runner.forward([Segment(row, 0, text[:3], 0) for row, text in enumerate(texts)])
+    sizes = [1, 12, 1, 2, 1, 9]
+    segments = []
+    for row, (text, size) in enumerate(zip(texts, sizes, strict=True)):
+        text[3:] = rng.integers(0, VOCABULARY, size).tolist()
+        segments.append(Segment(row, 3, text[3:], min(size, 8)))
+    cut = _without_long_tails(segments)
+    assert [s.row for s in cut if s.is_tail] == [1, 5]
+    assert sum(s.num_logits for s in cut) == sum(s.num_logits for s in segments)
+    expected = [
+        plain_logits(plain, text)[-s.num_logits :] for text, s in zip(texts, segments, strict=True)
+    ]
+    torch.testing.assert_close(runner.forward(segments), torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_segments_stay_whole_when_cutting_saves_nothing_or_they_branch() -> None:
+    even = [Segment(row, 5, [1, 2, 3], 3) for row in range(4)]
+    prompt = Segment(4, 0, [1] * (MAX_PADDED_TOKENS + 9), 1)
+    assert _without_long_tails([*even, prompt]) == [*even, prompt]
+    bush = Segment(5, 5, [1] * 12, 12, [ROOT, *[0] * 11])
+    single = [Segment(row, 5, [1], 1) for row in range(4)]
+    assert _without_long_tails([*single, bush]) == [*single, bush]
 
 
 def test_logits_are_right_when_a_row_has_moved() -> None:
