@@ -34,8 +34,8 @@ class Trees:
     Parameters
     ----------
     begin : [num_rows], slot of each tree's first node
-    lineage : [num_rows, Q, W] bool, whether a query is, or descends from, each of W nodes; nothing
-        but True in the first column for padding
+    lineage : [num_rows, Q, W] bool, whether a query is, or descends from, each of W nodes; of
+        padding the first alone is True
     """
 
     begin: Tensor
