@@ -231,10 +231,11 @@ def test_price_of_a_draft_is_learned_when_prompts_fill_the_pass() -> None:
     for step in range(1500):
         batch = int(rng.integers(60, 200))
         verify = batch + int(rng.integers(0, batch))
-        chunks = (Chunk(1024 - batch, 0),) if step % 2 else ()
+        # A third of the passes are full, a third carry the end of a prompt, a third none.
+        prompt = (0, int(rng.integers(100, 1024 - batch)), 1024 - batch)[step % 3]
+        chunks = (Chunk(prompt, 0),) if prompt else ()
         seconds = gpu.target_seconds(batch, verify, 700 * batch, chunks)
-        prefill = sum(chunk.num_tokens for chunk in chunks)
-        shape = StepShape(batch, verify, prefill, 700 * batch)
+        shape = StepShape(batch, verify, prompt, 700 * batch)
         noisy = seconds * (1 + 0.02 * rng.standard_normal())
         model.observe(shape, noisy, 0.0, noisy)
     low, high = model.target_curve(StepShape(120, 120, 0, 84_000), [1030, 1200])
