@@ -44,8 +44,9 @@ MAX_BYTES = 1 << 20  #: of a checkpoint
 MAX_GRAPH_SIZES = 1024
 WARM_STEPS = 100  #: steps steered after which an engine is not swept any more
 #: Where a step's cost may bend. On a CPU one token (matrix times vector) is far cheaper than two;
-#: a GPU's roofline shows in the hundreds.
-COST_KNOTS = (2, 16, 32, 64, 256)
+#: a GPU's roofline shows in the hundreds. Beyond, drafts come on top of a pass that prompts have
+#: filled (budgets of 512 to 2048 tokens are usual), and what they cost there is learned apart.
+COST_KNOTS = (2, 16, 32, 64, 256, 512, 1024, 2048)
 RELEASE = version("smartspec")
 
 

@@ -18,6 +18,9 @@ from smartspec.daemon.engines import Engine
 from smartspec.daemon.learned import Checkpoint, ModelKey, RefusedState, check, decode, encode
 from smartspec.daemon.library import Library
 from smartspec.engine_adapter.messages import BucketAxis, Fingerprint
+from smartspec.engine_adapter.simulator import profile
+from smartspec.engine_adapter.simulator.profile import Chunk
+from smartspec.estimators.step_cost import StepShape
 
 
 def changed(**fields: Any) -> Checkpoint:
@@ -219,3 +222,23 @@ def test_library_forgets_the_oldest() -> None:
         )
         is None
     )
+
+
+def test_price_of_a_draft_is_learned_when_prompts_fill_the_pass() -> None:
+    gpu = profile.load("h100_8b")
+    rng = np.random.default_rng(0)
+    model = learned.Learned.new(ModelKey.of(hello(lookup=False))).step_cost
+    for step in range(1500):
+        batch = int(rng.integers(60, 200))
+        verify = batch + int(rng.integers(0, batch))
+        # A third of the passes are full, a third carry the end of a prompt, a third none.
+        prompt = (0, int(rng.integers(100, 1024 - batch)), 1024 - batch)[step % 3]
+        chunks = (Chunk(prompt, 0),) if prompt else ()
+        seconds = gpu.target_seconds(batch, verify, 700 * batch, chunks)
+        shape = StepShape(batch, verify, prompt, 700 * batch)
+        noisy = seconds * (1 + 0.02 * rng.standard_normal())
+        model.observe(shape, noisy, 0.0, noisy)
+    low, high = model.target_curve(StepShape(120, 120, 0, 84_000), [1030, 1200])
+    truth = gpu.target_seconds(120, 296, 84_000, (Chunk(904, 0),))
+    truth -= gpu.target_seconds(120, 126, 84_000, (Chunk(904, 0),))
+    assert high - low == pytest.approx(truth, rel=0.15)
