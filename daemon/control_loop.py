@@ -25,6 +25,7 @@ from smartspec.daemon.event_bus import (
     DecisionEvent,
     EngineEvent,
     GainEvent,
+    Level,
     LinkCounts,
     LoopEvent,
     NoteEvent,
@@ -59,6 +60,7 @@ HELLO_BURST = 16.0
 NOTE_EVERY_S = 1.0  #: at most one note per engine and second; all are counted
 RETIRED_KEPT = 64
 ANSWER_EVERY_S = 0.1  #: to a peer in trouble
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  #: of notes, in logging
 MAX_TEXT = 256  #: characters of a reason that the wire takes
 
 
@@ -318,24 +320,13 @@ class ControlLoop:
             retreat = session.trial.note(step, now)
             if retreat is not None:
                 self.counters["retreats"] += 1
-                log.warning("engine %s: %s", session.engine.name, retreat)
-                self._bus.publish(
-                    NoteEvent(
-                        engine=session.engine.name, level="error", kind="retreat", text=retreat
-                    )
-                )
+                self._tell("retreat", retreat, session.engine.name, "error")
         session.has_gain_news = True
 
     def _note_drift(self, session: Session, of: str, text: str) -> None:
         self.counters[f"{of}_changes"] += 1
-        self._bus.publish(
-            NoteEvent(
-                engine=session.engine.name,
-                level="warning",
-                kind="drift",
-                text=f"{text}: older ones now count less",
-            )
-        )
+        text = f"{text}: older ones now count less"
+        self._tell("drift", text, session.engine.name, "warning")
 
     # -- engines come and go --------------------------------------------------------------------
 
@@ -392,12 +383,11 @@ class ControlLoop:
         self._by_name[engine.name] = session
         self._transport.send(peer, self._heartbeat)
         self.counters["engines_connected"] += 1
-        log.info("engine %s connected (epoch %d)", engine.name, hello.epoch)
         self._publish_engine(session, "connected")
         for text in filter(None, origin):
-            log.info("engine %s %s", engine.name, text)
-            kind = "warm_start" if engine.learned.num_steps else "cold_start"
-            self._bus.publish(NoteEvent(engine=engine.name, kind=kind, text=text))
+            self._tell(
+                "warm_start" if engine.learned.num_steps else "cold_start", text, engine.name
+            )
 
     def _planning(self) -> PlannerSettings:
         control = self._settings.control
@@ -445,9 +435,8 @@ class ControlLoop:
         self.counters["engines_refused"] += 1
         if not self._may_answer(peer):
             return
-        log.warning("engine %s refused: %s", hello.engine, why)
         self._send_refusal(peer, why)
-        self._bus.publish(NoteEvent(engine=hello.engine, level="warning", kind="refused", text=why))
+        self._tell("refused", why, hello.engine, "warning")
 
     def _drop(self, session: Session | None) -> None:
         """Count a report that was one too many; it is not even read."""
@@ -459,8 +448,7 @@ class ControlLoop:
             session.noted_at = self._clock()
             most = self._settings.limits.max_reports_per_s
             text = f"more than {most} reports a second: some are dropped unread"
-            name = session.engine.name
-            self._bus.publish(NoteEvent(engine=name, level="warning", kind="throttled", text=text))
+            self._tell("throttled", text, session.engine.name, "warning")
 
     def _blame(self, peer: bytes, session: Session, error: MessageError) -> None:
         """Count a lie; an engine that told too many loses its seat, and what it taught lately."""
@@ -470,8 +458,7 @@ class ControlLoop:
             return
         self.counters["quarantines"] += 1
         why = f"in quarantine for {lasts_s:.0f} s: it tells what cannot be true ({error})"
-        log.warning("engine %s %s", name, why)
-        self._bus.publish(NoteEvent(engine=name, level="error", kind="quarantined", text=why))
+        self._tell("quarantined", why, name, "error")
         self._send_refusal(peer, why)
         self._forget(session, "quarantined")
         self._retired.pop(name, None)
@@ -487,7 +474,6 @@ class ControlLoop:
                 del self._retired[oldest]
                 if oldest not in self._by_name:
                     self._trials.pop(oldest, None)
-        log.info("engine %s %s", session.engine.name, state)
         self._publish_engine(session, state)
 
     def _ask_again(self, peer: bytes, why: str) -> None:
@@ -510,23 +496,17 @@ class ControlLoop:
 
     def _refuse_frame(self, peer: bytes, session: Session | None, error: MessageError) -> None:
         self.counters["frames_refused"] += 1
-        name = session.engine.name if session else ""
         if session is not None:
             session.engine.num_refused += 1
             if self._clock() - session.noted_at < NOTE_EVERY_S:
                 return
             session.noted_at = self._clock()
-            self._bus.publish(
-                NoteEvent(engine=name, level="warning", kind="bad_frame", text=str(error))
-            )
+            self._tell("bad_frame", str(error), session.engine.name, "warning")
             return
         # Most likely an engine of another version, or one that misdescribes itself: it should know.
         if self._may_answer(peer):
             self._send_refusal(peer, str(error))
-            log.warning("frame from an unknown peer refused: %s", error)
-            self._bus.publish(
-                NoteEvent(engine="", level="warning", kind="bad_frame", text=str(error))
-            )
+            self._tell("bad_frame", f"of an unknown peer: {error}", level="warning")
 
     # -- what an operator says ------------------------------------------------------------------
 
@@ -557,8 +537,7 @@ class ControlLoop:
         who = f"engine {name}" if name else "all engines"
         done = "paused: the engine's own setting" if is_pause else "released"
         text = f"{who} {done}{kept}"
-        log.warning("%s", text)
-        self._bus.publish(NoteEvent(engine=name, kind=command.action, level="warning", text=text))
+        self._tell(command.action, text, name, "warning")
         return Answer(text=text)
 
     # -- what was learned ---------------------------------------------------------------------
@@ -600,8 +579,23 @@ class ControlLoop:
     def _send(self, peer: bytes, message: DaemonMessage) -> None:
         self._transport.send(peer, messages.encode(message))
 
+    def _tell(self, kind: str, text: str, engine: str = "", level: Level = "info") -> None:
+        """A note on the bus, and a line in the log."""
+        self._bus.publish(NoteEvent(engine=engine, level=level, kind=kind, text=text))
+        what = f"{kind.replace('_', ' ')}: {text}"
+        extra = {"event": kind, "engine": engine}
+        about = f"engine {engine}: " if engine else ""
+        log.log(LEVELS[level], "%s%s", about, what, extra=extra)
+
     def _publish_engine(self, session: Session, state: str) -> None:
         hello = session.engine.hello
+        log.info(
+            "engine %s: %s (epoch %d)",
+            hello.engine,
+            state,
+            hello.epoch,
+            extra={"event": state, "engine": hello.engine},
+        )
         self._bus.publish(
             EngineEvent(
                 engine=session.engine.name,
