@@ -137,6 +137,7 @@ cp /etc/smartspec/smartspec.toml /etc/smartspec/gpus.toml
 systemctl start smartspec@gpus; say template $?
 stat -c '%n %a %U %G' /run/smartspec-gpus/engines.sock
 systemctl stop smartspec smartspec@gpus
+say fields $(journalctl -u smartspec LOGGER=smartspec.daemon.service -o cat | grep -c SIGHUP)
 journalctl -u smartspec -u smartspec-telemetry --no-pager -o cat
 """
 
@@ -172,6 +173,7 @@ def test_unit_lives_under_a_real_systemd(tmp_path: Path) -> None:
     assert "== valkey 0" in out, out
     assert "== reload 0" in out
     assert "SIGHUP: control.ttl_s: 1.0 -> 3.0" in out
+    assert "== fields 1" in out, out  # by the journal's own protocol
     assert "== restarts 1" in out, out
     assert "== active active" in out
     assert "== stop 0" in out and "cannot access '/run/smartspec'" in out
