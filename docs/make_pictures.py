@@ -1,7 +1,8 @@
 """Make the README's pictures: `.venv/bin/python docs/make_pictures.py` (a minute or two).
 
 `docs/pictures/top.svg`: `smartspec top` beside a real daemon and three mock engines of known costs
-(tests/scripted_engine.py, no model). `docs/pictures/simulate.svg`: what `smartspec simulate` printed.
+(tests/scripted_engine.py, no model). `docs/pictures/simulate.svg`: what `smartspec simulate`
+printed.
 """
 
 from __future__ import annotations
