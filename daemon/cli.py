@@ -423,7 +423,9 @@ def worker(
         from smartspec.daemon.parent_death import follow_parent
 
         follow_parent(parent)
-    settings = _load(config_file, set_, runtime_dir=runtime_dir, endpoint=endpoint)
+    # With keys it is the address of a daemon elsewhere, which is not ours to listen at.
+    listening = None if keys else endpoint
+    settings = _load(config_file, set_, runtime_dir=runtime_dir, endpoint=listening)
     drafting = proposer in (Proposer.draft, Proposer.draft_tree)
     if drafting and not (draft_model or draft_drop_layers):
         _fail(f"--proposer {proposer.value}: give --draft-model or --draft-drop-layers")
@@ -475,7 +477,7 @@ def worker(
             speculation=speculation.value,
             length=length,
             engine=engine,
-            endpoint=settings.endpoint,
+            endpoint=endpoint or settings.endpoint,
             keys=_engine_keys(keys),
             device=device,
             dtype=dtype,

@@ -284,6 +284,25 @@ def restore(checkpoint: Checkpoint) -> Learned:
         raise RefusedState(f"not learned state: {error}") from error
 
 
+def merge(one: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """What two daemons learned of one kind of engine: of each thing by who has more evidence of it.
+
+    Neither need know whether it started from the other: what both know is not counted twice.
+    Raises `RefusedState`.
+    """
+    if one.key != other.key:
+        raise RefusedState(f"of other limits: {one.key.differences(other.key)}")
+    more, less = sorted((one, other), key=lambda c: c.num_steps, reverse=True)
+    learned, lesser = restore(more), restore(less)
+    try:
+        learned.acceptance.merge(lesser.acceptance)
+        learned.step_cost.merge(lesser.step_cost)
+    except (ValueError, np.linalg.LinAlgError) as error:
+        raise RefusedState(f"cannot be merged: {error}") from error
+    learned.num_steered = max(more.num_steered, less.num_steered)
+    return learned.checkpoint(more.engine, max(more.saved_s, less.saved_s))
+
+
 def check(checkpoint: Checkpoint) -> None:
     """Restore a checkpoint once, and try the models out. Raises `RefusedState`."""
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from smartspec.daemon import config, inspect, service
+from smartspec.daemon import config, curve_keys, inspect, service
 from smartspec.daemon.cli import app
 from smartspec.daemon.config import Settings
 
@@ -183,6 +183,18 @@ def test_options_of_worker_reach_the_engine(
     assert seen["speculation"] == "smartspec"
     engine = repository / "engine_adapter" / "reference" / "service.py"
     assert set(seen) <= parameters_of(engine, "run_worker")
+
+
+def test_worker_connects_to_a_daemon_elsewhere_when_it_has_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+    stand_in_for(monkeypatch, "smartspec.engine_adapter.reference.service", "run_worker", seen)
+    curve_keys.make(tmp_path / "keys")
+    keys = str(curve_keys.add(tmp_path / "keys", "gpu0"))
+    assert invoke("worker", "--endpoint", "tcp://host:5560", "--keys", keys).exit_code == 0
+    assert seen["endpoint"] == "tcp://host:5560" and seen["keys"] is not None
+    assert invoke("worker", "--endpoint", "tcp://host:5560").exit_code == 2  # readable on the way
 
 
 def test_options_of_worker_reach_the_http_server_and_its_decode_process(
