@@ -11,6 +11,7 @@ import typer
 from smartspec.daemon.cli_options import Assignments, ConfigFile, fail, load_settings, optional
 
 app = typer.Typer()
+NUM_CORES = os.cpu_count() or 1
 
 
 @app.command()
@@ -28,51 +29,86 @@ def replay(
     raise typer.Exit(optional("smartspec.lab.replay", "daemon").run(settings, file, as_json))
 
 
+Profile = Annotated[str | None, typer.Option(help="GPU and model, or a file.")]
+Draft = Annotated[str | None, typer.Option(help="68m, 160m, 1b, eagle or lookup.")]
+Acceptance = Annotated[float | None, typer.Option(help="Mean over requests, 0 to 1.")]
+Duration = Annotated[float | None, typer.Option(help="Seconds of arrivals.")]
+MaxLength = Annotated[int | None, typer.Option(help="Longest length that is drafted.")]
+MaxNumRunning = Annotated[int | None, typer.Option(help="Batch limit.")]
+NumSeeds = Annotated[int | None, typer.Option(help="Repetitions.")]
+Arrivals = Annotated[
+    str | None, typer.Option(help="poisson, gamma (in bursts) or diurnal (one day in the time).")
+]
+Trace = Annotated[
+    str | None, typer.Option(help="File of requests: Azure's, Mooncake's or ServeGen's.")
+]
+NumWorkers = Annotated[int, typer.Option(min=1, help="Processes.")]
+Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
+Options = Annotated[
+    Path | None, typer.Argument(help="TOML with any of the options (docs/simulator.md).")
+]
+
+
+def _wanted(kind: Any, file: Path | None, loads: str | None, **flags: Any) -> Any:
+    """Options from a file, and from flags, which win; raises ValueError for bad ones."""
+    import msgspec
+
+    from smartspec.lab.simulation.workload import read
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    if loads:
+        given["loads"] = [float(load) for load in loads.split(",")]
+    base = read(file, kind) if file else kind()
+    return msgspec.convert({**msgspec.to_builtins(base), **given}, kind)
+
+
 @app.command()
 def simulate(
-    file: Annotated[
-        Path | None, typer.Argument(help="TOML with any of the options below (docs/simulator.md).")
-    ] = None,
-    profile: Annotated[str | None, typer.Option(help="GPU and model, or a file.")] = None,
-    draft: Annotated[str | None, typer.Option(help="68m, 160m, 1b, eagle or lookup.")] = None,
+    file: Options = None,
+    profile: Profile = None,
+    draft: Draft = None,
     policies: Annotated[
         str | None, typer.Option(help="Comma-separated; ratios are to the first.")
     ] = None,
     loads: Annotated[
         str | None, typer.Option(help="Comma-separated, of what is served without speculation.")
     ] = None,
-    acceptance: Annotated[float | None, typer.Option(help="Mean over requests, 0 to 1.")] = None,
-    duration_s: Annotated[float | None, typer.Option(help="Seconds of arrivals.")] = None,
-    num_seeds: Annotated[int | None, typer.Option(help="Repetitions.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest length that is drafted.")] = None,
-    max_num_running: Annotated[int | None, typer.Option(help="Batch limit.")] = None,
-    num_workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
-    json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    acceptance: Acceptance = None,
+    duration_s: Duration = None,
+    arrivals: Arrivals = None,
+    trace: Trace = None,
+    num_seeds: NumSeeds = None,
+    max_length: MaxLength = None,
+    max_num_running: MaxNumRunning = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, plots and results.json.")
+    ] = None,
+    num_workers: NumWorkers = NUM_CORES,
+    json: Json = False,
 ) -> None:
     """Try speculation policies, SmartSpec among them, on a GPU that you need not have."""
-    import msgspec
-
     experiment = optional("smartspec.lab.simulation.experiment", "daemon")
     report = optional("smartspec.lab.simulation.report", "daemon")
-    given: dict[str, Any] = {
-        "profile": profile,
-        "draft": draft,
-        "policies": policies.split(",") if policies else None,
-        "acceptance": acceptance,
-        "duration_s": duration_s,
-        "num_seeds": num_seeds,
-        "max_length": max_length,
-        "max_num_running": max_num_running,
-    }
+    if out is not None:
+        optional("matplotlib", "demo")
     try:
-        base = experiment.read(file) if file else experiment.Experiment()
-        if loads:
-            given["loads"] = [float(load) for load in loads.split(",")]
-        changed = {name: value for name, value in given.items() if value is not None}
-        merged = {**msgspec.to_builtins(base), **changed}
-        wanted = msgspec.convert(merged, experiment.Experiment)
-        report.show(wanted, num_workers, json)
-    except (ValueError, msgspec.ValidationError) as error:
+        wanted = _wanted(
+            experiment.Experiment,
+            file,
+            loads,
+            profile=profile,
+            draft=draft,
+            policies=policies.split(",") if policies else None,
+            acceptance=acceptance,
+            duration_s=duration_s,
+            arrivals=arrivals,
+            trace=trace,
+            num_seeds=num_seeds,
+            max_length=max_length,
+            max_num_running=max_num_running,
+        )
+        report.show(wanted, num_workers, json, out)
+    except (ValueError, OSError) as error:
         fail(error)
 
 
