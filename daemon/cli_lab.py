@@ -113,6 +113,68 @@ def simulate(
 
 
 @app.command()
+def tune(
+    file: Options = None,
+    profile: Profile = None,
+    state: Annotated[
+        str | None,
+        typer.Option(help="Learned state, a file or a directory, in place of profile and draft."),
+    ] = None,
+    draft: Draft = None,
+    acceptance: Acceptance = None,
+    loads: Annotated[
+        str | None, typer.Option(help="Comma-separated; where the table is tried.")
+    ] = None,
+    duration_s: Duration = None,
+    arrivals: Arrivals = None,
+    trace: Trace = None,
+    num_seeds: NumSeeds = None,
+    max_length: MaxLength = None,
+    max_num_running: MaxNumRunning = None,
+    json: Json = False,
+) -> None:
+    """Print the best static table of lengths for engines without a sidecar, and what it gives up.
+
+    For vLLM, TensorRT-LLM and SGLang.
+    """
+    tuning = optional("smartspec.lab.simulation.tune", "daemon")
+    try:
+        wanted = _wanted(
+            tuning.Tuning,
+            file,
+            loads,
+            profile=profile,
+            state=state,
+            draft=draft,
+            acceptance=acceptance,
+            duration_s=duration_s,
+            arrivals=arrivals,
+            trace=trace,
+            num_seeds=num_seeds,
+            max_length=max_length,
+            max_num_running=max_num_running,
+        )
+        tuning.show(wanted, json)
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+@app.command()
+def profile(
+    recording: Annotated[Path, typer.Argument(help="Of `smartspec record`.")],
+    engine: Annotated[str | None, typer.Option(help="Whose; default: the only one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write, .json.")] = None,
+    json: Json = False,
+) -> None:
+    """Make a simulator profile from an engine's own reports.
+
+    Exit code: 2 the recording cannot be used.
+    """
+    command = optional("smartspec.lab.profiles.command", "daemon")
+    raise typer.Exit(command.run(recording, engine, out, json))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory of the table, plots and summary.")] = Path(
         "build/demo"

@@ -47,6 +47,13 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def load_profile(self) -> Profile:
         return profile.load(self.profile)
 
+    def mean_lengths(self) -> tuple[float, float]:
+        """Mean tokens of prompts and of answers."""
+        if not self.trace:
+            return self.mean_prompt, self.mean_output
+        recorded = _recorded(self)
+        return float(recorded.num_prompt.mean()), float(recorded.num_output.mean())
+
     def check(self) -> None:
         """Raises ValueError for a profile, draft or trace that is not, naming what is known."""
         self.load_profile().draft(self.draft)
@@ -101,9 +108,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def rate(self, load: float) -> float:
         """Requests per second at ``load``."""
-        # What else there is (policies, say) does not change the capacity: it is found once.
-        plain = {name: getattr(self, name) for name in Workload.__struct_fields__}
-        return load * _capacity(Workload(**plain))
+        return load * _capacity(self)
 
 
 def read(path: Path, kind: type[T]) -> T:

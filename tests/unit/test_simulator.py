@@ -388,3 +388,12 @@ def replace_fields(change: dict[str, object]) -> experiment.Experiment:
     import msgspec
 
     return msgspec.structs.replace(SMALL, **change)
+
+
+def test_a_profile_without_graphs_bends_where_its_table_does() -> None:
+    import msgspec
+
+    gpu = msgspec.structs.replace(profile.load("h100_8b"), graph_sizes=())
+    curve = gpu.curve(4, 2000, (), 200)
+    for tokens in (4, 24, 100, 200):
+        assert float(curve.at(tokens)) == pytest.approx(gpu.target_seconds(4, tokens, 2000))
