@@ -28,6 +28,7 @@ from smartspec.daemon.event_bus import (
     LinkCounts,
     LoopEvent,
     NoteEvent,
+    NullBus,
     StepEvent,
 )
 from smartspec.daemon.keeper import Keeper
@@ -124,6 +125,7 @@ class ControlLoop:
         self._settings = settings
         self._transport = transport
         self._bus = bus
+        self._is_heard = not isinstance(bus, NullBus)  # events of steps are not made for nobody
         self._clock = clock
         self._wall = wall
         self.epoch = secrets.randbits(48)
@@ -271,8 +273,9 @@ class ControlLoop:
                 self.counters.failed("learning", session.engine.name)
             predicted.append(seconds)
         session.learn_s = (self._clock() - began) / max(1, len(predicted))
-        for observation, seconds in zip(observations, predicted, strict=True):
-            self._bus.publish(self._step_event(session, observation, seconds))
+        if self._is_heard:
+            for observation, seconds in zip(observations, predicted, strict=True):
+                self._bus.publish(self._step_event(session, observation, seconds))
         if costs.num_changes > num_cost_changes:
             last = observations[-1].report
             times = last.step_s / (predicted[-1] or last.step_s)
@@ -283,7 +286,8 @@ class ControlLoop:
             )
         if decision is not None:
             static = decision.goodput_static()
-            self._bus.publish(self._decision_event(session, decision, static))
+            if self._is_heard:
+                self._bus.publish(self._decision_event(session, decision, static))
             try:
                 self._compare(session, observations, decision, static)
             except Exception:
