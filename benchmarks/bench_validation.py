@@ -2,10 +2,11 @@
 
 300 requests come within half a minute and are served in three (LLMServingSim's recording,
 github.com/casys-kaist/LLMServingSim, MIT): the engine is full throughout, so that KV room and
-preemption decide as much as step times do. Three things about the engine are not in the profile and
-are calibrated on the first 150 arrivals, by the six figures below: KV room, a factor on all step
-times, and the token budget of a step (512, vLLM's old default, or 2048). What is read is the other
-150. Requests' arrivals and lengths are those of the run.
+preemption decide as much as step times do. Three things about the engine are not in the profile
+and are calibrated on the first 150 arrivals, by the six figures below: KV room, a factor on all
+step times, and the token budget of a step (512, vLLM's old default, or 2048); on a coarse grid,
+then on a finer one around its best. What is read is the other 150. Requests' arrivals and lengths
+are those of the run.
 
 `<measure>_<statistic>_err_pct`: simulated over served less 1; times are counted from when the
 engine queued a request. `calibration_...`: of the first half, which was fitted.
@@ -31,9 +32,11 @@ from smartspec.lab.simulation.world import Cell, simulate
 
 RUN = "serving_runs/llmservingsim_rtx4090_llama-3.1-8b_vllm_requests.jsonl"
 NUM_CALIBRATED = 150
-KV_TOKENS = range(36_000, 46_001, 1_000)
-FACTORS = (0.94, 0.97, 1.0, 1.03, 1.06)
+KV_TOKENS = range(37_000, 45_001, 1_000)
+FACTORS = (0.94, 0.97, 1.0, 1.03)
 BUDGETS = (512, 2048)
+FINER_KV_TOKENS = (-750, -500, -250, 0, 250, 500, 750)
+FINER_FACTORS = (-0.02, -0.01, 0.0, 0.01, 0.02)
 NAMES = tuple(f"{m}_{s}" for m in ("ttft", "tpot", "e2e") for s in ("mean", "p90"))
 
 
@@ -110,15 +113,21 @@ def main() -> None:
         ratio = simulated(base, engine, run.traffic, first) / halves[0]
         return float(np.mean(np.log(ratio) ** 2))
 
-    tried = {
-        engine: loss(engine)
-        for engine in (Engine(k, f, b) for b in BUDGETS for k in KV_TOKENS for f in FACTORS)
-    }
-    best = min(tried, key=lambda engine: tried[engine])
+    coarse = min((Engine(k, f, b) for b in BUDGETS for k in KV_TOKENS for f in FACTORS), key=loss)
+    print("coarse:", coarse, flush=True)
+    best = min(
+        (
+            Engine(coarse.kv_tokens + k, coarse.factor + f, coarse.budget)
+            for k in FINER_KV_TOKENS
+            for f in FINER_FACTORS
+        ),
+        key=loss,
+    )
     plain = Engine(base.kv_tokens, 1.0, base.chunk_tokens)
     figures: dict[str, float] = {}
     for prefix, engine, half, wanted in (
         ("", best, second, halves[1]),
+        ("coarse_", coarse, second, halves[1]),
         ("calibration_", best, first, halves[0]),
         ("uncalibrated_", plain, second, halves[1]),
     ):
