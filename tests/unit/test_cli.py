@@ -251,7 +251,7 @@ def test_missing_package_is_named_with_the_extra_that_brings_it(
     def missing(name: str) -> Any:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr("smartspec.daemon.cli.importlib.import_module", missing)
+    monkeypatch.setattr("importlib.import_module", missing)
     result = invoke("worker")
     assert result.exit_code == 2
     assert "pip install 'smartspec[worker]'" in result.stderr
