@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from acceptance_stream import Decoding
+from acceptance_stream import Decoding, features, rates_for
 from acceptance_traces import FILE, MAX_LENGTH, SPLIT, Answer, load
 from figures import record
 from rich.console import Console
@@ -49,7 +49,7 @@ from smartspec.daemon.policy import Planner
 from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_LAST_SHARE,
-    FEATURE_MATCH_LENGTH,
+    FEATURE_MATCH_AGREEMENT,
     FEATURE_TOKEN_ACCEPTANCE,
     DecodeBatch,
     FixedLength,
@@ -58,8 +58,6 @@ from smartspec.engine_adapter.base import (
 )
 from smartspec.engine_adapter.lengths import I64, Choice
 from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
-from smartspec.engine_adapter.reference.draft_model import NOT_DRAFTED
-from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 BASE_S = 0.02
 TOKEN_SHARES = (0.05, 0.1, 0.2, 0.5)  #: of the base, per token of the target's pass
@@ -67,7 +65,7 @@ FORWARD_SHARES = (0.02, 0.1, 0.2)  #: of the base, per draft pass
 NOISE = 0.02
 SEED = 7
 FEATURES = {
-    "lookup": (FEATURE_LAST_SHARE, FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE),
+    "lookup": (FEATURE_LAST_SHARE, FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE),
     "draft": (FEATURE_LAST_SHARE, FEATURE_TOKEN_ACCEPTANCE, FEATURE_DRAFT_CONFIDENCE),
 }
 
@@ -109,7 +107,7 @@ class Replay:
     def __init__(self, cell: Cell, seed: int) -> None:
         self.cell = cell
         self.is_lookup = cell.style == "lookup"
-        self.rates = TokenAcceptance()
+        self.rates = rates_for(cell.style)
         self._rng = np.random.default_rng(seed)
         self._next_id = 0
 
@@ -149,25 +147,11 @@ class Replay:
             seconds += self._report(source, batch, lengths, np.array(accepted), began)
 
     def _describe(self, running: list[Decoding], shares: list[float]) -> DecodeBatch:
-        rates = self.rates.rates([one.token_before for one in running])
-        at = [(one.answer, one.position) for one in running]
-        last = np.array(shares, np.float32)
-        if self.is_lookup:
-            match = np.array([answer.match_length[p] for answer, p in at], np.float32)
-            features = np.stack((last, match, rates))
-        else:
-            confidence = np.array(
-                [
-                    answer.draft_confidence[p] if one.goes_on else NOT_DRAFTED
-                    for one, (answer, p) in zip(running, at, strict=True)
-                ],
-                np.float32,
-            )
-            features = np.stack((last, rates, confidence))
+        known = features(running, self.rates) | {FEATURE_LAST_SHARE: np.array(shares)}
         return DecodeBatch(
             request_ids=np.array([one.number for one in running], np.uint64),
             ceiling=np.array([one.available for one in running], np.uint8),
-            features=features,
+            features=np.array([known[name] for name in FEATURES[self.cell.style]], np.float32),
         )
 
     def _report(
