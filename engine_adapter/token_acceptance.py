@@ -88,7 +88,7 @@ class CopyAcceptance:
         """P(the draft is accepted | the token before it, the draft), [B] in (0, 1)."""
         first, second = self._before.rates(before), self._drafted.rates(drafted)
         pooled = self._before.pooled
-        odds = first * second / np.float32(pooled)
-        against = (1 - first) * (1 - second) / np.float32(1.0 - pooled)
-        rate: F32 = odds / (odds + against)
+        odds = first * second / pooled
+        against = (1.0 - first) * (1.0 - second) / (1.0 - pooled)
+        rate: F32 = (odds / (odds + against)).astype(np.float32)
         return rate
