@@ -25,6 +25,7 @@ Run: python benchmarks/bench_replay.py
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 from collections.abc import Sequence
@@ -237,22 +238,27 @@ def daemon_for(cell: Cell) -> Steering:
     return Steering(engine, Planner(engine, daemon_epoch=9), late=1)
 
 
-def play(cell: Cell) -> Result:
+def play(group: Sequence[Cell]) -> list[Result]:
+    """Results of cells of one load and one past, which is served once."""
     answers = load()
-    measured = [answer for answer in answers if answer.task in cell.tasks]
-    before = [answer for answer in answers if answer.task in cell.before]
-    static = [
-        Replay(cell, SEED).run(measured, FixedLength(length)) for length in range(MAX_LENGTH + 1)
-    ]
-    cold = Replay(cell, SEED).run(measured, daemon_for(cell))
-    steering = daemon_for(cell)
-    served = Replay(cell, SEED + 1)
+    before = [answer for answer in answers if answer.task in group[0].before]
+    steering = daemon_for(group[0])
+    served = Replay(group[0], SEED + 1)
     served.run(before, steering)
-    warmed = Replay(cell, SEED)
-    warmed.rates = served.rates
-    warmed._next_id = served._next_id
-    warm = warmed.run(measured, steering)
-    return Result(cell, static, cold, warm, clairvoyant(cell, measured, max(static)))
+    results = []
+    for cell in group:
+        measured = [answer for answer in answers if answer.task in cell.tasks]
+        static = [
+            Replay(cell, SEED).run(measured, FixedLength(length))
+            for length in range(MAX_LENGTH + 1)
+        ]
+        cold = Replay(cell, SEED).run(measured, daemon_for(cell))
+        warmed = Replay(cell, SEED)
+        warmed.rates = copy.deepcopy(served.rates)
+        warmed._next_id = served._next_id
+        warm = warmed.run(measured, copy.deepcopy(steering))
+        results.append(Result(cell, static, cold, warm, clairvoyant(cell, measured, max(static))))
+    return results
 
 
 def cells(styles: Sequence[str], batches: Sequence[int]) -> list[Cell]:
@@ -312,11 +318,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--style", choices=("lookup", "draft"), action="append")
     parser.add_argument("--batch", type=int, action="append", help="requests decoded together")
+    parser.add_argument("--token-share", type=float, action="append", help="loads: of these")
+    parser.add_argument("--forward-share", type=float, action="append", help="and of these")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    todo = cells(args.style or ("lookup", "draft"), args.batch or (1, 8))
+    todo = [
+        cell
+        for cell in cells(args.style or ("lookup", "draft"), args.batch or (1, 8))
+        if cell.token_share in (args.token_share or TOKEN_SHARES)
+        and cell.forward_share in (args.forward_share or (0.0, *FORWARD_SHARES))
+    ]
+    groups = [list(some) for _, some in itertools.groupby(todo, lambda cell: cell[:4] + cell[5:])]
     with ProcessPoolExecutor(args.jobs) as pool:
-        results = list(track(pool.map(play, todo), description="replaying", total=len(todo)))
+        played = track(pool.map(play, groups), description="replaying", total=len(groups))
+        results = [result for results in played for result in results]
     show(results)
     record("replay", figures_of(results), seed=SEED, notes={"traces": FILE.name})
 
