@@ -349,9 +349,7 @@ def learn(
     Noise is relative: an observation weighs 1 / seconds^2. The caller calls `solve`.
     """
     predicted = max(offset_s + float(row @ solver.coef), RESOLUTION_S)
-    # Nor is it a surprise that something takes less than can be told from nothing.
-    observed = max(seconds, RESOLUTION_S)
-    verdict = residuals.judge(predicted, observed, solver.leverage(row) / predicted**2)
+    verdict = residuals.judge(predicted, seconds, solver.leverage(row) / predicted**2)
     if verdict.shifted:
         solver.loosen(_KEPT_PRECISION, (_COMMON_FACTOR / residuals.noise) ** 2)
     # By the larger of expected and observed: an outlier seen before the model knows better (a first

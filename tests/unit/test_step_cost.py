@@ -319,15 +319,6 @@ def test_time_of_drafting_nothing_is_overhead_when_a_lookup_found_no_match() -> 
     assert model.seconds(IDLE) == pytest.approx(0.022, rel=0.01)
 
 
-def test_no_drift_is_told_when_drafting_takes_no_time_at_all() -> None:
-    model, rng = StepCost(draft_forwards=False), np.random.default_rng(0)
-    for _ in range(1000):
-        shape = StepShape(8, 20, draft_tokens=12)
-        target_s = 0.02 * (1 + 0.02 * rng.normal())
-        model.observe(shape, target_s, 0.0, target_s + 1e-4)
-    assert model.num_changes == 0
-
-
 def test_sums_agree_with_parts_when_an_engine_reports_both_kinds() -> None:
     machine, model = Machine(12, outliers=0.0), StepCost()
     for _ in range(30):
