@@ -159,7 +159,7 @@ class Run:
                 [
                     r["latency_mean_s"]
                     for r in self.rows
-                    if r["repetition"] == number and r["arm"] == name
+                    if r.get("repetition") == number and r["arm"] == name
                 ]
             )
             for name in running
@@ -247,14 +247,15 @@ def measure(options: argparse.Namespace, raw: Path) -> None:
 
         daemon = stack.enter_context(vs.daemon(str(folder), folder / "daemon.log"))
         running = started([vs.none()])
-        if options.pilot:
-            found = json.loads(options.pilot.read_text("utf-8"))
-        else:
+        done = [row for row in read(raw) if row.get("pilot")] + complete(read(raw))
+        raw.write_text("".join(json.dumps(row) + "\n" for row in done))
+        found = next((row for row in done if row.get("pilot")), None)
+        if found is None:
             with ExitStack() as only:
                 arms = [vs.static(length) for length in (0, *LENGTHS)]
                 made = vs.servers(options.python, model, arms, folder, options.dtype)
                 found = run.pilot({**running, **only.enter_context(made)})
-        run.keep({**found, "env": environment.describe(), "dtype": options.dtype})
+            run.keep({**found, "env": environment.describe(), "dtype": options.dtype})
         print(json.dumps(found), flush=True)
         running |= started(
             [
@@ -269,7 +270,8 @@ def measure(options: argparse.Namespace, raw: Path) -> None:
             shares = (*SHARES, SHARES[1]) if name == SMARTSPEC else SHARES[1:2]
             warm_up = [Stretch(WARM_UP_S, share * capacity) for share in shares]
             play(server.port, arrivals(run.prompts, warm_up, options.seed + 7))
-        for number in range(options.repetitions):
+        first = 1 + max((row["repetition"] for row in complete(done)), default=-1)
+        for number in range(first, options.repetitions):
             spent = daemon.cpu_times().user
             run.repetition(number, running, capacity)
             run.keep({"daemon_cpu_s": daemon.cpu_times().user - spent})
@@ -282,6 +284,8 @@ def pin_self() -> None:
 
 
 def read(raw: Path) -> list[dict[str, Any]]:
+    if not raw.exists():
+        return []
     return [json.loads(line) for line in raw.read_text("utf-8").splitlines()]
 
 
@@ -292,7 +296,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--pilot", type=Path, help="what an earlier pilot found, as JSON")
+    parser.add_argument("--resume", action="store_true", help="go on with vllm_serving.jsonl")
     parser.add_argument("--figures", type=Path, help="only work out the figures of this raw file")
     args = parser.parse_args()
     raw: Path = args.figures or FOLDER / "vllm_serving.jsonl"
@@ -301,7 +305,8 @@ def main() -> None:
             print(f"{args.python} does not exist: `make test-vllm` makes an environment with vLLM")
             return
         FOLDER.mkdir(parents=True, exist_ok=True)
-        raw.unlink(missing_ok=True)
+        if not args.resume:
+            raw.unlink(missing_ok=True)
         measure(args, raw)
     rows = complete(read(raw))
     figures = {"num_repetitions": len({row["repetition"] for row in rows}), **figures_of(rows)}

@@ -240,7 +240,8 @@ class Steering:
             most -= np.fromiter(map(_in_flight, group.requests), np.int64, len(group.requests))
         if self._method.is_lookup:
             np.minimum(most, available, out=most)
-        return np.clip(most, 0, self._max_length).astype(np.uint8)
+        ceiling: U8 = np.clip(most, 0, self._max_length).astype(np.uint8)
+        return ceiling
 
     def _num_output(self, group: _Group) -> I64:
         """Tokens of each answer so far."""
