@@ -53,11 +53,10 @@ def _wanted(kind: Any, file: Path | None, loads: str | None, **flags: Any) -> An
     """Options from a file, and from flags, which win; raises ValueError for bad ones."""
     import msgspec
 
-    from smartspec.lab.simulation.workload import read
-
     given = {name: value for name, value in flags.items() if value is not None}
     if loads:
         given["loads"] = [float(load) for load in loads.split(",")]
+    read = optional("smartspec.lab.simulation.workload", "daemon").read
     base = read(file, kind) if file else kind()
     return msgspec.convert({**msgspec.to_builtins(base), **given}, kind)
 
