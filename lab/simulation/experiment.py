@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import Meta
 
 from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
+from smartspec.engine_adapter.simulator.engine import Served
 from smartspec.engine_adapter.simulator.profile import Profile
 from smartspec.engine_adapter.simulator.requests import Traffic
 from smartspec.lab.simulation.world import Cell, rival, simulate
@@ -84,9 +85,13 @@ def capacity(
     traffic = arrivals.exponential_lengths(np.zeros(count), mean_prompt, mean_output, rng)
     never = acceptance.draw(acceptance.Constant(0.0), traffic.num_output, max_length=1, seed=seed)
     cell = Cell(gpu, "lookup", traffic, never, max_length=1, max_num_running=max_num_running)
-    done = np.sort(simulate("none", cell).served.finished_s)
-    # Neither the filling of the batch nor its emptying.
-    first, last = count // 3, 2 * count // 3
+    return middle_rate(simulate("none", cell).served)
+
+
+def middle_rate(served: Served) -> float:
+    """Requests per second while a batch stays full: neither its filling nor its emptying counts."""
+    done = np.sort(served.finished_s)
+    first, last = len(done) // 3, 2 * len(done) // 3
     return float((last - first) / (done[last] - done[first]))
 
 

@@ -1,0 +1,131 @@
+"""The runs of one setting: loads by seeds by policies, and the same with a queue that never empties.
+
+All policies meet the same requests and the same luck. SmartSpec runs twice: cold, and warm, from
+what the cold run of the *next* seed at that load had learned in the end; so a warm run has
+never seen its own requests. With a full queue it starts from the next seed's cold run at the load
+``warm_at``, since an engine's life does not begin with a full queue.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from paper_grid import Setting
+
+from smartspec.daemon.learned import Checkpoint, decode
+from smartspec.daemon.library import Library
+from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
+from smartspec.engine_adapter.simulator.engine import Engine
+from smartspec.engine_adapter.simulator.requests import F64
+from smartspec.lab.simulation.experiment import capacity, middle_rate
+from smartspec.lab.simulation.world import Cell, Fleet, simulate
+
+COLD, WARM = "smartspec_cold", "smartspec"
+FULL = 0.0  #: stands for the load of a full queue
+QUEUES = 6  #: batches' worth of requests that wait at the start of a run with a full queue
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy at one load with one seed; seconds are means over requests."""
+
+    load: float  #: share of what is served without speculation; FULL: all come at once
+    policy: str
+    seed: int
+    num_requests: int
+    latency_s: float
+    time_to_first_s: float
+    served_per_s: float  #: requests, in the middle third
+    num_steps: int
+    mean_length: float  #: drafts per decoding request and step
+
+
+def play(setting: Setting) -> list[Run]:
+    """All runs of a setting."""
+    learned: dict[tuple[float, int], Checkpoint] = {}
+    runs = []
+    for load in setting.loads:
+        cells = [make_cell(setting, load, seed) for seed in range(setting.num_seeds)]
+        for seed, cell in enumerate(cells):
+            engine, learned[load, seed] = steer(cell)
+            runs.append(run_of(load, COLD, seed, engine))
+        runs += _rest(setting, load, cells, [learned[load, seed] for seed in range(len(cells))])
+    for load in setting.static_loads:
+        for seed in range(setting.num_seeds):
+            cell = make_cell(setting, load, seed)
+            runs += [run_of(load, p, seed, simulate(p, cell)) for p in setting.statics]
+    cells = [make_cell(setting, FULL, seed) for seed in range(setting.num_seeds)]
+    runs += [run_of(FULL, COLD, seed, steer(cell)[0]) for seed, cell in enumerate(cells)]
+    before = [learned[setting.warm_at, seed] for seed in range(len(cells))]
+    return runs + _rest(setting, FULL, cells, before)
+
+
+def _rest(setting: Setting, load: float, cells: list[Cell], after: list[Checkpoint]) -> list[Run]:
+    """Warm runs and those of the others; ``after``: what the cold runs had learned, by seed."""
+    runs = []
+    for seed, cell in enumerate(cells):
+        before = after[(seed + 1) % len(cells)]
+        runs.append(run_of(load, WARM, seed, steer(cell, before)[0]))
+        for policy in (*setting.statics, *setting.rivals):
+            runs.append(run_of(load, policy, seed, simulate(policy, cell)))
+    return runs
+
+
+def steer(cell: Cell, before: Checkpoint | None = None) -> tuple[Engine, Checkpoint]:
+    """A run under SmartSpec from what was learned ``before``; and what it knows in the end."""
+    library = Library()
+    if before is not None:
+        library.put(before)
+    fleet = Fleet([cell], library)
+    engine = fleet.run()[0]
+    after = decode(fleet.loop.checkpoints()[0].frame)
+    if before is not None and after.num_steps <= before.num_steps:
+        raise RuntimeError("what was learned before was not used")
+    return engine, after
+
+
+def make_cell(setting: Setting, load: float, seed: int) -> Cell:
+    """The requests of a load and seed, and their luck."""
+    pair, asked = setting.pair, setting.requests
+    gpu = profile.load(pair.profile)
+    lengths = asked.mean_prompt, asked.mean_output
+    rng = np.random.default_rng((seed, 5))
+    times: F64 = np.zeros(QUEUES * pair.max_num_running)
+    if load != FULL:
+        rate = load * capacity(gpu, pair.max_num_running, *lengths)
+        times = arrivals.poisson(rate, pair.duration_s, rng)
+    traffic = arrivals.exponential_lengths(times, *lengths, rng)
+    outcomes = acceptance.draw(
+        acceptance.BetaOverRequests(asked.acceptance, setting.concentration),
+        traffic.num_output,
+        max_length=setting.max_length,
+        seed=seed,
+        presence=asked.presence if pair.draft == "lookup" else None,
+    )
+    return Cell(
+        gpu,
+        pair.draft,
+        traffic,
+        outcomes,
+        acceptance=asked.acceptance,
+        max_length=setting.max_length,
+        max_num_running=pair.max_num_running,
+        seed=seed,
+    )
+
+
+def run_of(load: float, policy: str, seed: int, engine: Engine) -> Run:
+    """What became of a run."""
+    served = engine.served
+    # Every token of an answer but its first comes of a decoding step: one, or an accepted draft.
+    num_chosen = int((served.num_output - 1).sum()) - engine.num_accepted
+    return Run(
+        load=load,
+        policy=policy,
+        seed=seed,
+        num_requests=len(served.num_output),
+        latency_s=float(served.latency_s.mean()),
+        time_to_first_s=float(served.time_to_first_s.mean()),
+        served_per_s=middle_rate(served),
+        num_steps=engine.num_steps,
+        mean_length=engine.num_drafted / max(num_chosen, 1),
+    )
