@@ -1,12 +1,13 @@
 """The evaluation of SmartSpec (arXiv 2406.14066), in the simulator.
 
 Pairs of target and draft, with traffics of several acceptances, at several loads, over several
-seeds (paper.toml): mean request latency under SmartSpec, cold and warm, against every static length,
-none, and rivals; and what each can serve. docs/reproduction.md says what differs from the paper.
+seeds (paper.toml): mean request latency under SmartSpec, cold and warm, against every static
+length, none, and rivals; and what each can serve. docs/reproduction.md says what differs from the
+paper.
 
 Settings that were run are kept in build/paper and not run again, unless the grid or the code has
-changed since; `--keep` takes them whatever the code. `--quick`: two settings, two seeds, recorded as
-`paper_quick`. Tables and figures are written beside them.
+changed since; `--keep` takes them whatever the code. `--quick`: two settings, two seeds, recorded
+as `paper_quick`. Tables and pictures are written beside them.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def main() -> None:
     for setting, found in played(missing, options.workers):
         keep(setting, code, found)
         runs[setting.name] = tuple(found)
-        print(paper_pages.line(setting, found), flush=True)
+        print(paper_pages.line(paper_results.of(setting, found)), flush=True)
     results = [paper_results.of(one, runs[one.name] or ()) for one in settings]
     paper_pages.write(results, FOLDER)
     name = "paper_quick" if options.quick else "paper"

@@ -16,9 +16,9 @@ CAPACITY_NEAR = 0.99
 
 
 class CellResult(NamedTuple):
-    """A setting at a load. Ratios are of mean latency, so that less than 1 is better."""
+    """A setting at a load. Ratios are of mean latency, paired by seed: less than 1 is better."""
 
-    setting: str
+    name: str
     load: float
     latency_s: dict[str, float]  #: mean over seeds, by policy
     best_static: str  #: in hindsight: the lowest mean over seeds
@@ -26,21 +26,16 @@ class CellResult(NamedTuple):
     vs_none: dict[str, Ratio]
 
     @property
-    def name(self) -> str:
-        return f"{self.setting}@{self.load:g}"
-
-    @property
     def misses(self) -> bool:
-        """Whether warm SmartSpec is not as near as asked, where that is asked."""
+        """Whether warm SmartSpec is further off than is asked at this load."""
         worst = max(self.vs_best_static[WARM].value, self.vs_none[WARM].value)
         return self.load <= RULED_UP_TO and worst > NEAR
 
 
 class CapacityResult(NamedTuple):
-    """What a setting serves with a full queue; ratios above 1 are better."""
+    """What a setting serves with a full queue. Ratios are of rates: more than 1 is better."""
 
-    setting: str
-    served_per_s: dict[str, float]
+    served_per_s: dict[str, float]  #: requests; mean over seeds, by policy
     best_static: str
     vs_best_static: dict[str, Ratio]
 
@@ -49,77 +44,93 @@ class CapacityResult(NamedTuple):
         return self.vs_best_static[WARM].value < CAPACITY_NEAR
 
 
-def cells(setting: Setting, runs: Sequence[Run]) -> list[CellResult]:
-    """One per load that all policies met."""
-    found = []
-    for load in setting.loads:
-        seconds = _by_policy((run for run in runs if run.load == load), "latency_s")
-        mean = _means(seconds)
-        best = min(setting.statics, key=mean.__getitem__)
-        found.append(
-            CellResult(
-                setting.name,
-                load,
-                mean,
-                best,
-                {name: paired_ratio(values, seconds[best]) for name, values in seconds.items()},
-                {name: paired_ratio(values, seconds["none"]) for name, values in seconds.items()},
-            )
+class Result(NamedTuple):
+    """All that a setting's runs say."""
+
+    setting: Setting
+    cells: list[CellResult]
+    full: CapacityResult
+    latency_s: dict[float, dict[str, float]]  #: by load, those beyond capacity too, and policy
+    best_static: dict[float, str]  #: by load
+
+
+def of(setting: Setting, runs: Sequence[Run]) -> Result:
+    """The result of a setting's runs."""
+    by_load = {load: _by_policy(runs, load, "latency_s") for load in {run.load for run in runs}}
+    latency = {
+        load: _means(by_load[load]) for load in sorted((*setting.loads, *setting.static_loads))
+    }
+    best = {load: min(setting.statics, key=of_one.__getitem__) for load, of_one in latency.items()}
+    cells = [
+        CellResult(
+            f"{setting.name}@{load:g}",
+            load,
+            latency[load],
+            best[load],
+            _ratios(by_load[load], best[load]),
+            _ratios(by_load[load], "none"),
         )
-    return found
+        for load in setting.loads
+    ]
+    rates = _by_policy(runs, FULL, "served_per_s")
+    most = max(setting.statics, key=_means(rates).__getitem__)
+    full = CapacityResult(_means(rates), most, _ratios(rates, most))
+    return Result(setting, cells, full, latency, best)
 
 
-def capacity(setting: Setting, runs: Sequence[Run]) -> CapacityResult:
-    """With a full queue."""
-    rates = _by_policy((run for run in runs if run.load == FULL), "served_per_s")
-    mean = _means(rates)
-    best = max(setting.statics, key=mean.__getitem__)
-    ratios = {name: paired_ratio(values, rates[best]) for name, values in rates.items()}
-    return CapacityResult(setting.name, mean, best, ratios)
-
-
-def best_static_by_load(setting: Setting, runs: Sequence[Run]) -> dict[float, str]:
-    """The best static length at every load, those beyond capacity among them."""
-    found = {}
-    for load in (*setting.loads, *setting.static_loads):
-        mean = _means(_by_policy((run for run in runs if run.load == load), "latency_s"))
-        found[load] = min(setting.statics, key=mean.__getitem__)
-    return found
-
-
-def figures(
-    all_cells: Sequence[CellResult], capacities: Sequence[CapacityResult]
-) -> dict[str, float]:
-    """What FIGURES are recorded; `worst_*` without `cold` are of the warm start."""
+def figures(results: Sequence[Result]) -> dict[str, float]:
+    """What is recorded; names with `cold` are of SmartSpec's cold start, the others of the warm."""
     found: dict[str, float] = {}
-    ruled = [cell for cell in all_cells if cell.load <= RULED_UP_TO]
+    cells = [cell for result in results for cell in result.cells]
+    ruled = [cell for cell in cells if cell.load <= RULED_UP_TO]
     for prefix, policy in (("", WARM), ("cold_", COLD)):
-        by_static = [cell.vs_best_static[policy] for cell in ruled]
-        by_none = [cell.vs_none[policy] for cell in ruled]
-        full = [one.vs_best_static[policy] for one in capacities]
-        worst = max(by_static, key=lambda ratio: ratio.value)
+        worst = max((cell.vs_best_static[policy] for cell in ruled), key=lambda ratio: ratio.value)
+        least = min(result.full.vs_best_static[policy].value for result in results)
         found[f"{prefix}worst_cell_vs_best_static"] = worst.value
         found[f"{prefix}worst_cell_vs_best_static_upper95"] = worst.upper95
-        found[f"{prefix}worst_cell_vs_none"] = max(ratio.value for ratio in by_none)
-        found[f"{prefix}worst_capacity_vs_best_static"] = min(ratio.value for ratio in full)
+        found[f"{prefix}worst_cell_vs_none"] = max(cell.vs_none[policy].value for cell in ruled)
+        found[f"{prefix}worst_capacity_vs_best_static"] = least
         found[f"{prefix}best_cell_speedup"] = max(
-            1 / cell.vs_none[policy].value for cell in all_cells if cell.load <= SPEEDUP_UP_TO
+            1 / cell.vs_none[policy].value for cell in cells if cell.load <= SPEEDUP_UP_TO
         )
-    found["num_cells"] = len(all_cells)
-    found["num_cells_ruled"] = len(ruled)
-    found["num_cells_missed"] = sum(cell.misses for cell in all_cells)
-    found["num_capacities"] = len(capacities)
-    found["num_capacities_missed"] = sum(one.misses for one in capacities)
+    found["num_cells"] = len(cells)
+    found["num_cells_up_to_0.8"] = len(ruled)
+    found["num_cells_missed"] = sum(cell.misses for cell in cells)
+    found["num_capacities"] = len(results)
+    found["num_capacities_missed"] = sum(result.full.misses for result in results)
     return found
 
 
-def _by_policy(runs: Iterable[Run], value: str) -> dict[str, list[float]]:
-    """Values in the order of seeds."""
+def misses(results: Sequence[Result]) -> dict[str, str]:
+    """Cells and capacities that fall short of what is asked, in words."""
+    found = {}
+    for result in results:
+        for cell in result.cells:
+            if cell.misses:
+                static, none = cell.vs_best_static[WARM], cell.vs_none[WARM]
+                found[cell.name] = (
+                    f"{static.value:.3f} of {cell.best_static} (bound {static.upper95:.3f}), "
+                    f"{none.value:.3f} of none"
+                )
+        if result.full.misses:
+            ratio = result.full.vs_best_static[WARM].value
+            found[f"{result.setting.name}, full queue"] = (
+                f"{ratio:.3f} of what {result.full.best_static} serves"
+            )
+    return found
+
+
+def _by_policy(runs: Iterable[Run], load: float, value: str) -> dict[str, list[float]]:
+    """Values at a load, in the order of seeds."""
     found: dict[str, list[float]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
+    for run in sorted((run for run in runs if run.load == load), key=lambda run: run.seed):
         found.setdefault(run.policy, []).append(getattr(run, value))
     return found
 
 
 def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: sum(of_one) / len(of_one) for name, of_one in values.items()}
+
+
+def _ratios(values: Mapping[str, Sequence[float]], reference: str) -> dict[str, Ratio]:
+    return {name: paired_ratio(of_one, values[reference]) for name, of_one in values.items()}

@@ -1,4 +1,4 @@
-"""The runs of one setting: loads by seeds by policies, and the same with a queue that never empties.
+"""The runs of one setting: loads by seeds by policies, and the same with a queue never empty.
 
 All policies meet the same requests and the same luck. SmartSpec runs twice: cold, and warm, from
 what the cold run of the *next* seed at that load had learned in the end; so a warm run has

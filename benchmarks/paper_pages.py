@@ -1,0 +1,165 @@
+"""Tables and pictures of bench_paper.py, as docs/reproduction.md shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from paper_results import Result
+from paper_runs import COLD, WARM
+
+SHOWN = ("table", "tiers", "authors", "bandit", "switch_off", "informed", COLD, WARM)
+HEADS = {COLD: "SmartSpec cold", WARM: "SmartSpec warm", "switch_off": "switch-off"}
+LINES = {
+    "none": ("#8a8a8a", "-"),
+    "static1": ("#b9d3e3", "-"),
+    "static3": ("#7aa6c2", "-"),
+    "static5": ("#33658a", "-"),
+    "authors": ("#6a994e", "--"),
+    COLD: ("#d1495b", ":"),
+    WARM: ("#d1495b", "-"),
+}
+
+
+def line(result: Result) -> str:
+    """A setting in a line, while others run."""
+    worst = max(result.cells, key=lambda cell: cell.vs_best_static[WARM].value)
+    return (
+        f"{result.setting.name}: at worst {worst.vs_best_static[WARM].value:.3f} of the best "
+        f"static length's latency (load {worst.load:g}); with a full queue "
+        f"{result.full.vs_best_static[WARM].value:.3f} of its rate"
+    )
+
+
+def write(results: Sequence[Result], folder: Path, shown: Sequence[str] = SHOWN) -> None:
+    """``tables.md``, ``paper_latency.png`` and ``paper_speedup.png``.
+
+    ``shown``: the policies of the tables, warm SmartSpec last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tables.md").write_text(tables(results, shown))
+    latency(results, folder / "paper_latency.png")
+    speedup(results, folder / "paper_speedup.png")
+
+
+def tables(results: Sequence[Result], shown: Sequence[str] = SHOWN) -> str:
+    """A table for each pair, and one of the best static lengths."""
+    parts = []
+    for pair_name, group in groupby(results, lambda result: result.setting.pair_name):
+        parts.append(f"### {pair_name}\n\n{_pair_table(list(group), shown)}")
+    loads = list(results[0].latency_s)
+    rows = [["setting", *(f"{load:g}" for load in loads)]]
+    for result in results:
+        rows.append([result.setting.name, *(_length(name) for name in result.best_static.values())])
+    parts.append(f"### Best static length by load\n\n{_table(rows)}")
+    return "\n".join(parts)
+
+
+def _pair_table(results: Sequence[Result], shown: Sequence[str]) -> str:
+    rows = [["traffic", "load", "none", "best static", *(HEADS.get(p, p) for p in shown),
+             "95% bound", "speed-up"]]  # fmt: skip
+    for result in results:
+        for cell in result.cells:
+            ratio = cell.vs_best_static
+            best = f"{cell.latency_s[cell.best_static]:.2f} s ({_length(cell.best_static)})"
+            rows.append(
+                [
+                    result.setting.traffic_name,
+                    f"{cell.load:g}",
+                    f"{cell.latency_s['none']:.2f} s",
+                    best,
+                    *(f"{ratio[p].value:.3f}" for p in shown),
+                    f"{ratio[WARM].upper95:.3f}",
+                    f"{1 / cell.vs_none[WARM].value:.2f}",
+                ]
+            )
+            if cell.misses:
+                rows[-1][-3] = f"**{rows[-1][-3]}**"
+        full = result.full
+        best = f"{full.served_per_s[full.best_static]:.1f}/s ({_length(full.best_static)})"
+        warm = f"{full.vs_best_static[WARM].value:.3f}"
+        rows.append(
+            [
+                result.setting.traffic_name,
+                "full",
+                f"{full.served_per_s['none']:.1f}/s",
+                best,
+                *(f"{full.vs_best_static[p].value:.3f}" for p in shown[:-1]),
+                f"**{warm}**" if full.misses else warm,
+                "",
+                f"{full.served_per_s[WARM] / full.served_per_s['none']:.2f}",
+            ]
+        )
+    return _table(rows)
+
+
+def _length(policy: str) -> str:
+    return policy.removeprefix("static").replace("none", "0")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def latency(results: Sequence[Result], path: Path) -> None:
+    """Mean latency against load, a panel for each setting; a logarithmic scale."""
+    columns = 4
+    num_rows = -(-len(results) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.3 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, columns, squeeze=False).ravel()
+    for axes in grid[len(results) :]:
+        axes.set_axis_off()
+    for axes, result in zip(grid, results, strict=False):
+        _panel(axes, result)
+    labels = grid[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=len(LINES), fontsize="small")
+    figure.supxlabel("load (1: what is served without speculation)", fontsize="small")
+    figure.supylabel("mean request latency (s)", fontsize="small")
+    figure.savefig(path, dpi=75)
+
+
+def _panel(axes: Axes, result: Result) -> None:
+    for policy, (colour, style) in LINES.items():
+        points = [(load, of[policy]) for load, of in result.latency_s.items() if policy in of]
+        label = HEADS.get(policy, policy)
+        axes.plot(*zip(*points, strict=True), style, color=colour, label=label, lw=1.3)
+    axes.set_yscale("log")
+    axes.tick_params(which="both", labelsize="x-small")
+    axes.set_title(result.setting.name, fontsize="small")
+
+
+def speedup(results: Sequence[Result], path: Path) -> None:
+    """Two maps, settings by loads: speed-up over none, and latency over the best static length."""
+    loads = [f"{cell.load:g}" for cell in results[0].cells]
+    figure = Figure(figsize=(9.5, 0.34 * len(results) + 1.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    gain = np.array([[1 / cell.vs_none[WARM].value for cell in one.cells] for one in results])
+    rest = np.array([[cell.vs_best_static[WARM].value for cell in one.cells] for one in results])
+    _map(left, gain, loads, "speed-up over no speculation", "{:.2f}", "YlGn", 1.0, gain.max())
+    _map(right, rest, loads, "latency / best static length's", "{:.3f}", "RdYlGn_r", 0.92, 1.08)
+    left.set_yticks(range(len(results)), [one.setting.name for one in results], fontsize="small")
+    figure.suptitle("SmartSpec, warm", fontsize="medium")
+    figure.savefig(path, dpi=80)
+
+
+def _map(
+    axes: Axes,
+    values: np.ndarray,
+    loads: Sequence[str],
+    title: str,
+    form: str,
+    colours: str,
+    low: float,
+    high: float,
+) -> None:
+    axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, form.format(value), ha="center", va="center", fontsize="small")
+    axes.set_xticks(range(len(loads)), loads)
+    axes.set_xlabel("load")
+    axes.set_title(title, fontsize="small")
