@@ -29,9 +29,10 @@ from figures import record
 from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.config import load
-from smartspec.daemon.control_loop import ControlLoop, Session
+from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import NullBus
 from smartspec.daemon.policy import Arm, Decision
+from smartspec.daemon.sessions import Session
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.link import EngineLink
 
@@ -110,7 +111,7 @@ def run(regime: str, mode: str, seconds: float, seed: int) -> dict[Arm, tuple[fl
 
         until(lambda: link.stats.num_connections, turn)
         turn()
-        session: Session = next(iter(loop._by_name.values()))
+        session: Session = next(iter(loop.sessions.by_name.values()))
         planned: list[Decision] = []
         decide = session.planner.decide
 

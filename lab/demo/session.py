@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,6 @@ from smartspec.lab.demo.schedule import Prompt, Schedule, mixed
 
 MAX_NUM_RUNNING = 16
 MAX_LENGTH = 8  #: what SmartSpec may choose up to; the static arms are what they are called
-NUM_THREADS = 2
 NUM_CALIBRATION_PROMPTS = 24  #: one and a half full batches
 NUM_WARM_UP_PROMPTS = 8
 WARM_UP_TOKENS = 40
@@ -96,7 +96,7 @@ class Session:
             *("--proposer", "lookup", "--max-length", str(MAX_LENGTH)),
             *("--speculation", "own", "--step-events", "--engine", "demo"),
             *("--endpoint", endpoints(self.runtime_dir)[0]),
-            *("--max-num-running", str(MAX_NUM_RUNNING), "--threads", str(NUM_THREADS)),
+            *("--max-num-running", str(MAX_NUM_RUNNING), "--threads", str(num_threads())),
         ]
         worker = WorkerProcess(arguments, self._folder / "worker.log")
         stack.callback(worker.stop)
@@ -193,6 +193,16 @@ def _runtime_dir(wanted: Path) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory(prefix="smartspec-demo-") as folder:
             yield Path(folder)
+
+
+def num_threads() -> int:
+    """Of the worker: all cores but one.
+
+    An engine on an accelerator does not share it with its sidecar, nor with those who send it
+    requests; torch's threads wait for each other at every operation, so that whoever takes one core
+    for a moment holds up all. The core left alone is for everything else, in every arm.
+    """
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def warm_up_prompts(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:

@@ -61,7 +61,7 @@ class Adoption:
 
     @property
     def trial(self) -> Any:
-        return next(iter(self.loop._by_name.values())).trial
+        return next(iter(self.loop.sessions.by_name.values())).trial
 
     def last_gain(self) -> GainEvent:
         event: GainEvent = self.bus.of(GainEvent)[-1]
@@ -135,7 +135,7 @@ def test_observed_engine_is_told_what_it_would_gain() -> None:
 def test_engine_is_left_to_itself_and_tried_again_when_smartspec_does_harm() -> None:
     """A daemon that is sure of nonsense: it sends length 0 whatever its planner finds."""
     with adoption([0.8] * 4, IDLE, adoption__retry_s=60.0) as pair:
-        session = next(iter(pair.loop._by_name.values()))
+        session = next(iter(pair.loop.sessions.by_name.values()))
         decide = session.planner.decide
 
         def misled(arm: Arm) -> Any:

@@ -221,7 +221,7 @@ def test_daemon_only_watches_when_observing() -> None:
         assert {c.source for c in pair.engine.choices} == {"own"}
         assert all((c.lengths == 3).all() for c in pair.engine.choices)
         assert pair.loop.counters["reports"] >= 55
-        hazards = next(iter(pair.loop._by_name.values())).engine.acceptance.pooled_hazards()
+        hazards = next(iter(pair.loop.sessions.by_name.values())).engine.acceptance.pooled_hazards()
         assert hazards[:3] == pytest.approx([0.8] * 3, abs=0.12)
 
 
@@ -318,7 +318,7 @@ def test_engine_of_another_version_is_refused_and_runs_as_configured() -> None:
         until(lambda: "version 2" in pair.link.stats.last_reason, turn)
         assert {c.source for c in pair.engine.choices} == {"own"}
         assert pair.loop.counters["frames_refused"] > 0
-        assert not pair.loop._by_name
+        assert not pair.loop.sessions.by_name
         pair.close()
 
 

@@ -149,7 +149,7 @@ class Scene:
             self.clock,
             wall=lambda: 0.0,
         )
-        self.loop._hellos = Throttle(1e9, 1e9)
+        self.loop.sessions.hellos = Throttle(1e9, 1e9)
         self.loop.epoch = 5
         self.rng = np.random.default_rng(0)
         self.seq = 0
@@ -222,7 +222,7 @@ def test_honest_engine_is_decided_for_bit_by_bit_as_if_alone() -> None:
     assert num_frames >= LOOP_EXAMPLES * FRAMES_PER_EXAMPLE
     assert not {name: n for name, n in counters.items() if name.startswith("failures")}
     assert counters["frames_refused"] > num_frames // 4
-    assert together.loop._by_name["honest"].engine.num_refused == 0
+    assert together.loop.sessions.by_name["honest"].engine.num_refused == 0
     # Some got through all checks, or the test would say nothing of what comes after them.
     assert counters["reports"] > together.seq + 20
     assert counters["decisions"] > together.seq + 20

@@ -12,7 +12,7 @@ from scripted_engine import hello
 
 from smartspec.daemon import config, control_loop
 from smartspec.daemon.commands import Command
-from smartspec.daemon.control_loop import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT, ControlLoop
+from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
@@ -27,6 +27,7 @@ from smartspec.daemon.learned import ModelKey, decode
 from smartspec.daemon.library import Library
 from smartspec.daemon.pauses import Pauses
 from smartspec.daemon.policy import RELEASE_TTL_S
+from smartspec.daemon.sessions import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT
 from smartspec.engine_adapter import messages as wire
 
 
@@ -61,7 +62,7 @@ class Rig:
         return self.transport.take(peer, wire.Policy)
 
     def session(self, name: str = "gpu0") -> Any:
-        return self.loop._by_name[name]
+        return self.loop.sessions.by_name[name]
 
 
 @pytest.fixture
@@ -312,9 +313,9 @@ def test_engine_that_says_goodbye_is_remembered(rig: Rig) -> None:
     for seq in range(1, 150):
         rig.cycle(b"a", step_report(seq, roster=seq == 1))
     rig.cycle(b"a", wire.Goodbye(epoch=2))  # of another epoch: not this one
-    assert "gpu0" in rig.loop._by_name
+    assert "gpu0" in rig.loop.sessions.by_name
     rig.cycle(b"a", wire.Goodbye(epoch=1))
-    assert "gpu0" not in rig.loop._by_name
+    assert "gpu0" not in rig.loop.sessions.by_name
     rig.connect(b"b", "gpu0", epoch=2)
     assert rig.session().engine.is_warm
 
@@ -355,8 +356,8 @@ def test_engine_over_a_new_connection_goes_on(rig: Rig) -> None:
 def test_one_connection_is_one_engine(rig: Rig) -> None:
     for i in range(RETIRED_KEPT + 10):
         rig.cycle(b"a", hello(f"name{i}"))
-    assert len(rig.loop._by_name) == len(rig.loop._by_peer) == 1
-    assert len(rig.loop._retired) <= RETIRED_KEPT
+    assert len(rig.loop.sessions.by_name) == len(rig.loop.sessions.by_peer) == 1
+    assert len(rig.loop.sessions.retired) <= RETIRED_KEPT
 
 
 def test_engines_are_refused_beyond_the_allowed_number() -> None:
@@ -685,7 +686,7 @@ def test_next_daemon_controls_from_the_first_step_when_it_has_the_checkpoints(ri
     again.cycle(b"a", step_report(1, epoch=2))
     (policy,) = again.policies()
     assert "seed sweep" not in policy.reason
-    expected = rig.loop._retired["gpu0"].acceptance.log_survival().T.tobytes()
+    expected = rig.loop.sessions.retired["gpu0"].acceptance.log_survival().T.tobytes()
     assert policy.log_survival == expected
     (note,) = again.bus.of(NoteEvent)
     assert note.kind == "warm_start" and "150 steps" in note.text
@@ -805,4 +806,4 @@ def test_gain_is_told_once_a_second_while_the_engine_works(rig: Rig) -> None:
 def test_trials_are_forgotten_with_what_was_learned(rig: Rig) -> None:
     for i in range(RETIRED_KEPT + 20):
         rig.cycle(b"b", hello(f"name{i}"))
-    assert len(rig.loop._trials) <= RETIRED_KEPT + 2
+    assert len(rig.loop.sessions.trials) <= RETIRED_KEPT + 2

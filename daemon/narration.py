@@ -1,0 +1,113 @@
+"""What the loop did, as events for the bus. Pure: from its state to what is published."""
+
+from __future__ import annotations
+
+from smartspec.daemon.engines import Engine, Observation
+from smartspec.daemon.event_bus import (
+    DecisionEvent,
+    EngineEvent,
+    GainEvent,
+    LinkCounts,
+    StepEvent,
+)
+from smartspec.daemon.policy import Arm, Decision
+from smartspec.daemon.trial import Trial
+from smartspec.engine_adapter import messages
+
+
+def engine_event(engine: Engine, state: str) -> EngineEvent:
+    """An engine has connected, left, or been lost."""
+    return EngineEvent(
+        engine=engine.name,
+        epoch=engine.hello.epoch,
+        state=state,
+        fingerprint=messages.to_plain(engine.hello.fingerprint),
+        limits=messages.to_plain(engine.hello.limits),
+    )
+
+
+def step_event(
+    engine: Engine, observation: Observation, predicted_s: float | None, t_s: float
+) -> StepEvent:
+    """A step as reported, and the seconds that were expected of it."""
+    report = observation.report
+    return StepEvent(
+        engine=engine.name,
+        seq=report.seq,
+        t_s=t_s,
+        num_running=len(observation.batch.ids),
+        num_waiting=report.num_waiting,
+        kv_usage=report.kv_usage,
+        step_s=report.step_s,
+        target_s=report.target_s,
+        draft_s=report.draft_s,
+        num_drafted=int(observation.num_drafted.sum()),
+        num_accepted=int(observation.num_accepted.sum()),
+        num_emitted=observation.num_emitted,
+        num_prefill_tokens=report.num_prefill_tokens,
+        context_tokens=report.context_tokens,
+        source=report.source,
+        staleness_steps=observation.staleness_steps,
+        predicted_step_s=predicted_s,
+    )
+
+
+def decision_event(
+    engine: Engine, decision: Decision, static: float, decide_s: float, learn_s: float, t_s: float
+) -> DecisionEvent:
+    """A policy, why, and what it and the alternatives should bring (``static``: the own length)."""
+    policy = decision.policy
+    counts = [0] * (engine.max_length + 1)
+    for length in decision.lengths.tolist():
+        counts[length] += 1
+    return DecisionEvent(
+        engine=engine.name,
+        policy_seq=policy.seq,
+        report_seq=policy.report_seq,
+        t_s=t_s,
+        steering=decision.arm is Arm.SMARTSPEC,
+        reason=policy.reason,
+        value_of_time=policy.value_of_time,
+        depth=policy.depth,
+        mode=decision.mode,
+        length_counts=tuple(counts),
+        predicted_goodput=decision.goodput,
+        predicted_goodput_none=decision.goodput_none,
+        predicted_goodput_static=static,
+        acceptance=tuple(engine.acceptance.pooled_hazards().tolist()),
+        num_probes=policy.num_probes,
+        decide_s=decide_s,
+        learn_s=learn_s,
+        num_targets=decision.num_targets,
+        num_targets_out_of_reach=decision.num_out_of_reach,
+    )
+
+
+def gain_event(name: str, trial: Trial, now: float, t_s: float) -> GainEvent:
+    """What steering has gained, by the models and as measured, at ``now`` of the loop's clock."""
+    gains = trial.gains
+    values: dict[str, float | None] = {}
+    for arm, over in ((Arm.NONE, "none"), (Arm.OWN, "static")):
+        compared = gains.comparisons[arm].interval()
+        for prefix, interval in (("gain", gains.over(arm)), ("measured", compared)):
+            if interval is not None:
+                for suffix, value in zip(("", "_low", "_high"), interval, strict=True):
+                    values[f"{prefix}_over_{over}{suffix}"] = value
+        values[f"bias_{over}"] = gains.bias(arm)
+    return GainEvent(
+        engine=name,
+        t_s=t_s,
+        stance=trial.stance(now),
+        arm=trial.current,
+        num_compared_none=gains.comparisons[Arm.NONE].num_made,
+        num_compared_static=gains.comparisons[Arm.OWN].num_made,
+        evidence_worse=trial.evidence.value,
+        num_retreats=trial.num_retreats,
+        retry_s=None if trial.retry_at is None else max(0.0, trial.retry_at - now),
+        **values,
+    )
+
+
+def link_counts(engine: Engine) -> LinkCounts:
+    """What an engine's connection has lost so far."""
+    return LinkCounts(**{name: getattr(engine, name) for name in LinkCounts.__struct_fields__})
