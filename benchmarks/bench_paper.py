@@ -29,15 +29,19 @@ from paper_runs import Run, play
 
 FOLDER = ROOT / "build" / "paper"
 CODE = ("daemon", "estimators", "engine_adapter", "lab")
-QUICK = ("a100_7b_160m.chat_70", "a100_7b_lookup.chat_lookup")
+QUICK = ("a100_7b_160m.chat_70", "a100_7b_lookup.news_80")
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """A setting that was run."""
+    """The runs of a setting at a load."""
 
     code: str  #: digest of all that could change a number
     setting: Setting
+    load: float
     runs: tuple[Run, ...]
+
+
+Job = tuple[Setting, float]
 
 
 def code_digest() -> str:
@@ -51,37 +55,40 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def kept(setting: Setting, code: str | None) -> tuple[Run, ...] | None:
-    """The runs of a setting, if it was run as it is now; ``code`` None: with any code."""
-    path = _path(setting)
+def kept(job: Job, code: str | None) -> tuple[Run, ...] | None:
+    """The runs of a job, if it was run as it is now; ``code`` None: with any code."""
+    path = _path(job)
     if not path.exists():
         return None
     found = msgspec.json.decode(path.read_bytes(), type=Kept)
-    return found.runs if found.setting == setting and code in (None, found.code) else None
+    same = (found.setting, found.load) == job and code in (None, found.code)
+    return found.runs if same else None
 
 
-def keep(setting: Setting, code: str, runs: Sequence[Run]) -> None:
-    """Write what a setting gave, whole or not at all."""
-    path = _path(setting)
+def keep(job: Job, code: str, runs: Sequence[Run]) -> None:
+    """Write what a job gave, whole or not at all."""
+    path = _path(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_bytes(msgspec.json.encode(Kept(code, setting, tuple(runs))))
+    part.write_bytes(msgspec.json.encode(Kept(code, *job, tuple(runs))))
     part.replace(path)
 
 
-def _path(setting: Setting) -> Path:
-    return FOLDER / f"{setting.name}-{setting.num_seeds}.json"
+def _path(job: Job) -> Path:
+    setting, load = job
+    return FOLDER / f"{setting.name}@{load:g}-{setting.num_seeds}.json"
 
 
-def played(settings: Sequence[Setting], num_workers: int) -> Iterator[tuple[Setting, list[Run]]]:
-    """Settings and their runs, in order."""
+def played(jobs: Sequence[Job], num_workers: int) -> Iterator[tuple[Job, list[Run]]]:
+    """Jobs and their runs, in order."""
     if num_workers == 1:
-        for setting in settings:
-            yield setting, play(setting)
+        for job in jobs:
+            yield job, play(*job)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context) as pool:
-        yield from zip(settings, pool.map(play, settings), strict=True)
+        found = pool.map(play, *zip(*jobs, strict=True))
+        yield from zip(jobs, found, strict=True)
 
 
 def main() -> None:
@@ -98,14 +105,22 @@ def main() -> None:
             if setting.name in QUICK
         ]
     code = code_digest()
-    runs = {one.name: kept(one, None if options.keep else code) for one in settings}
-    missing = [one for one in settings if runs[one.name] is None]
-    print(f"{len(settings)} settings, {len(missing)} of them to run", flush=True)
-    for setting, found in played(missing, options.workers):
-        keep(setting, code, found)
-        runs[setting.name] = tuple(found)
-        print(paper_pages.line(paper_results.of(setting, found)), flush=True)
-    results = [paper_results.of(one, runs[one.name] or ()) for one in settings]
+    runs: dict[str, list[Run]] = {setting.name: [] for setting in settings}
+    missing: list[Job] = []
+    for setting in settings:
+        for load in setting.all_loads:
+            found = kept((setting, load), None if options.keep else code)
+            if found is None:
+                missing.append((setting, load))
+            else:
+                runs[setting.name] += found
+    num_jobs = sum(len(setting.all_loads) for setting in settings)
+    print(f"{num_jobs} settings and loads, {len(missing)} of them to run", flush=True)
+    for job, new in played(missing, options.workers):
+        keep(job, code, new)
+        runs[job[0].name] += new
+        print(paper_pages.line(*job, new), flush=True)
+    results = [paper_results.of(setting, runs[setting.name]) for setting in settings]
     paper_pages.write(results, FOLDER)
     name = "paper_quick" if options.quick else "paper"
     record(name, paper_results.figures(results), notes=paper_results.misses(results))

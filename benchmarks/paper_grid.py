@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 PATH = Path(__file__).parent / "paper.toml"
+FULL = 0.0  #: stands for the load of a queue that is full from the beginning
 
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, lt=1)]
@@ -44,7 +45,6 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     num_seeds: int
     max_length: int
     concentration: float
-    warm_at: float
     loads: tuple[float, ...]
     static_loads: tuple[float, ...]
     rivals: tuple[str, ...]
@@ -52,6 +52,11 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         return f"{self.pair_name}.{self.traffic_name}"
+
+    @property
+    def all_loads(self) -> tuple[float, ...]:
+        """In the order in which they are run."""
+        return (*self.loads, FULL, *self.static_loads)
 
     @property
     def statics(self) -> tuple[str, ...]:
@@ -65,7 +70,6 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     num_seeds: Annotated[int, Meta(ge=2)]
     max_length: Annotated[int, Meta(ge=1, le=16)]
     concentration: Positive
-    warm_at: Positive
     loads: tuple[Positive, ...]
     static_loads: tuple[Positive, ...]
     rivals: tuple[str, ...]
@@ -83,7 +87,6 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
                 num_seeds=self.num_seeds,
                 max_length=self.max_length,
                 concentration=self.concentration,
-                warm_at=self.warm_at,
                 loads=self.loads,
                 static_loads=self.static_loads,
                 rivals=self.rivals,
@@ -104,6 +107,4 @@ def read(path: Path = PATH) -> Grid:
             if traffic not in grid.traffic:
                 known = ", ".join(grid.traffic)
                 raise ValueError(f"{path.name}: pairs.{name}: no traffic {traffic!r} of {known}")
-    if grid.warm_at not in grid.loads:
-        raise ValueError(f"{path.name}: warm_at = {grid.warm_at:g} is not one of the loads")
     return grid

@@ -7,10 +7,12 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import paper_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from paper_grid import FULL, Setting
 from paper_results import Result
-from paper_runs import COLD, WARM
+from paper_runs import COLD, WARM, Run
 
 SHOWN = ("table", "tiers", "authors", "bandit", "switch_off", "informed", COLD, WARM)
 HEADS = {COLD: "SmartSpec cold", WARM: "SmartSpec warm", "switch_off": "switch-off"}
@@ -25,14 +27,12 @@ LINES = {
 }
 
 
-def line(result: Result) -> str:
-    """A setting in a line, while others run."""
-    worst = max(result.cells, key=lambda cell: cell.vs_best_static[WARM].value)
-    return (
-        f"{result.setting.name}: at worst {worst.vs_best_static[WARM].value:.3f} of the best "
-        f"static length's latency (load {worst.load:g}); with a full queue "
-        f"{result.full.vs_best_static[WARM].value:.3f} of its rate"
-    )
+def line(setting: Setting, load: float, runs: Sequence[Run]) -> str:
+    """What a setting gave at a load, while others run: seconds, or requests per second."""
+    value = "served_per_s" if load == FULL else "latency_s"
+    mean = paper_results.means(paper_results.by_policy(runs, load, value))
+    shown = ", ".join(f"{policy} {number:.3f}" for policy, number in mean.items())
+    return f"{setting.name}@{load:g}: {shown}"
 
 
 def write(results: Sequence[Result], folder: Path, shown: Sequence[str] = SHOWN) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from paired import Ratio, paired_ratio
-from paper_grid import Setting
-from paper_runs import COLD, FULL, WARM, Run
+from paper_grid import FULL, Setting
+from paper_runs import COLD, WARM, Run
 
 RULED_UP_TO = 0.8  #: the load up to which every cell is to be near the best
 SPEEDUP_UP_TO = 0.9
@@ -56,9 +56,9 @@ class Result(NamedTuple):
 
 def of(setting: Setting, runs: Sequence[Run]) -> Result:
     """The result of a setting's runs."""
-    by_load = {load: _by_policy(runs, load, "latency_s") for load in {run.load for run in runs}}
+    by_load = {load: by_policy(runs, load, "latency_s") for load in {run.load for run in runs}}
     latency = {
-        load: _means(by_load[load]) for load in sorted((*setting.loads, *setting.static_loads))
+        load: means(by_load[load]) for load in sorted((*setting.loads, *setting.static_loads))
     }
     best = {load: min(setting.statics, key=of_one.__getitem__) for load, of_one in latency.items()}
     cells = [
@@ -72,9 +72,9 @@ def of(setting: Setting, runs: Sequence[Run]) -> Result:
         )
         for load in setting.loads
     ]
-    rates = _by_policy(runs, FULL, "served_per_s")
-    most = max(setting.statics, key=_means(rates).__getitem__)
-    full = CapacityResult(_means(rates), most, _ratios(rates, most))
+    rates = by_policy(runs, FULL, "served_per_s")
+    most = max(setting.statics, key=means(rates).__getitem__)
+    full = CapacityResult(means(rates), most, _ratios(rates, most))
     return Result(setting, cells, full, latency, best)
 
 
@@ -120,7 +120,7 @@ def misses(results: Sequence[Result]) -> dict[str, str]:
     return found
 
 
-def _by_policy(runs: Iterable[Run], load: float, value: str) -> dict[str, list[float]]:
+def by_policy(runs: Iterable[Run], load: float, value: str) -> dict[str, list[float]]:
     """Values at a load, in the order of seeds."""
     found: dict[str, list[float]] = {}
     for run in sorted((run for run in runs if run.load == load), key=lambda run: run.seed):
@@ -128,7 +128,7 @@ def _by_policy(runs: Iterable[Run], load: float, value: str) -> dict[str, list[f
     return found
 
 
-def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: sum(of_one) / len(of_one) for name, of_one in values.items()}
 
 

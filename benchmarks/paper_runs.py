@@ -1,16 +1,15 @@
-"""The runs of one setting: loads by seeds by policies, and the same with a queue never empty.
+"""The runs of one cell: policies by seeds, at a load or with a queue that is full.
 
 All policies meet the same requests and the same luck. SmartSpec runs twice: cold, and warm, from
-what the cold run of the *next* seed at that load had learned in the end; so a warm run has
-never seen its own requests. With a full queue it starts from the next seed's cold run at the load
-``warm_at``, since an engine's life does not begin with a full queue.
+what the cold run of the *next* seed in the same cell had learned in the end; so a warm run has never
+seen its own requests.
 """
 
 from __future__ import annotations
 
 import msgspec
 import numpy as np
-from paper_grid import Setting
+from paper_grid import FULL, Setting
 
 from smartspec.daemon.learned import Checkpoint, decode
 from smartspec.daemon.library import Library
@@ -21,8 +20,7 @@ from smartspec.lab.simulation.experiment import capacity, middle_rate
 from smartspec.lab.simulation.world import Cell, Fleet, simulate
 
 COLD, WARM = "smartspec_cold", "smartspec"
-FULL = 0.0  #: stands for the load of a full queue
-QUEUES = 6  #: batches' worth of requests that wait at the start of a run with a full queue
+QUEUES = 6  #: batches' worth of requests that a full queue begins with
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,32 +37,23 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     mean_length: float  #: drafts per decoding request and step
 
 
-def play(setting: Setting) -> list[Run]:
-    """All runs of a setting."""
-    learned: dict[tuple[float, int], Checkpoint] = {}
-    runs = []
-    for load in setting.loads:
-        cells = [make_cell(setting, load, seed) for seed in range(setting.num_seeds)]
-        for seed, cell in enumerate(cells):
-            engine, learned[load, seed] = steer(cell)
-            runs.append(run_of(load, COLD, seed, engine))
-        runs += _rest(setting, load, cells, [learned[load, seed] for seed in range(len(cells))])
-    for load in setting.static_loads:
-        for seed in range(setting.num_seeds):
-            cell = make_cell(setting, load, seed)
-            runs += [run_of(load, p, seed, simulate(p, cell)) for p in setting.statics]
-    cells = [make_cell(setting, FULL, seed) for seed in range(setting.num_seeds)]
-    runs += [run_of(FULL, COLD, seed, steer(cell)[0]) for seed, cell in enumerate(cells)]
-    before = [learned[setting.warm_at, seed] for seed in range(len(cells))]
-    return runs + _rest(setting, FULL, cells, before)
-
-
-def _rest(setting: Setting, load: float, cells: list[Cell], after: list[Checkpoint]) -> list[Run]:
-    """Warm runs and those of the others; ``after``: what the cold runs had learned, by seed."""
-    runs = []
+def play(setting: Setting, load: float) -> list[Run]:
+    """All runs of a setting at a load; at its ``static_loads`` only those of one length."""
+    cells = [make_cell(setting, load, seed) for seed in range(setting.num_seeds)]
+    if load in setting.static_loads:
+        return [
+            run_of(load, policy, seed, simulate(policy, cell))
+            for seed, cell in enumerate(cells)
+            for policy in setting.statics
+        ]
+    runs, learned = [], []
     for seed, cell in enumerate(cells):
-        before = after[(seed + 1) % len(cells)]
-        runs.append(run_of(load, WARM, seed, steer(cell, before)[0]))
+        engine, after = steer(cell)
+        runs.append(run_of(load, COLD, seed, engine))
+        learned.append(after)
+    for seed, cell in enumerate(cells):
+        engine, _ = steer(cell, learned[(seed + 1) % len(cells)])
+        runs.append(run_of(load, WARM, seed, engine))
         for policy in (*setting.statics, *setting.rivals):
             runs.append(run_of(load, policy, seed, simulate(policy, cell)))
     return runs

@@ -11,8 +11,8 @@ import paper_pages
 import paper_results
 import paper_runs
 import pytest
-from paper_grid import Pair, Requests, Setting
-from paper_runs import COLD, FULL, WARM, Run
+from paper_grid import FULL, Pair, Requests, Setting
+from paper_runs import COLD, WARM, Run
 
 from smartspec.engine_adapter.simulator import profile
 
@@ -26,7 +26,6 @@ SETTING = Setting(
     num_seeds=2,
     max_length=2,
     concentration=6.0,
-    warm_at=0.9,
     loads=(0.5, 0.9),
     static_loads=(1.5,),
     rivals=("table",),
@@ -51,7 +50,6 @@ def test_the_grid_names_only_what_there_is_and_has_five_seeds() -> None:
     [
         ("num_seeds = 5", "num_seeds = 1", "num_seeds"),
         ('traffic = ["chat_50"]', 'traffic = ["opera"]', "pairs.a100_7b_68m: no traffic 'opera'"),
-        ("warm_at = 0.9", "warm_at = 0.95", "warm_at"),
         ("max_length = 5", "longest = 5", "longest"),
     ],
 )
@@ -67,7 +65,7 @@ def test_a_grid_is_refused_by_name_when_something_is_wrong(
 
 
 def test_a_setting_runs_every_policy_at_every_load_with_every_seed() -> None:
-    runs = paper_runs.play(SETTING)
+    runs = [run for load in SETTING.all_loads for run in paper_runs.play(SETTING, load)]
     policies = {"none", "static1", "static2", "table", COLD, WARM}
     found = [(run.load, run.policy, run.seed) for run in runs]
     expected = {(load, p, seed) for load in (0.5, 0.9, FULL) for p in policies for seed in (0, 1)}
@@ -157,8 +155,10 @@ def test_runs_are_kept_for_the_same_setting_and_code_alone(
 ) -> None:
     monkeypatch.setattr(bench_paper, "FOLDER", tmp_path / "paper")
     runs = made_up({(0.5, "none"): 1.0})
-    assert bench_paper.kept(SETTING, "a") is None
-    bench_paper.keep(SETTING, "a", runs)
-    assert bench_paper.kept(SETTING, "a") == bench_paper.kept(SETTING, None) == tuple(runs)
-    assert bench_paper.kept(SETTING, "b") is None
-    assert bench_paper.kept(msgspec.structs.replace(SETTING, max_length=3), None) is None
+    job = (SETTING, 0.5)
+    assert bench_paper.kept(job, "a") is None
+    bench_paper.keep(job, "a", runs)
+    assert bench_paper.kept(job, "a") == bench_paper.kept(job, None) == tuple(runs)
+    assert bench_paper.kept(job, "b") is None
+    assert bench_paper.kept((SETTING, 0.9), None) is None
+    assert bench_paper.kept((msgspec.structs.replace(SETTING, max_length=3), 0.5), None) is None
