@@ -1,8 +1,8 @@
 """The runs of one cell: policies by seeds, at a load or with a queue that is full.
 
 All policies meet the same requests and the same luck. SmartSpec runs twice: cold, and warm, from
-what the cold run of the *next* seed in the same cell had learned in the end; so a warm run has never
-seen its own requests.
+what the cold run of the *next* seed in the same cell had learned in the end; so a warm run has
+never seen its own requests.
 """
 
 from __future__ import annotations
