@@ -146,6 +146,7 @@ class Engine:
         self.last: Observation | None = None
         self.last_bucket: I64 = np.zeros(0, np.int64)  #: [B], of the newest drafts there were
         self.prefill_tokens = 0.0  #: smoothed, per step
+        self.most_prefill_tokens = 0  #: in one step, so far
         # An engine that was lost and returns in the same epoch goes on counting, and it still
         # holds policies of ours: a number that began anew would be stale to it.
         returns = previous is not None and previous.hello.epoch == hello.epoch
@@ -231,6 +232,7 @@ class Engine:
             self.last_bucket = fresh
         prefill = observation.report.num_prefill_tokens
         self.prefill_tokens += SMOOTHING * (prefill - self.prefill_tokens)
+        self.most_prefill_tokens = max(self.most_prefill_tokens, prefill)
         self.last = observation
 
     def rows(self, batch: Batch) -> Rows:

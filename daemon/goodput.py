@@ -1,18 +1,25 @@
-"""The objective and its optimum: the greatest goodput over depth and lengths. Pure.
+"""The objective and its optimum: the best lengths over depth, by goodput or at a price. Pure.
 
     goodput(k) = sum_i w_i (1 + sum_{j<=k_i} S_i(j)) / T(N, D, sum k)
 
 (SmartSpec, arXiv 2406.14066, section 4, with the closed form for a constant acceptance rate
 replaced by survivals per depth.) For each depth D the best lengths with any given number of drafts
 are a prefix of the sorted ladder (engine_adapter/lengths.py says why, and under which conditions),
-so scanning all prefixes for all D, and every uniform length, visits an optimum. The value of time
-is the goodput found: with it, `lengths.choose_lengths` makes the same choice from the same batch.
+so scanning all prefixes for all D, and every uniform length, visits an optimum.
+
+The *value of time*, lambda, is what the lengths of a step are chosen by: the best have the greatest
+gain - lambda T. Where a step stands for all that follow, lambda is the greatest goodput itself
+(Dinkelbach 1967): `solve`. A step that carries prompts does not: its goodput is poor whatever its
+lengths are, and at that price of a second drafts look cheap that keep prompts waiting. What a
+second is really worth is what it brings in the steps that are free of prompts: `at_price`, with the
+goodput of the same batch alone (docs/adr/0005-price-of-time.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,41 +37,70 @@ from smartspec.engine_adapter.lengths import (
 
 
 class Optimum(NamedTuple):
-    value_of_time: float  #: the greatest goodput, weighted tokens per second
+    goodput: float  #: expected of the step, in weighted tokens per second
+    value_of_time: float  #: the price of a second that it was chosen at, in the same unit
     depth: int  #: the depth it drafts to
     choice: Choice  #: its lengths
 
 
 def solve(
-    ladder: Ladder,
-    curves: Sequence[CostCurve],
-    draft: DraftCost,
-    num_other_tokens: int = 0,
-    other_value: float = 0.0,
+    ladder: Ladder, curves: Sequence[CostCurve], draft: DraftCost, num_other_tokens: int = 0
 ) -> Optimum:
-    """The optimum for a batch; ties go to the fewest drafts.
+    """The lengths of greatest goodput for a batch; ties go to the fewest drafts.
 
     Parameters
     ----------
     ladder : the batch's draftable items
     curves : seconds of the target's pass by tokens, for each execution mode that is a candidate
     num_other_tokens : tokens of the pass that are not verified (prefill)
-    other_value : what each of these counts for in goodput, in tokens of an answer; above 0, a step
-        that carries prompts is kept shorter, since drafts delay those too
 
     Raises ValueError when a candidate step would take no time.
 
     >>> ladder = Ladder(np.array([[0.9, 0.2], [0.8, 0.1]]))
     >>> curve = CostCurve("ragged", [1.0, 9.0], [1.0, 5.0])
     >>> optimum = solve(ladder, [curve], DraftCost())
-    >>> optimum.choice.lengths.tolist(), round(optimum.value_of_time, 3)
+    >>> optimum.choice.lengths.tolist(), round(optimum.goodput, 3)
     ([2, 0], 1.48)
     """
+    given = curves, draft, num_other_tokens
+    goodput, depth = _best(ladder, *given, operator.truediv)
+    return Optimum(goodput, goodput, depth, choose_lengths(ladder, goodput, depth, *given))
+
+
+def at_price(
+    ladder: Ladder,
+    value_of_time: float,
+    curves: Sequence[CostCurve],
+    draft: DraftCost,
+    num_other_tokens: int = 0,
+) -> Optimum:
+    """The lengths of greatest gain - ``value_of_time`` * T; ties go to the fewest drafts.
+
+    Parameters and errors as of `solve`.
+
+    >>> ladder = Ladder(np.array([[0.9, 0.2], [0.8, 0.1]]))
+    >>> curve = CostCurve("ragged", [1.0, 9.0], [1.0, 5.0])
+    >>> at_price(ladder, 1.7, [curve], DraftCost(), 4).choice.lengths.tolist()
+    [1, 0]
+    """
+    given = curves, draft, num_other_tokens
+    _, depth = _best(ladder, *given, lambda gain, seconds: gain - value_of_time * seconds)
+    choice = choose_lengths(ladder, value_of_time, depth, *given)
+    return Optimum(choice.gain / choice.seconds, value_of_time, depth, choice)
+
+
+def _best(
+    ladder: Ladder,
+    curves: Sequence[CostCurve],
+    draft: DraftCost,
+    num_other_tokens: int,
+    worth: Callable[[Any, Any], Any],
+) -> tuple[float, int]:
+    """The greatest ``worth(gain, seconds)`` that any lengths have, and the depth of those."""
     # Without a price per forward a smaller depth only takes candidates away.
     deepest = ladder.max_length
     depths = range(deepest + 1) if draft.per_forward_s > 0 else (deepest,)
-    best_goodput, best_depth = -np.inf, 0
-    beside = other_value * num_other_tokens
+    best, best_depth = -np.inf, 0
     _, most_drafts = ladder.prefixes(deepest)
     for curve in curves:
         if curve.mode == UNIFORM:
@@ -78,10 +114,9 @@ def solve(
             seconds = all_seconds[: len(drafts)]
             if ladder.presence is not None and depth < deepest:
                 seconds = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
-            times = ladder.add_depth(seconds, draft, depth, drafts)
-            goodput = float(((gains + beside) / times).max())
-            if goodput > best_goodput + 1e-12:
-                best_goodput, best_depth = goodput, depth
+            found = float(worth(gains, ladder.add_depth(seconds, draft, depth, drafts)).max())
+            if found > best + 1e-12:
+                best, best_depth = found, depth
     for curve in curves:
         if curve.mode != UNIFORM:
             continue
@@ -90,12 +125,12 @@ def solve(
             width = int(lengths.max(initial=0))
             drafted = np.array(float(lengths.sum()))
             num_tokens = ladder.size * (1 + width) + num_other_tokens
-            seconds_all = float(step_seconds(curve, draft, num_tokens, drafted, width))
-            goodput = (gain + beside) / seconds_all
-            if goodput > best_goodput + 1e-12:
-                best_goodput, best_depth = goodput, length
-    choice = choose_lengths(ladder, best_goodput, best_depth, curves, draft, num_other_tokens)
-    return Optimum(best_goodput, best_depth, choice)
+            found = float(
+                worth(gain, float(step_seconds(curve, draft, num_tokens, drafted, width)))
+            )
+            if found > best + 1e-12:
+                best, best_depth = found, length
+    return best, best_depth
 
 
 def best_by_batch(

@@ -156,9 +156,15 @@ class Planner:
         curves = self._curves(shape)
         draft = DraftCost(*engine.step_cost.draft_cost())
         other = round(shape.prefill_tokens)
-        optimum = goodput.solve(ladder, curves, draft, other)
+        beside_s = engine.step_cost.prefill_cost() * other
+        optimum = goodput.solve(ladder, curves, draft)
+        if other:
+            # What a second is worth the batch shows alone (docs/adr/0005-price-of-time.md).
+            optimum = goodput.at_price(ladder, optimum.value_of_time, curves, draft, other)
+            seconds = optimum.choice.seconds + beside_s
+            optimum = optimum._replace(goodput=optimum.choice.gain / seconds)
         even = curves[-1]  # of single lengths, such as 0
-        none = ladder.weight_sum / float(even.at(ladder.size + other))
+        none = ladder.weight_sum / (float(even.at(ladder.size + other)) + beside_s)
         probe_length = num_probes = 0
         if steering:
             probe_length, num_probes = self.prober.plan(
@@ -197,7 +203,7 @@ class Planner:
         elif sweep_length is None and not num_probes and not binding and self._may_keep():
             if presence is not None:  # of what this step could draft
                 ladder = Ladder(survival, batch.weight, batch.floor, observation.num_available)
-            is_news = not _did_as_well(observation, ladder, optimum, curves, draft, other)
+            is_news = not _did_as_well(observation, ladder, optimum, curves, draft)
         if is_news:
             seq = engine.next_policy_seq(observation.report.seq)
             self._told_roster = batch.version
@@ -231,7 +237,7 @@ class Planner:
             fallback_batch=self._fallback[0],
             fallback_length=self._fallback[1],
             fallback_s=self._fallback_s,
-            predicted_goodput=optimum.value_of_time,
+            predicted_goodput=optimum.goodput,
             reason=reason,
             meet_targets=self._meet_targets and steering,
         )
@@ -240,9 +246,9 @@ class Planner:
         return Decision(
             policy,
             optimum.choice.lengths,
-            optimum.value_of_time,
+            optimum.goodput,
             none,
-            partial(self._goodput_static, ladder, even, draft, other),
+            partial(self._goodput_static, ladder, even, draft, other, beside_s),
             partial(self._gain_std, ladder, optimum.choice.lengths, shape),
             optimum.choice.mode,
             num_targets,
@@ -303,14 +309,14 @@ class Planner:
     def _curves(self, shape: StepShape) -> list[CostCurve]:
         """Seconds by tokens in the pass, wide enough for a batch that has since doubled.
 
-        One per mode of the engine, uniform last.
+        One per mode of the engine, uniform last. Those of a pass without prompts: what the tokens
+        of prompts cost beyond that of others is the same for all lengths, so that an engine can
+        choose by these curves whatever prompts its step turns out to carry.
         """
         limits = self.engine.hello.limits
         most = min(2 * round(shape.batch) + 8, limits.max_num_running) * (1 + limits.max_length)
-        prefill = round(shape.prefill_tokens)
-        num_tokens = self.engine.step_cost.breakpoints(1, most + 2 * prefill)
-        if prefill > 1:
-            num_tokens = np.union1d(num_tokens, [prefill])  # the curve's own kink
+        most += self.engine.most_prefill_tokens
+        num_tokens = self.engine.step_cost.breakpoints(1, most)
         tokens = tuple(num_tokens.astype(np.float64).tolist())
         curves = []
         for mode in sorted(limits.modes, key=lambda mode: mode == UNIFORM):
@@ -320,7 +326,7 @@ class Planner:
         return curves
 
     def _goodput_static(
-        self, ladder: Ladder, curve: CostCurve, draft: DraftCost, other: int
+        self, ladder: Ladder, curve: CostCurve, draft: DraftCost, other: int, beside_s: float
     ) -> float:
         static = self.engine.hello.limits.static_length
         lengths, gain = ladder.at(static)
@@ -328,7 +334,7 @@ class Planner:
         drafts = np.array(float((lengths * presence).sum()))
         depth = int(lengths.max(initial=0))
         static_s = float(step_seconds(curve, draft, ladder.size + other + drafts, drafts, depth))
-        return gain / static_s
+        return gain / (static_s + beside_s)
 
     def _gain_std(self, ladder: Ladder, lengths: I64, shape: StepShape) -> dict[Arm, float]:
         """Deviation of log(goodput at ``lengths`` / goodput otherwise), by the delta method.
@@ -382,8 +388,8 @@ class Planner:
             what = f"length {top} for all"
         else:
             what = f"lengths {int(lengths.min())}-{top} (mean {lengths.mean():.1f})"
-        gain = optimum.value_of_time / none - 1 if none > 0 else 0.0
-        reason = f"{load}: {what}; {optimum.value_of_time:.0f} tok/s, {gain:+.0%} over none"
+        gain = optimum.goodput / none - 1 if none > 0 else 0.0
+        reason = f"{load}: {what}; {optimum.goodput:.0f} tok/s, {gain:+.0%} over none"
         if num_probes:
             reason += f"; probe: length {probe_length} for {num_probes}"
         return reason
@@ -395,9 +401,9 @@ def _did_as_well(
     optimum: Optimum,
     curves: list[CostCurve],
     draft: DraftCost,
-    num_other_tokens: int,
 ) -> bool:
     """Whether a step was as good as the optimum's price would have made it."""
+    num_other_tokens = observation.report.num_prefill_tokens
     given = curves, draft, num_other_tokens
     best = choose_lengths(ladder, optimum.value_of_time, optimum.depth, *given)
     lengths, gain = ladder.at(observation.num_drafted)

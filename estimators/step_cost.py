@@ -330,12 +330,14 @@ class StepCost(Regressor):
         return self._filters["step"].noise * math.sqrt(self._solver.leverage(rows[0] - rows[1]))
 
     def target_curve(self, shape: StepShape, num_tokens: npt.ArrayLike) -> F64:
-        """Seconds of steps without drafting, by N, the tokens of the target's pass.
+        """Seconds of steps without drafting or prompts, by N, the tokens of the target's pass.
+
+        With prompts in the pass, whose tokens count in N, `prefill_cost` has to be added.
 
         Parameters
         ----------
-        shape : batch, context, prefill and mode of the step; its verified tokens are not used
-        num_tokens : [M], all tokens of the pass, ``shape.prefill_tokens`` among them
+        shape : batch, context and mode of the step; no other count of it is used
+        num_tokens : [M], tokens of the pass
 
         Returns seconds [M] > 0, overhead included, never falling with N.
         """
@@ -346,13 +348,11 @@ class StepCost(Regressor):
             + coef[_FIXED]
             + coef[_BATCH] * shape.batch / _TARGET_TERMS["batch"].scale
             + coef[_CONTEXT] * shape.context_tokens / _TARGET_TERMS["context"].scale
-            + coef[_PREFILL] * shape.prefill_tokens / _TARGET_TERMS["prefill"].scale
             + coef[_RAGGED] * shape.ragged
         )
         curve = self._segments(self._padded(tokens)) @ coef[_SEGMENTS:]
         curve += fixed
-        verified = np.maximum(tokens - shape.prefill_tokens, 0.0)
-        curve += verified * (coef[_VERIFY] / _TARGET_TERMS["verify"].scale)
+        curve += tokens * (coef[_VERIFY] / _TARGET_TERMS["verify"].scale)
         if len(self._graphs):
             curve += coef[_EAGER] * (tokens > self._graphs[-1])
         return np.maximum(curve, RESOLUTION_S)
@@ -360,12 +360,17 @@ class StepCost(Regressor):
     def breakpoints(self, lo: int, hi: int) -> npt.NDArray[np.int64]:
         """Token counts in [lo, hi] between which `target_curve` is linear (at whole numbers).
 
-        A jump after a graph size is given as two neighbouring counts. A curve that is asked for
-        with prefill tokens has one more kink, at their number.
+        A jump after a graph size is given as two neighbouring counts.
         """
         inner = np.concatenate((self._low, self._graphs, self._graphs + 1.0))
         inner = inner[(inner > lo) & (inner < hi)]
         return np.unique(np.concatenate(([lo], inner, [hi])).astype(np.int64))
+
+    def prefill_cost(self) -> float:
+        """Seconds by which a token of a prompt is dearer than a verified one; may be negative."""
+        coef = self._solver.coef
+        verify_s = float(coef[_VERIFY]) / _TARGET_TERMS["verify"].scale
+        return float(coef[_PREFILL]) / _TARGET_TERMS["prefill"].scale - verify_s
 
     def draft_cost(self) -> tuple[float, float, float]:
         """Seconds of drafting at all, per sequential forward and per drafted token; >= 0."""

@@ -288,6 +288,7 @@ class Steering:
             num_emitted=wire.pack(facts.num_emitted, "u8"),
             num_available=wire.pack(facts.batch.ceiling, "u8"),
             features=wire.pack(facts.batch.features, "f32"),
+            num_prefill_tokens=facts.batch.num_prefill_tokens,
             context_tokens=facts.context_tokens,
             num_draft_forwards=facts.num_draft_forwards,
             num_draft_tokens=facts.num_draft_tokens,

@@ -73,6 +73,7 @@ class ScriptedEngine:
     lookup: bool = True
     match_rate: float = 1.0
     num_waiting: int = 0
+    num_prefill_tokens: int = 0  #: of every step
     seed: int = 0
     weight: np.ndarray | None = None  #: [B]
     token_time_target_s: np.ndarray | None = None  #: [B], 0: none
@@ -117,6 +118,7 @@ class ScriptedEngine:
             np.stack(features),
             weight=self.weight,
             token_time_target_s=self.token_time_target_s,
+            num_prefill_tokens=self.num_prefill_tokens,
         )
 
     def step(self) -> StepFacts:
@@ -131,7 +133,7 @@ class ScriptedEngine:
         self.last_share[drafted] = (accepted[drafted] / lengths[drafted]).astype(np.float32)
         total, depth = int(lengths.sum()), int(lengths.max(initial=0))
         c = self.costs
-        num_tokens = size + total
+        num_tokens = size + total + self.num_prefill_tokens
         noise = 1 + c.noise * self.rng.standard_normal(2)
         target = c.base_s + c.token_s * num_tokens + c.beyond_s * max(0, num_tokens - c.knee)
         uniform = c.ragged_s > 0 and int(lengths.min(initial=depth)) == depth

@@ -115,6 +115,11 @@ class Engine:
         traffic = self.traffic
         return Served(traffic.arrival_s, self.first_token_s, self.finished_s, traffic.num_output)
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have come and have not been begun."""
+        return len(self._waiting)
+
     def arrive(self, request: int) -> None:
         """A request comes and waits."""
         self.is_idle = False
@@ -162,7 +167,7 @@ class Engine:
             context_tokens=context,
             num_draft_forwards=0 if self._is_lookup else depth,
             num_draft_tokens=0 if self._is_lookup else total,
-            num_waiting=len(self._waiting),
+            num_waiting=self.num_waiting,
             kv_usage=min(context / self.profile.kv_tokens, 1.0),
         )
         self._step = batch, emitted, facts, done

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
 from smartspec.daemon import goodput
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, StepFacts
-from smartspec.engine_adapter.lengths import Choice, Ladder
+from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
 from smartspec.engine_adapter.simulator.engine import Engine
 from smartspec.engine_adapter.simulator.profile import Profile
 
@@ -214,19 +215,31 @@ class SwitchOff(BatchLength):
             self.is_off = True
 
 
-class Told(FixedLength):
-    """The solver with true costs and true probabilities, or (``clairvoyant``) true outcomes.
+class Known(NamedTuple):
+    """A step about to run, as a policy that is told the truth sees it."""
 
-    `engine` is to be set before the first step. ``prompt_value``: what a prompt token counts for in
-    goodput, in tokens of an answer.
+    ladder: Ladder  #: by the true probabilities, or outcomes
+    alone: CostCurve  #: true costs, if the step carried no prompts
+    carrying: CostCurve  #: with the prompts that it does carry
+    draft: DraftCost
+    num_prompt_tokens: int
+
+
+class Told(FixedLength):
+    """Our law with true costs and true probabilities, or (``clairvoyant``) true outcomes.
+
+    `engine` is to be set before the first step.
     """
 
     engine: Engine
 
-    def __init__(self, draft: str, *, clairvoyant: bool = False, prompt_value: float = 0.0) -> None:
+    def __init__(self, draft: str, *, clairvoyant: bool = False) -> None:
         super().__init__(0)
         self._draft, self._clairvoyant = draft, clairvoyant
-        self._prompt_value = prompt_value
+
+    def value_of_time(self, step: Known) -> float:
+        """The goodput of the batch without the step's prompts: as the daemon prices a second."""
+        return goodput.solve(step.ladder, [step.alone], step.draft).value_of_time
 
     def choose(self, batch: DecodeBatch) -> Choice:
         engine, present = self.engine, self.engine.present
@@ -237,10 +250,13 @@ class Told(FixedLength):
         else:
             ahead = engine.outcomes.probability[present.positions + depths - 1]
             survival = np.cumprod(ahead, axis=0, dtype=np.float64)
-        factor, chunks = present.cost_factor, present.chunks
-        most = batch.size * (1 + engine.max_length) + batch.num_prefill_tokens
-        curve = engine.profile.curve(batch.size, present.context_tokens, chunks, most, factor)
+        factor, prompts = present.cost_factor, batch.num_prefill_tokens
+        most = batch.size * (1 + engine.max_length) + prompts
+        alone, carrying = (
+            engine.profile.curve(batch.size, present.context_tokens, chunks, most, factor)
+            for chunks in ((), present.chunks)
+        )
         draft = engine.profile.draft(self._draft, factor)
         ladder = Ladder(survival, ceiling=batch.ceiling)
-        prompts = batch.num_prefill_tokens
-        return goodput.solve(ladder, [curve], draft, prompts, self._prompt_value).choice
+        price = self.value_of_time(Known(ladder, alone, carrying, draft, prompts))
+        return goodput.at_price(ladder, price, [carrying], draft, prompts).choice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,13 +66,9 @@ class Cell:
 
 
 def rival(name: str, cell: Cell) -> LengthSource:
-    """A policy by name; "static3" is length 3 for all, and "informed0.1" is
-    informed, a prompt token counting as a tenth of an answer's. Raises ValueError for others.
-    """
+    """A policy by name; "static3" is length 3 for all. Raises ValueError for others."""
     if name.startswith("static") and name[6:].isdigit():
         return FixedLength(int(name[6:]))
-    if name.startswith("informed") and re.fullmatch(r"[0-9.]*[0-9]", name[8:]):
-        return policies.Told(cell.draft, prompt_value=float(name[8:]))
     match name:
         case "none":
             return FixedLength(0)
@@ -98,7 +93,11 @@ def simulate(name: str, cell: Cell) -> Engine:
     """Serve a cell's requests under the policy ``name``; returns the engine, done."""
     if name == "smartspec":
         return Fleet([cell]).run()[0]
-    source = rival(name, cell)
+    return serve(rival(name, cell), cell)
+
+
+def serve(source: LengthSource, cell: Cell) -> Engine:
+    """Serve a cell's requests with the lengths of ``source``; returns the engine, done."""
     engine = cell.engine(source)
     if isinstance(source, policies.Told):
         source.engine = engine

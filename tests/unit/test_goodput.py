@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import operator
+from collections.abc import Callable
 
 import late_policy
 import numpy as np
 import pytest
 
-from smartspec.daemon.goodput import best_by_batch, solve
+from smartspec.daemon.goodput import at_price, best_by_batch, solve
 from smartspec.engine_adapter.lengths import (
     RAGGED,
     UNIFORM,
@@ -44,8 +46,12 @@ def brute_force(
     curves: list[CostCurve],
     draft: DraftCost,
     other: int,
+    worth: Callable[[float, float], float] = operator.truediv,
 ) -> float:
-    """The greatest goodput over all vectors of lengths, from the definition."""
+    """The greatest goodput over all vectors of lengths, from the definition.
+
+    Or the greatest ``worth``, of gain and seconds.
+    """
     size = len(survival)
     low = np.minimum(floor, ceiling)
     best = -np.inf
@@ -62,7 +68,7 @@ def brute_force(
                 seconds = curve.seconds[size * (1 + depth) + other]
             else:
                 continue
-            best = max(best, gain / (seconds + (speculating if total else 0.0)))
+            best = max(best, worth(gain, seconds + (speculating if total else 0.0)))
     return best
 
 
@@ -88,7 +94,7 @@ def test_solve_equals_brute_force_when_batches_are_small(block: int) -> None:
         ladder = Ladder(survival.T, weight, floor, ceiling)
         optimum = solve(ladder, curves, draft, other)
         expected = brute_force(survival, weight, floor, ceiling, curves, draft, other)
-        assert optimum.value_of_time == pytest.approx(expected, rel=1e-9), f"case {case}"
+        assert optimum.goodput == pytest.approx(expected, rel=1e-9), f"case {case}"
         # The lengths are those of that goodput, not only its number.
         choice = optimum.choice
         assert (choice.lengths >= np.minimum(floor, ceiling)).all()
@@ -98,6 +104,17 @@ def test_solve_equals_brute_force_when_batches_are_small(block: int) -> None:
             gain += weight[i] * survival[i, :k].sum()
         assert choice.gain == pytest.approx(gain)
         assert choice.gain / choice.seconds == pytest.approx(expected, rel=1e-9)
+        assert optimum.value_of_time == optimum.goodput
+        price = optimum.goodput * float(rng.uniform(0.0, 3.0))
+        priced = at_price(ladder, price, curves, draft, other)
+        expected = brute_force(
+            *(survival, weight, floor, ceiling, curves, draft, other),
+            lambda gain, seconds, price=price: gain - price * seconds,
+        )
+        value = priced.choice.gain - price * priced.choice.seconds
+        assert value == pytest.approx(expected, rel=1e-9, abs=1e-9), f"case {case}"
+        assert priced.goodput == pytest.approx(priced.choice.gain / priced.choice.seconds)
+        assert priced.value_of_time == price
 
 
 def test_engine_and_daemon_choose_alike_when_nothing_has_changed() -> None:
@@ -160,15 +177,14 @@ def test_fallback_table_equals_the_solver_when_requests_are_alike() -> None:
         assert goodputs[length] == max(goodputs)
 
 
-def test_prompts_that_are_worth_something_keep_a_step_short() -> None:
+def test_step_with_prompts_is_kept_shorter_at_the_price_of_one_without() -> None:
     ladder = Ladder(np.full((4, 8), 0.7) ** np.arange(1, 5)[:, None])
-    curve = CostCurve("ragged", [1.0, 1000.0], [1.0, 11.0])
-    drafts = [
-        int(solve(ladder, [curve], DraftCost(), 400, value).choice.lengths.sum())
-        for value in (0.0, 0.3, 1.0)
-    ]
-    assert drafts[0] > drafts[1] > drafts[2]
-    one = solve(ladder, [curve], DraftCost(), 400, 0.3)
-    gain = ladder.at(one.choice.lengths)[1] + 0.3 * 400
-    seconds = curve.at(np.array(8 + 400.0 + one.choice.lengths.sum()))
-    assert one.value_of_time == pytest.approx(gain / float(seconds))
+    curve = CostCurve("ragged", [1.0, 1000.0], [1.0, 61.0])
+    alone = solve(ladder, [curve], DraftCost())
+    greedy = solve(ladder, [curve], DraftCost(), 400)
+    priced = at_price(ladder, alone.value_of_time, [curve], DraftCost(), 400)
+    assert greedy.value_of_time < alone.value_of_time
+    assert priced.choice.lengths.sum() < greedy.choice.lengths.sum()
+    assert priced.goodput < greedy.goodput
+    # A token costs as much with prompts as without: so the lengths are those of the batch alone.
+    assert priced.choice.lengths.tolist() == alone.choice.lengths.tolist()

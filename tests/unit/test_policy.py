@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -39,6 +40,13 @@ def planned(
     for _ in range(steps):
         scripted.step()
     return scripted, source
+
+
+def run_with_prompts(scripted: ScriptedEngine, num_tokens: int) -> None:
+    """Steps of which every other carries so many tokens of prompts."""
+    for step in range(600):
+        scripted.num_prefill_tokens = num_tokens * (step % 2)
+        scripted.step()
 
 
 def decision_for(engine: Engine, **more: Any) -> Decision:
@@ -89,6 +97,48 @@ def test_engine_and_daemon_choose_alike_when_nothing_has_changed(lookup: bool) -
     batch.features[:] = columns
     assert program.choose(batch).lengths.tolist() == decision.lengths.tolist()
     assert len(set(decision.lengths.tolist())) > 1
+
+
+@pytest.mark.parametrize("lookup", [True, False], ids=["lookup", "draft_model"])
+def test_value_of_time_is_the_goodput_without_prompts_when_steps_carry_them(lookup: bool) -> None:
+    costs = Costs(base_s=0.01, token_s=0.0003, draft_forward_s=0.0 if lookup else 0.0005)
+    acceptance = [0.8] * 8
+
+    def decide(num_prefill_tokens: int) -> Decision:
+        scripted, source = planned(acceptance, costs, 0, lookup=lookup)
+        run_with_prompts(scripted, num_prefill_tokens)
+        decision = source.planner.decide()
+        assert decision is not None
+        return decision
+
+    quiet, busy = decide(0), decide(600)
+    assert quiet.policy.value_of_time == quiet.goodput == quiet.policy.predicted_goodput
+    assert busy.policy.value_of_time == pytest.approx(quiet.policy.value_of_time, rel=0.1)
+    # What is predicted of a step has prompts in it: some 300 tokens on average, or 90 ms.
+    assert busy.policy.predicted_goodput == busy.goodput
+    for decision, prompts_s in ((quiet, 0.0), (busy, 0.095)):
+        alternatives = ((decision.goodput_none, 0), (decision.goodput_static(), 3))
+        for goodput, length in alternatives:
+            seconds = 0.01 + 0.0003 * 8 * (1 + length) + prompts_s
+            seconds += 0.0 if lookup else 0.0005 * length
+            tokens = 8 * sum(0.8**j for j in range(length + 1))
+            assert goodput == pytest.approx(tokens / seconds, rel=0.15)
+        assert goodput < decision.goodput < 2 * goodput
+
+
+def test_engine_drafts_less_when_its_step_turns_out_to_carry_prompts() -> None:
+    # Past 64 tokens each costs twenty times as much: with prompts in the pass, so does a draft.
+    costs = Costs(base_s=0.02, token_s=0.0001, knee=64, beyond_s=0.002, noise=0.0)
+    scripted, source = planned([0.7] * 8, costs, 0)
+    run_with_prompts(scripted, 100)
+    decision = source.planner.decide()
+    assert decision is not None
+    program = Program(decision.policy, source.engine.hello.limits.features, scripted.ids)
+    batch = decode_batch(scripted.ids, num_features=2)
+    batch.features[:] = [[1.0] * 8, [4.0] * 8]
+    without = program.choose(batch).lengths.sum()
+    carrying = dataclasses.replace(batch, num_prefill_tokens=100)
+    assert program.choose(carrying).lengths.sum() < 0.5 * without
 
 
 def test_policy_survives_the_wire_for_many_shapes_of_batch() -> None:

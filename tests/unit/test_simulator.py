@@ -64,9 +64,7 @@ def test_order_at_equal_times_is_by_kind_and_then_as_scheduled() -> None:
         queue.put(0.1, Note(0, "late"))
 
 
-@pytest.mark.parametrize(
-    "name", ["none", "static3", "tiers", "bandit", "informed", "informed0.3", "smartspec"]
-)
+@pytest.mark.parametrize("name", ["none", "static3", "tiers", "bandit", "informed", "smartspec"])
 def test_every_request_is_served_once_and_whole(name: str) -> None:
     engine = simulate(name, cell())
     served = engine.served

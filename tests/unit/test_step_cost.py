@@ -258,7 +258,7 @@ def test_curve_is_positive_and_never_falls_when_observations_are_arbitrary(
         shape = StepShape(batch, verify, prefill, 10 * batch, drafts % 7, drafts)
         parts = (target, draft) if apart else (None, None)
         model.observe(shape, *parts, target + draft)
-    curve = model.target_curve(StepShape(8, 8, 30, 100), np.arange(1, 2000))
+    curve = model.target_curve(StepShape(8, 8, 0, 100), np.arange(1, 2000))
     assert (curve > 0.0).all() and np.isfinite(curve).all()
     assert (np.diff(curve) >= 0.0).all()
     assert all(cost >= 0.0 for cost in (*model.draft_cost(), model.catch_up_cost()))

@@ -1,0 +1,219 @@
+"""A schedule in which load, acceptance and costs change: how near does each policy come?
+
+Six phases at 0.05, 0.5, 0.9, 0.1, 0.9, 0.05 of what is served without speculation, with mean
+acceptance 0.9, 0.7, 0.4, 0.8, 0.5, 0.9 (Beta over requests, concentration 6); all costs 1.1 times
+from phase 5 on. Two measures: mean latency over all requests, and the geometric mean over phases of
+the mean latency of those that came in it. *Informed* is told true costs and probabilities,
+*clairvoyant* what will be accepted. SmartSpec starts cold. The best static length
+(0 to 5) is that of hindsight, for each set-up and measure. Ratios are geometric means over seeds,
+pair by pair, with one-sided 95% upper bounds (paired.py); the figures without a set-up's name are
+the worst over all. `share_to_informed` is the part of the way from the best static length to
+*informed*, where there is one.
+
+Every run is kept in build/figures/shift_raw.jsonl as soon as it is done: `--resume` goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from figures import FOLDER, record
+from paired import paired_ratio
+
+from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
+from smartspec.engine_adapter.simulator.engine import Engine
+from smartspec.lab.simulation.experiment import capacity
+from smartspec.lab.simulation.world import Cell, simulate
+
+PHASE_S = 120.0
+LOADS = (0.05, 0.5, 0.9, 0.1, 0.9, 0.05)
+ACCEPTANCE = (0.9, 0.7, 0.4, 0.8, 0.5, 0.9)
+DEARER_FROM_PHASE = 4
+LENGTHS = 600.0, 200.0
+SETTINGS = {
+    "h100_eagle": ("h100_8b", "eagle"),
+    "a100_160m": ("a100_7b", "160m"),
+    "a100_lookup": ("a100_7b", "lookup"),
+}
+STATIC = ("none", "static1", "static2", "static3", "static4", "static5")
+ONLINE = ("tiers", "authors", "bandit", "switch_off")
+TOLD = ("informed", "clairvoyant")
+POLICIES = (*STATIC, "table", *ONLINE, *TOLD, "smartspec")
+MEASURES = {"mean": "mean", "geometric": "geo"}  #: of a run, and how its figures begin
+
+Key = tuple[str, int, int, str]  #: setting, batch limit, seed, policy
+Runs = dict[Key, dict[str, float]]
+
+
+def dearer(now_s: float, phase_s: float) -> float:
+    return 1.1 if now_s >= DEARER_FROM_PHASE * phase_s else 1.0
+
+
+def set_up(
+    setting: str, limit: int, seed: int, phase_s: float
+) -> tuple[Cell, npt.NDArray[np.int64]]:
+    """The schedule for one engine, and the phase of each request."""
+    name, draft = SETTINGS[setting]
+    gpu = profile.load(name)
+    most = capacity(gpu, limit, *LENGTHS)
+    rng = np.random.default_rng((seed, 7))
+    times = arrivals.piecewise([(phase_s, load * most) for load in LOADS], rng)
+    traffic = arrivals.exponential_lengths(times, *LENGTHS, rng)
+    phase = np.minimum((times // phase_s).astype(np.int64), len(LOADS) - 1)
+    outcomes = acceptance.draw(
+        acceptance.BetaOverRequests(np.array(ACCEPTANCE)[phase], 6.0),
+        traffic.num_output,
+        max_length=5,
+        seed=seed,
+        presence=0.6 if draft == "lookup" else None,
+    )
+    cell = Cell(
+        gpu,
+        draft,
+        traffic,
+        outcomes,
+        acceptance=float(np.mean(ACCEPTANCE)),
+        max_num_running=limit,
+        seed=seed,
+        cost_factor=lambda now_s: dearer(now_s, phase_s),
+    )
+    return cell, phase
+
+
+def measures(engine: Engine, phase: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Both measures of a run, in seconds."""
+    latency = engine.served.latency_s
+    by_phase = [latency[phase == p].mean() for p in range(len(LOADS)) if (phase == p).any()]
+    return {
+        "mean": float(latency.mean()),
+        "geometric": float(np.exp(np.mean(np.log(by_phase)))),
+    }
+
+
+def play(setting: str, limit: int, seed: int, policy: str, phase_s: float) -> dict[str, float]:
+    """Both measures of a policy, and how long the run took."""
+    began = time.perf_counter()
+    cell, phase = set_up(setting, limit, seed, phase_s)
+    engine = simulate(policy, cell)
+    took = {"num_steps": float(engine.num_steps), "wall_s": time.perf_counter() - began}
+    return measures(engine, phase) | took
+
+
+def read(raw: Path, phase_s: float) -> Runs:
+    """Runs kept so far with phases of this length; a last line that was cut off is left out."""
+    runs: Runs = {}
+    for line in raw.read_text().splitlines() if raw.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["phase_s"] == phase_s:
+            runs[row["setting"], row["limit"], row["seed"], row["policy"]] = row
+    return runs
+
+
+def measure(jobs: Iterable[Key], raw: Path, phase_s: float, num_workers: int) -> None:
+    """Play what has not been played, and keep each run."""
+    context = multiprocessing.get_context("spawn")
+    missing = [job for job in jobs if job not in read(raw, phase_s)]
+    with ProcessPoolExecutor(num_workers, context) as pool:
+        waiting = {pool.submit(play, *job, phase_s): job for job in missing}
+        for future in as_completed(waiting):
+            setting, limit, seed, policy = waiting[future]
+            row = {"setting": setting, "limit": limit, "seed": seed, "policy": policy}
+            row |= {"phase_s": phase_s, **future.result()}
+            with raw.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{setting} {limit} seed {seed} {policy}: {row['mean']:.3f} s", flush=True)
+
+
+def figures_of(
+    runs: Runs, cells: Sequence[tuple[str, int]], seeds: Sequence[int]
+) -> dict[str, float]:
+    """Ratios of latencies per cell and measure, and the worst of all cells."""
+    figures: dict[str, float] = {}
+    worst: dict[str, float] = {}
+    for (setting, limit), measured in itertools.product(cells, MEASURES):
+        stem = f"{setting}_{limit}_{MEASURES[measured]}"
+        policies = dict.fromkeys(key[3] for key in runs if key[:2] == (setting, limit))
+        latency = {
+            policy: [runs[setting, limit, seed, policy][measured] for seed in seeds]
+            for policy in policies
+            if all((setting, limit, seed, policy) in runs for seed in seeds)
+        }
+
+        def best(names: Sequence[str], latency: dict[str, list[float]] = latency) -> str | None:
+            known = [name for name in names if name in latency]
+            return min(known, key=lambda name: float(np.mean(latency[name])), default=None)
+
+        static, online = best(STATIC), best(ONLINE)
+        if static is None:
+            continue
+        figures[f"{stem}_best_static"] = STATIC.index(static)
+        figures[f"{stem}_best_static_s"] = float(np.mean(latency[static]))
+        for policy in (name for name in latency if name != static):
+            ratio = paired_ratio(latency[policy], latency[static])
+            figures[f"{stem}_{policy}_vs_best_static"] = ratio.value
+            figures[f"{stem}_{policy}_vs_best_static_upper95"] = ratio.upper95
+        if "smartspec" not in latency:
+            continue
+        references = {"best_static": static, "best_online": online, "informed": "informed"}
+        references["clairvoyant"] = "clairvoyant"
+        for name, reference in references.items():
+            if reference is None or reference not in latency:
+                continue
+            ratio = paired_ratio(latency["smartspec"], latency[reference])
+            figures[f"{stem}_vs_{name}"] = ratio.value
+            figures[f"{stem}_vs_{name}_upper95"] = ratio.upper95
+            total = f"{MEASURES[measured]}_vs_{name}"
+            worst[total] = max(ratio.value, worst.get(total, 0.0))
+        if "informed" in latency:
+            from_static = [float(np.mean(latency[name])) for name in (static, "informed")]
+            way = from_static[0] - from_static[1]
+            if way > 0:
+                share = (from_static[0] - float(np.mean(latency["smartspec"]))) / way
+                figures[f"{stem}_share_to_informed"] = share
+                worst["share_to_informed"] = min(share, worst.get("share_to_informed", math.inf))
+    # A single seed has no bound, and JSON no NaN.
+    return {name: value for name, value in (worst | figures).items() if math.isfinite(value)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--limits", nargs="*", type=int, default=[64, 256])
+    parser.add_argument("--policies", nargs="*", default=list(POLICIES))
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--phase-s", type=float, default=PHASE_S)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="keep the runs of shift_raw.jsonl")
+    options = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    raw = FOLDER / "shift_raw.jsonl"
+    if not options.resume:
+        raw.unlink(missing_ok=True)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    cells = list(itertools.product(options.settings, options.limits))
+    # Seed by seed, so that what is there when it is interrupted is whole seeds.
+    jobs = [
+        (*cell, seed, policy) for seed in seeds for cell in cells for policy in options.policies
+    ]
+    measure(jobs, raw, options.phase_s, options.workers)
+    counts = {"num_seeds": float(options.seeds), "phase_s": options.phase_s}
+    figures = figures_of(read(raw, options.phase_s), cells, seeds)
+    record("shift", figures | counts, seed=options.first_seed)
+
+
+if __name__ == "__main__":
+    main()
