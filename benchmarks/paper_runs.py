@@ -34,7 +34,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     time_to_first_s: float
     served_per_s: float  #: requests, in the middle third
     num_steps: int
-    mean_length: float  #: drafts per decoding request and step
+    num_drafted: int
+    num_accepted: int
 
 
 def play(setting: Setting, load: float) -> list[Run]:
@@ -105,8 +106,6 @@ def make_cell(setting: Setting, load: float, seed: int) -> Cell:
 def run_of(load: float, policy: str, seed: int, engine: Engine) -> Run:
     """What became of a run."""
     served = engine.served
-    # Every token of an answer but its first comes of a decoding step: one, or an accepted draft.
-    num_chosen = int((served.num_output - 1).sum()) - engine.num_accepted
     return Run(
         load=load,
         policy=policy,
@@ -116,5 +115,6 @@ def run_of(load: float, policy: str, seed: int, engine: Engine) -> Run:
         time_to_first_s=float(served.time_to_first_s.mean()),
         served_per_s=middle_rate(served),
         num_steps=engine.num_steps,
-        mean_length=engine.num_drafted / max(num_chosen, 1),
+        num_drafted=engine.num_drafted,
+        num_accepted=engine.num_accepted,
     )
