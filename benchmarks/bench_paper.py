@@ -95,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two settings, two seeds")
     parser.add_argument("--keep", action="store_true", help="take what other code has given too")
+    parser.add_argument("--so-far", action="store_true", help="report what was run; run nothing")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     settings = paper_grid.read().settings()
@@ -116,11 +117,11 @@ def main() -> None:
                 runs[setting.name] += found
     num_jobs = sum(len(setting.all_loads) for setting in settings)
     print(f"{num_jobs} settings and loads, {len(missing)} of them to run", flush=True)
-    for job, new in played(missing, options.workers):
+    for job, new in played([] if options.so_far else missing, options.workers):
         keep(job, code, new)
         runs[job[0].name] += new
         print(paper_pages.line(*job, new), flush=True)
-    results = [paper_results.of(setting, runs[setting.name]) for setting in settings]
+    results = [paper_results.of(one, runs[one.name]) for one in settings if runs[one.name]]
     paper_pages.write(results, FOLDER)
     name = "paper_quick" if options.quick else "paper"
     record(name, paper_results.figures(results), notes=paper_results.misses(results))

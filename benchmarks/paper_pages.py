@@ -51,10 +51,11 @@ def tables(results: Sequence[Result], shown: Sequence[str] = SHOWN) -> str:
     parts = []
     for pair_name, group in groupby(results, lambda result: result.setting.pair_name):
         parts.append(f"### {pair_name}\n\n{_pair_table(list(group), shown)}")
-    loads = list(results[0].latency_s)
+    loads = sorted({load for result in results for load in result.latency_s})
     rows = [["setting", *(f"{load:g}" for load in loads)]]
     for result in results:
-        rows.append([result.setting.name, *(_length(name) for name in result.best_static.values())])
+        best = [result.best_static.get(load, "") for load in loads]
+        rows.append([result.setting.name, *map(_length, best)])
     parts.append(f"### Best static length by load\n\n{_table(rows)}")
     return "\n".join(parts)
 
@@ -80,6 +81,8 @@ def _pair_table(results: Sequence[Result], shown: Sequence[str]) -> str:
             if cell.misses:
                 rows[-1][-3] = f"**{rows[-1][-3]}**"
         full = result.full
+        if full is None:
+            continue
         best = f"{full.served_per_s[full.best_static]:.1f}/s ({_length(full.best_static)})"
         warm = f"{full.vs_best_static[WARM].value:.3f}"
         rows.append(
@@ -126,6 +129,8 @@ def latency(results: Sequence[Result], path: Path) -> None:
 def _panel(axes: Axes, result: Result) -> None:
     for policy, (colour, style) in LINES.items():
         points = [(load, of[policy]) for load, of in result.latency_s.items() if policy in of]
+        if not points:
+            continue
         label = HEADS.get(policy, policy)
         axes.plot(*zip(*points, strict=True), style, color=colour, label=label, lw=1.3)
     axes.set_yscale("log")
@@ -135,12 +140,16 @@ def _panel(axes: Axes, result: Result) -> None:
 
 def speedup(results: Sequence[Result], path: Path) -> None:
     """Two maps, settings by loads: speed-up over none, and latency over the best static length."""
-    loads = [f"{cell.load:g}" for cell in results[0].cells]
+    loads = results[0].setting.loads
     figure = Figure(figsize=(9.5, 0.34 * len(results) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    gain = np.array([[1 / cell.vs_none[WARM].value for cell in one.cells] for one in results])
-    rest = np.array([[cell.vs_best_static[WARM].value for cell in one.cells] for one in results])
-    _map(left, gain, loads, "speed-up over no speculation", "{:.2f}", "YlGn", 1.0, gain.max())
+    gain, rest = np.full((2, len(results), len(loads)), np.nan)
+    for row, result in enumerate(results):
+        for cell in result.cells:
+            at = row, loads.index(cell.load)
+            gain[at], rest[at] = 1 / cell.vs_none[WARM].value, cell.vs_best_static[WARM].value
+    most = float(np.nanmax(gain))
+    _map(left, gain, loads, "speed-up over no speculation", "{:.2f}", "YlGn", 1.0, most)
     _map(right, rest, loads, "latency / best static length's", "{:.3f}", "RdYlGn_r", 0.92, 1.08)
     left.set_yticks(range(len(results)), [one.setting.name for one in results], fontsize="small")
     figure.suptitle("SmartSpec, warm", fontsize="medium")
@@ -150,7 +159,7 @@ def speedup(results: Sequence[Result], path: Path) -> None:
 def _map(
     axes: Axes,
     values: np.ndarray,
-    loads: Sequence[str],
+    loads: Sequence[float],
     title: str,
     form: str,
     colours: str,
@@ -159,7 +168,8 @@ def _map(
 ) -> None:
     axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        axes.text(column, row, form.format(value), ha="center", va="center", fontsize="small")
-    axes.set_xticks(range(len(loads)), loads)
+        text = "" if np.isnan(value) else form.format(value)
+        axes.text(column, row, text, ha="center", va="center", fontsize="small")
+    axes.set_xticks(range(len(loads)), [f"{load:g}" for load in loads])
     axes.set_xlabel("load")
     axes.set_title(title, fontsize="small")

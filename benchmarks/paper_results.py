@@ -45,11 +45,11 @@ class CapacityResult(NamedTuple):
 
 
 class Result(NamedTuple):
-    """All that a setting's runs say."""
+    """All that a setting's runs say; of what has not been run it says nothing."""
 
     setting: Setting
     cells: list[CellResult]
-    full: CapacityResult
+    full: CapacityResult | None
     latency_s: dict[float, dict[str, float]]  #: by load, those beyond capacity too, and policy
     best_static: dict[float, str]  #: by load
 
@@ -57,9 +57,7 @@ class Result(NamedTuple):
 def of(setting: Setting, runs: Sequence[Run]) -> Result:
     """The result of a setting's runs."""
     by_load = {load: by_policy(runs, load, "latency_s") for load in {run.load for run in runs}}
-    latency = {
-        load: means(by_load[load]) for load in sorted((*setting.loads, *setting.static_loads))
-    }
+    latency = {load: means(by_load[load]) for load in sorted(by_load) if load != FULL}
     best = {load: min(setting.statics, key=of_one.__getitem__) for load, of_one in latency.items()}
     cells = [
         CellResult(
@@ -71,11 +69,17 @@ def of(setting: Setting, runs: Sequence[Run]) -> Result:
             _ratios(by_load[load], "none"),
         )
         for load in setting.loads
+        if load in by_load
     ]
+    return Result(setting, cells, _capacity(setting, runs), latency, best)
+
+
+def _capacity(setting: Setting, runs: Sequence[Run]) -> CapacityResult | None:
     rates = by_policy(runs, FULL, "served_per_s")
+    if not rates:
+        return None
     most = max(setting.statics, key=means(rates).__getitem__)
-    full = CapacityResult(means(rates), most, _ratios(rates, most))
-    return Result(setting, cells, full, latency, best)
+    return CapacityResult(means(rates), most, _ratios(rates, most))
 
 
 def figures(results: Sequence[Result]) -> dict[str, float]:
@@ -83,9 +87,10 @@ def figures(results: Sequence[Result]) -> dict[str, float]:
     found: dict[str, float] = {}
     cells = [cell for result in results for cell in result.cells]
     ruled = [cell for cell in cells if cell.load <= RULED_UP_TO]
+    full = [result.full for result in results if result.full is not None]
     for prefix, policy in (("", WARM), ("cold_", COLD)):
         worst = max((cell.vs_best_static[policy] for cell in ruled), key=lambda ratio: ratio.value)
-        least = min(result.full.vs_best_static[policy].value for result in results)
+        least = min(one.vs_best_static[policy].value for one in full)
         found[f"{prefix}worst_cell_vs_best_static"] = worst.value
         found[f"{prefix}worst_cell_vs_best_static_upper95"] = worst.upper95
         found[f"{prefix}worst_cell_vs_none"] = max(cell.vs_none[policy].value for cell in ruled)
@@ -96,8 +101,8 @@ def figures(results: Sequence[Result]) -> dict[str, float]:
     found["num_cells"] = len(cells)
     found["num_cells_up_to_0.8"] = len(ruled)
     found["num_cells_missed"] = sum(cell.misses for cell in cells)
-    found["num_capacities"] = len(results)
-    found["num_capacities_missed"] = sum(result.full.misses for result in results)
+    found["num_capacities"] = len(full)
+    found["num_capacities_missed"] = sum(one.misses for one in full)
     return found
 
 
@@ -112,7 +117,7 @@ def misses(results: Sequence[Result]) -> dict[str, str]:
                     f"{static.value:.3f} of {cell.best_static} (bound {static.upper95:.3f}), "
                     f"{none.value:.3f} of none"
                 )
-        if result.full.misses:
+        if result.full is not None and result.full.misses:
             ratio = result.full.vs_best_static[WARM].value
             found[f"{result.setting.name}, full queue"] = (
                 f"{ratio:.3f} of what {result.full.best_static} serves"

@@ -129,6 +129,17 @@ def test_figures_are_of_the_worst_and_the_best_cells() -> None:
     assert figures["num_cells_missed"] == figures["num_capacities_missed"] == 1
 
 
+def test_what_has_not_been_run_is_left_out(tmp_path: Path) -> None:
+    whole = result(0.9, 2.0, 1.1)
+    runs = made_up({(0.5, policy): 1.0 for policy in (*SETTING.statics, "table", COLD, WARM)})
+    part = paper_results.of(SETTING, runs)
+    assert [cell.load for cell in part.cells] == [0.5] and part.full is None
+    figures = paper_results.figures([whole, part])
+    assert figures["num_cells"] == 3 and figures["num_capacities"] == 1
+    paper_pages.write([whole, part], tmp_path, shown=("table", COLD, WARM))
+    assert "| h100_8b_eagle.short | 0 |  |  |" in (tmp_path / "tables.md").read_text()
+
+
 def test_misses_are_named_with_what_they_miss_by() -> None:
     found = paper_results.misses([result(0.9, 2.0, 1.1), result(1.25, 0.4, 0.95)])
     assert set(found) == {"h100_8b_eagle.t1.25@0.5", "h100_8b_eagle.t1.25, full queue"}
