@@ -120,7 +120,7 @@ def latency(results: Sequence[Result], path: Path) -> None:
     for axes, result in zip(grid, results, strict=False):
         _panel(axes, result)
     labels = grid[0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=len(LINES), fontsize="small")
+    figure.legend(*labels, loc="outside upper center", ncols=len(LINES), fontsize="small")
     figure.supxlabel("load (1: what is served without speculation)", fontsize="small")
     figure.supylabel("mean request latency (s)", fontsize="small")
     figure.savefig(path, dpi=75)
@@ -134,6 +134,8 @@ def _panel(axes: Axes, result: Result) -> None:
         label = HEADS.get(policy, policy)
         axes.plot(*zip(*points, strict=True), style, color=colour, label=label, lw=1.3)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(which="both", labelsize="x-small")
     axes.set_title(result.setting.name, fontsize="small")
 

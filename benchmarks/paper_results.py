@@ -90,11 +90,12 @@ def figures(results: Sequence[Result]) -> dict[str, float]:
     full = [result.full for result in results if result.full is not None]
     for prefix, policy in (("", WARM), ("cold_", COLD)):
         worst = max((cell.vs_best_static[policy] for cell in ruled), key=lambda ratio: ratio.value)
-        least = min(one.vs_best_static[policy].value for one in full)
         found[f"{prefix}worst_cell_vs_best_static"] = worst.value
         found[f"{prefix}worst_cell_vs_best_static_upper95"] = worst.upper95
         found[f"{prefix}worst_cell_vs_none"] = max(cell.vs_none[policy].value for cell in ruled)
-        found[f"{prefix}worst_capacity_vs_best_static"] = least
+        if full:
+            least = min(one.vs_best_static[policy].value for one in full)
+            found[f"{prefix}worst_capacity_vs_best_static"] = least
         found[f"{prefix}best_cell_speedup"] = max(
             1 / cell.vs_none[policy].value for cell in cells if cell.load <= SPEEDUP_UP_TO
         )

@@ -20,7 +20,7 @@ from smartspec.lab.simulation.experiment import capacity, middle_rate
 from smartspec.lab.simulation.world import Cell, Fleet, simulate
 
 COLD, WARM = "smartspec_cold", "smartspec"
-QUEUES = 6  #: batches' worth of requests that a full queue begins with
+QUEUES = 4  #: batches' worth of requests that a full queue begins with
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):

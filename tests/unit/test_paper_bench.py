@@ -136,6 +136,7 @@ def test_what_has_not_been_run_is_left_out(tmp_path: Path) -> None:
     assert [cell.load for cell in part.cells] == [0.5] and part.full is None
     figures = paper_results.figures([whole, part])
     assert figures["num_cells"] == 3 and figures["num_capacities"] == 1
+    assert "worst_capacity_vs_best_static" not in paper_results.figures([part])
     paper_pages.write([whole, part], tmp_path, shown=("table", COLD, WARM))
     assert "| h100_8b_eagle.short | 0 |  |  |" in (tmp_path / "tables.md").read_text()
 
