@@ -32,7 +32,7 @@ from paired import paired_ratio
 
 from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
 from smartspec.engine_adapter.simulator.engine import Engine
-from smartspec.lab.simulation.experiment import capacity
+from smartspec.lab.simulation.workload import capacity
 from smartspec.lab.simulation.world import Cell, simulate
 
 PHASE_S = 120.0

@@ -16,7 +16,6 @@ from smartspec.engine_adapter.simulator import acceptance
 from smartspec.engine_adapter.simulator.requests import Traffic
 from smartspec.lab.simulation.timeline import Timeline, Watch
 from smartspec.lab.simulation.workload import Count, Positive, Workload
-from smartspec.lab.simulation.workload import capacity as capacity
 from smartspec.lab.simulation.world import Cell, rival, simulate
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from msgspec import Meta
 
 from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
+from smartspec.engine_adapter.simulator.engine import Served
 from smartspec.engine_adapter.simulator.profile import Profile
 from smartspec.engine_adapter.simulator.requests import F64, Traffic
 from smartspec.lab.simulation.world import Cell, simulate
@@ -137,9 +138,13 @@ def capacity_of(gpu: Profile, max_num_running: int, traffic: Traffic, seed: int 
     at_once = Traffic(np.zeros(traffic.size), traffic.num_prompt, traffic.num_output)
     never = acceptance.draw(acceptance.Constant(0.0), traffic.num_output, max_length=1, seed=seed)
     cell = Cell(gpu, "lookup", at_once, never, max_length=1, max_num_running=max_num_running)
-    done = np.sort(simulate("none", cell).served.finished_s)
-    # Neither the filling of the batch nor its emptying.
-    first, last = traffic.size // 3, 2 * traffic.size // 3
+    return middle_rate(simulate("none", cell).served)
+
+
+def middle_rate(served: Served) -> float:
+    """Requests per second while a batch stays full: neither its filling nor its emptying counts."""
+    done = np.sort(served.finished_s)
+    first, last = len(done) // 3, 2 * len(done) // 3
     return float((last - first) / (done[last] - done[first]))
 
 
