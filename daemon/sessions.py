@@ -98,7 +98,7 @@ class Sessions:
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
-        self._epoch = epoch
+        self.epoch = epoch
         self._transport = transport
         self._bus = bus
         self._keeper = keeper
@@ -199,7 +199,7 @@ class Sessions:
         self.retired.pop(hello.engine, None)
         planner = Planner(
             engine,
-            daemon_epoch=self._epoch,
+            daemon_epoch=self.epoch,
             seed_sweep=self._settings.control.seed_sweep and self._settings.mode != "observe",
             **self._planning(),
         )
@@ -325,10 +325,10 @@ class Sessions:
         """A peer is to send its Hello and roster."""
         if self._may_answer(peer):
             self._counters["resyncs"] += 1
-            self.send(peer, Resync(daemon_epoch=self._epoch, reason=why))
+            self.send(peer, Resync(daemon_epoch=self.epoch, reason=why))
 
     def _send_refusal(self, peer: bytes, why: str) -> None:
-        self.send(peer, Refused(daemon_epoch=self._epoch, reason=why[:MAX_TEXT]))
+        self.send(peer, Refused(daemon_epoch=self.epoch, reason=why[:MAX_TEXT]))
 
     def _may_answer(self, peer: bytes) -> bool:
         """Whether a peer in trouble is due an answer: an engine in full flow is told so often."""

@@ -150,7 +150,7 @@ class Scene:
             wall=lambda: 0.0,
         )
         self.loop.sessions.hellos = Throttle(1e9, 1e9)
-        self.loop.epoch = 5
+        self.loop.sessions.epoch = 5
         self.rng = np.random.default_rng(0)
         self.seq = 0
 

@@ -363,7 +363,7 @@ def test_a_summary_compares_seed_by_seed_with_the_first_policy() -> None:
 
 def test_capacity_is_what_a_full_batch_serves() -> None:
     gpu = profile.load("h100_8b")
-    one, many = (experiment.capacity(gpu, size, 600, 200) for size in (1, 64))
+    one, many = (workload.capacity(gpu, size, 600, 200) for size in (1, 64))
     assert one == pytest.approx(1 / (200 * gpu.target_seconds(1, 1, 700)), rel=0.7)
     assert 10 * one < many < 64 * one
 
