@@ -17,7 +17,7 @@ BENCHMARKS = $(if $(NAME),$(foreach name,$(NAME),benchmarks/bench_$(name).py),$(
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help audit install-systemd setup model demo test test-all test-vllm check bench format clean
+.PHONY: help audit data install-systemd setup model demo test test-all test-vllm check bench format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ $(AUDITED): $(STAMP)
 
 bench: model  ## run benchmarks: NAME=decision for one, all without; figures in build/figures
 	@for file in $(BENCHMARKS); do echo "==> $$file"; $(BIN)/python $$file || exit 1; done
+
+data: $(STAMP)  ## fetch public traces by commit and SHA-256 into SMARTSPEC_DATA or build/data
+	@$(BIN)/python -m smartspec.lab.public_data
 
 format: $(STAMP)  ## format the code and apply safe fixes
 	@$(BIN)/ruff format .

@@ -7,7 +7,7 @@ drafts and the same censoring: of a step that drafts k, nothing is known beyond 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +15,17 @@ from acceptance_traces import MAX_LENGTH, Answer
 
 from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
-    FEATURE_MATCH_LENGTH,
+    FEATURE_MATCH_AGREEMENT,
     FEATURE_TOKEN_ACCEPTANCE,
 )
 from smartspec.engine_adapter.reference.draft_model import NOT_DRAFTED
-from smartspec.engine_adapter.token_acceptance import TokenAcceptance
+from smartspec.engine_adapter.token_acceptance import CopyAcceptance, TokenAcceptance
 
 BATCH = 8
 STYLES = ("lookup", "draft")
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
+Rates = TokenAcceptance | CopyAcceptance
 
 
 class Step(NamedTuple):
@@ -63,33 +64,54 @@ class Decoding:
     def token_before(self) -> int:
         return int(self.answer.token[self.position - 1])
 
-    def advance(self, drafted: int, rates: TokenAcceptance) -> int:
+    @property
+    def first_copied(self) -> int:
+        """The first token that prompt lookup proposes."""
+        answer, p = self.answer, self.position
+        return int(answer.token[p] if answer.lookup_run[p] else answer.lookup_miss[p])
+
+    def advance(self, drafted: int, rates: Rates) -> int:
         """Decode one step; returns how many drafts were accepted."""
-        p = self.position
-        accepted = min(drafted, int(self.run[p]))
-        # What a lookup would have copied is known without a draft.
-        passed = min(int(self.run[p]), accepted + 1) if self.is_lookup else accepted
-        reached = min(passed + 1, accepted + 1) if self.is_lookup else min(accepted + 1, drafted)
-        reached *= self.available > 0
-        rates.learn(self.answer.token[p - 1 : p - 1 + reached], np.arange(reached) < passed)
+        p, run, token = self.position, int(self.run[self.position]), self.answer.token
+        accepted = min(drafted, run)
+        if isinstance(rates, TokenAcceptance):
+            reached = min(accepted + 1, drafted)
+            rates.learn(token[p - 1 : p - 1 + reached], np.arange(reached) < accepted)
+        elif self.available:  # what a lookup would have copied is known without a draft
+            passed = min(run, accepted + 1)
+            copied = token[p : p + passed]
+            if passed == accepted and run < MAX_LENGTH:
+                copied = np.append(copied, self.answer.lookup_miss[p])
+            rates.learn(token[p - 1 : p - 1 + len(copied)], copied, np.arange(len(copied)) < passed)
         self.position += accepted + 1
         self.goes_on = drafted > 0
         return accepted
 
 
-def features(batch: Sequence[Decoding], rates: TokenAcceptance) -> dict[str, F64]:
+def rates_for(style: str) -> Rates:
+    """What an engine keeps of its tokens."""
+    return CopyAcceptance() if style == "lookup" else TokenAcceptance()
+
+
+def features(batch: Sequence[Decoding], rates: Rates) -> dict[str, F64]:
     """What the engine knows of each before it drafts, by name: [B]."""
-    known = {
-        FEATURE_TOKEN_ACCEPTANCE: rates.rates([one.token_before for one in batch]),
-        FEATURE_MATCH_LENGTH: np.array([one.answer.match_length[one.position] for one in batch]),
-        FEATURE_DRAFT_CONFIDENCE: np.array(
-            [
-                one.answer.draft_confidence[one.position] if one.goes_on else NOT_DRAFTED
-                for one in batch
-            ]
-        ),
-    }
-    return {name: column.astype(np.float64) for name, column in known.items()}
+    before = [one.token_before for one in batch]
+    at = [(one.answer, one.position) for one in batch]
+    known: dict[str, Any]
+    if isinstance(rates, TokenAcceptance):
+        known = {
+            FEATURE_TOKEN_ACCEPTANCE: rates.rates(before),
+            FEATURE_DRAFT_CONFIDENCE: [
+                answer.draft_confidence[p] if one.goes_on else NOT_DRAFTED
+                for one, (answer, p) in zip(batch, at, strict=True)
+            ],
+        }
+    else:
+        known = {
+            FEATURE_TOKEN_ACCEPTANCE: rates.rates(before, [one.first_copied for one in batch]),
+            FEATURE_MATCH_AGREEMENT: [answer.match_agreement[p] for answer, p in at],
+        }
+    return {name: np.array(column, np.float64) for name, column in known.items()}
 
 
 def steps(answers: Sequence[Answer], style: str, seed: int) -> list[Step]:
@@ -98,7 +120,7 @@ def steps(answers: Sequence[Answer], style: str, seed: int) -> list[Step]:
     Lengths are uniform from 0 to `MAX_LENGTH`, cut to what is possible.
     """
     rng = np.random.default_rng(seed)
-    rates = TokenAcceptance()
+    rates = rates_for(style)
     waiting = [Decoding(int(i), answers[i], style) for i in rng.permutation(len(answers))]
     running: list[Decoding] = []
     found = []

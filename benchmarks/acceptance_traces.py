@@ -35,7 +35,10 @@ class Answer(NamedTuple):
     token: npt.NDArray[np.uint16]
     target_logprob: F32  #: natural, at temperature 1, of the answer's own token
     match_length: U8  #: tokens that prompt lookup matched; 0: it has nothing to propose
+    match_agreement: F32  #: how far earlier occurrences agree on what comes next (prompt_lookup.py)
     lookup_run: U8  #: copied tokens accepted, 0 to `MAX_LENGTH`
+    #: the first copied token that is not accepted; 0 where it is beyond the run or the answer
+    lookup_miss: npt.NDArray[np.uint16]
     draft_run: U8  #: the same of the draft model
     draft_confidence: F32  #: probability that the draft model gives the token it proposes here
 
@@ -67,7 +70,9 @@ def load(path: Path = FILE) -> list[Answer]:
                 columns["token"][at],
                 columns["target_logprob"][at].astype(np.float32),
                 columns["match_length"][at],
+                columns["match_agreement"][at].astype(np.float32),
                 columns["lookup_run"][at],
+                columns["lookup_miss"][at],
                 columns["draft_run"][at],
                 columns["draft_confidence"][at].astype(np.float32),
             )

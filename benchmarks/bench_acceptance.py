@@ -16,13 +16,17 @@ request.
 last step has the confidence of its first draft known. `draft` goes without, as engines do that tell
 none.
 
-Run: python benchmarks/bench_acceptance.py
+`--river` compares with river's classifiers (river_classifiers.py) instead.
+
+Run: python benchmarks/bench_acceptance.py [--river]
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -33,10 +37,11 @@ from acceptance_traces import FILE, MAX_LENGTH, SPLIT, Answer, load
 from figures import record
 from rich.console import Console
 from rich.table import Table
+from river_classifiers import MODELS, River
 
 from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
-    FEATURE_MATCH_LENGTH,
+    FEATURE_MATCH_AGREEMENT,
     FEATURE_TOKEN_ACCEPTANCE,
 )
 from smartspec.engine_adapter.lengths import bucket_index
@@ -45,6 +50,7 @@ from smartspec.estimators.features import BUCKET_EDGES
 
 SEED = 0
 NUM_ORDERS = 5  #: streams of the same answers in other orders, with other lengths
+NUM_TUNING = 2  #: of these, those that rivals' constants are chosen on
 NUM_BINS = 15
 FLOOR = 1e-3  #: probabilities are kept away from 0 and 1 by this much, for all methods alike
 F64 = npt.NDArray[np.float64]
@@ -104,19 +110,18 @@ class PerRequest:
         self.strength, self.of_drafted = strength, of_drafted
         self.fade = 0.5 ** (1.0 / half_life)
         self.common = MovingAverage(1000.0, of_drafted)
-        self.counts: dict[int, F64] = {}
+        self.counts: F64 = np.zeros((1024, 2))  # by request: ids are small
 
     def predict(self, step: Step) -> F64:
         mean = self.common.accepted / self.common.tried
-        counts = np.array([self.counts.get(i, np.zeros(2)) for i in step.ids.tolist()])
+        counts = self.counts[step.ids]
         rate = (counts[:, 0] + self.strength * mean) / (counts[:, 1] + self.strength)
         return np.repeat(rate[:, None], MAX_LENGTH, axis=1)
 
     def learn(self, step: Step) -> None:
         tried = trials(step, self.of_drafted)
-        for i, new in zip(step.ids.tolist(), np.stack((step.accepted, tried), 1), strict=True):
-            old = self.counts.get(i, np.zeros(2))
-            self.counts[i] = old * self.fade ** new[1] + new
+        new = np.stack((step.accepted, tried), 1)
+        self.counts[step.ids] = self.counts[step.ids] * self.fade ** tried[:, None] + new
         self.common.learn(step)
 
 
@@ -212,7 +217,7 @@ RIVALS: dict[str, list[Make]] = {
     "request_beta": [lambda s=s: PerRequest(s, 1e9, False) for s in STRENGTHS],
 }
 FEATURES = {
-    "lookup": (FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE),
+    "lookup": (FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE),
     "draft": (FEATURE_TOKEN_ACCEPTANCE,),
     "draft_ahead": (FEATURE_DRAFT_CONFIDENCE, FEATURE_TOKEN_ACCEPTANCE),
 }
@@ -232,7 +237,7 @@ def compare(
     tune, test = (streams(answers, tasks, proposer) for tasks in (tuning, held_out))
     chosen: dict[str, Scores] = {}
     for name, candidates in RIVALS.items():
-        best = min(candidates, key=lambda make: play(make, tune).log_loss.mean())
+        best = min(candidates, key=lambda make: play(make, tune[:NUM_TUNING]).log_loss.mean())
         chosen[name] = play(best, test)
     best_name = min(chosen, key=lambda name: chosen[name].log_loss.mean())
     ours = chosen["ours"] = play(lambda: Ours(FEATURES[style]), test)
@@ -264,9 +269,59 @@ def by_task(answers: Sequence[Answer], tasks: Sequence[str], all_scores: dict[st
     Console().print(table)
 
 
+def compare_river(
+    answers: Sequence[Answer], tuning: Sequence[str], held_out: Sequence[str], style: str
+) -> dict[str, float]:
+    """Log-losses of river's classifiers and ours on one order of ``held_out``; printed with times.
+
+    One order, and a choice of settings on one: they take a hundred times as long as the rest.
+    """
+    proposer = style.removesuffix("_ahead")
+    tune, test = (streams(answers, tasks, proposer)[:1] for tasks in (tuning, held_out))
+    names = FEATURES[style]
+    candidates: dict[str, list[Make]] = {"ours": [lambda: Ours(names)]}
+    for name, models in MODELS.items():
+        candidates[name] = [lambda model=model: River(model(), names) for model in models]
+    figures: dict[str, float] = {}
+    ours: Scores | None = None
+    table = Table("method", "log-loss", "ours is better by", "stderr", "ECE", "us per draft")
+    for name, makes in candidates.items():
+        best = makes[0]
+        if len(makes) > 1:
+            best = min(makes, key=lambda make: play(make, tune).log_loss.mean())
+        begin = time.process_time()
+        scores = play(best, test)
+        took_us = 1e6 * (time.process_time() - begin) / len(scores.chance)
+        ours = ours or scores
+        loss = float(scores.log_loss.mean())
+        margin = scores.log_loss - ours.log_loss
+        margin_pct = 100.0 * float(margin.mean()) / loss
+        error_pct = 100.0 * clustered_error(margin, ours.request) / loss
+        row = (f"{loss:.4f}", f"{margin_pct:.1f}%", f"{error_pct:.1f}")
+        table.add_row(name, *row, f"{scores.calibration_error:.3f}", f"{took_us:.0f}")
+        figures |= {
+            f"river_{style}_{name}_logloss": loss,
+            f"river_{style}_{name}_margin_pct": margin_pct,
+            f"river_{style}_{name}_margin_stderr_pct": error_pct,
+            f"river_{style}_{name}_ece": scores.calibration_error,
+            f"river_{style}_{name}_us": took_us,
+        }
+    print(f"{style}, river: settings from {', '.join(tuning)}; scores on {', '.join(held_out)}")
+    Console().print(table)
+    return figures
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--river", action="store_true", help="river's classifiers instead")
+    args = parser.parse_args()
     answers = load()
     figures: dict[str, float] = {"num_answers": float(len(answers))}
+    if args.river:
+        for style in ("lookup", "draft_ahead"):
+            figures |= compare_river(answers, *SPLIT, style)
+        record("acceptance_river", figures, seed=SEED)
+        return
     for style in (*STYLES, "draft_ahead"):
         for label, (tuning, held_out) in (("", SPLIT), ("swapped_", SPLIT[::-1])):
             found, scores = compare(answers, tuning, held_out, style)

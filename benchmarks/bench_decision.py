@@ -1,9 +1,10 @@
 """From a report's arrival to its policy's departure, for one engine with 256 running requests.
 
 The loop runs in this process against a real socket; the reports are those of a scripted engine
-(a mock: it has no model) whose batch changes by one request every fourth step. Measured inside the
-loop, from the frame's receipt to the hand-over of the policy to ZeroMQ; `learn` and `solve` are
-parts of the same turn, and learning comes after the policy has left.
+(a mock: it has no model) whose batch changes by one request every fourth step; in the case
+`prompts` every other step carries 512 tokens of prompts, which are solved for apart. Measured
+inside the loop, from the receipt of a frame to the hand-over of the policy to ZeroMQ; `learn` and
+`solve` are parts of the same turn, and learning comes after the policy has left.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ class StampedServer(Server):
             self.sent_at = time.perf_counter()
 
 
-def measure(lookup: bool, num_running: int, num_steps: int, seed: int) -> dict[str, float]:
-    """Figures of one kind of proposer."""
+def measure(
+    lookup: bool, num_running: int, num_steps: int, seed: int, num_prompt_tokens: int = 0
+) -> dict[str, float]:
+    """Figures of one kind of proposer, with prompts in every other step."""
     solve_s: list[float] = []
     solve = goodput.solve
 
@@ -85,6 +88,7 @@ def measure(lookup: bool, num_running: int, num_steps: int, seed: int) -> dict[s
             for step in range(num_steps):
                 if step % 4 == 0:
                     engine.replace(1, rng.beta(3, 2, 1))
+                engine.num_prefill_tokens = num_prompt_tokens * (step % 2)
                 engine.step()
                 server.received_at = server.sent_at = 0.0
                 loop.cycle(1.0)
@@ -111,10 +115,13 @@ def main() -> None:
     args = parser.parse_args()
     draft = measure(False, args.requests, args.steps, args.seed)
     lookup = measure(True, args.requests, args.steps, args.seed)
+    prompts = measure(False, args.requests, args.steps, args.seed, num_prompt_tokens=512)
     # The draft model is the dearer case (it searches depths) and the one that counts.
     record(
         "decision",
-        draft | {f"lookup_{name}": value for name, value in lookup.items()},
+        draft
+        | {f"lookup_{name}": value for name, value in lookup.items()}
+        | {f"prompts_{name}": value for name, value in prompts.items()},
         seed=args.seed,
     )
 

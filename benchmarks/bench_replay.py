@@ -25,6 +25,7 @@ Run: python benchmarks/bench_replay.py
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from acceptance_stream import Decoding
+from acceptance_stream import Decoding, features, rates_for
 from acceptance_traces import FILE, MAX_LENGTH, SPLIT, Answer, load
 from figures import record
 from rich.console import Console
@@ -49,7 +50,7 @@ from smartspec.daemon.policy import Planner
 from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_LAST_SHARE,
-    FEATURE_MATCH_LENGTH,
+    FEATURE_MATCH_AGREEMENT,
     FEATURE_TOKEN_ACCEPTANCE,
     DecodeBatch,
     FixedLength,
@@ -58,8 +59,6 @@ from smartspec.engine_adapter.base import (
 )
 from smartspec.engine_adapter.lengths import I64, Choice
 from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
-from smartspec.engine_adapter.reference.draft_model import NOT_DRAFTED
-from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 BASE_S = 0.02
 TOKEN_SHARES = (0.05, 0.1, 0.2, 0.5)  #: of the base, per token of the target's pass
@@ -67,7 +66,7 @@ FORWARD_SHARES = (0.02, 0.1, 0.2)  #: of the base, per draft pass
 NOISE = 0.02
 SEED = 7
 FEATURES = {
-    "lookup": (FEATURE_LAST_SHARE, FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE),
+    "lookup": (FEATURE_LAST_SHARE, FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE),
     "draft": (FEATURE_LAST_SHARE, FEATURE_TOKEN_ACCEPTANCE, FEATURE_DRAFT_CONFIDENCE),
 }
 
@@ -109,7 +108,7 @@ class Replay:
     def __init__(self, cell: Cell, seed: int) -> None:
         self.cell = cell
         self.is_lookup = cell.style == "lookup"
-        self.rates = TokenAcceptance()
+        self.rates = rates_for(cell.style)
         self._rng = np.random.default_rng(seed)
         self._next_id = 0
 
@@ -149,25 +148,11 @@ class Replay:
             seconds += self._report(source, batch, lengths, np.array(accepted), began)
 
     def _describe(self, running: list[Decoding], shares: list[float]) -> DecodeBatch:
-        rates = self.rates.rates([one.token_before for one in running])
-        at = [(one.answer, one.position) for one in running]
-        last = np.array(shares, np.float32)
-        if self.is_lookup:
-            match = np.array([answer.match_length[p] for answer, p in at], np.float32)
-            features = np.stack((last, match, rates))
-        else:
-            confidence = np.array(
-                [
-                    answer.draft_confidence[p] if one.goes_on else NOT_DRAFTED
-                    for one, (answer, p) in zip(running, at, strict=True)
-                ],
-                np.float32,
-            )
-            features = np.stack((last, rates, confidence))
+        known = features(running, self.rates) | {FEATURE_LAST_SHARE: np.array(shares)}
         return DecodeBatch(
             request_ids=np.array([one.number for one in running], np.uint64),
             ceiling=np.array([one.available for one in running], np.uint8),
-            features=features,
+            features=np.array([known[name] for name in FEATURES[self.cell.style]], np.float32),
         )
 
     def _report(
@@ -253,22 +238,27 @@ def daemon_for(cell: Cell) -> Steering:
     return Steering(engine, Planner(engine, daemon_epoch=9), late=1)
 
 
-def play(cell: Cell) -> Result:
+def play(group: Sequence[Cell]) -> list[Result]:
+    """Results of cells of one load and one past, which is served once."""
     answers = load()
-    measured = [answer for answer in answers if answer.task in cell.tasks]
-    before = [answer for answer in answers if answer.task in cell.before]
-    static = [
-        Replay(cell, SEED).run(measured, FixedLength(length)) for length in range(MAX_LENGTH + 1)
-    ]
-    cold = Replay(cell, SEED).run(measured, daemon_for(cell))
-    steering = daemon_for(cell)
-    served = Replay(cell, SEED + 1)
+    before = [answer for answer in answers if answer.task in group[0].before]
+    steering = daemon_for(group[0])
+    served = Replay(group[0], SEED + 1)
     served.run(before, steering)
-    warmed = Replay(cell, SEED)
-    warmed.rates = served.rates
-    warmed._next_id = served._next_id
-    warm = warmed.run(measured, steering)
-    return Result(cell, static, cold, warm, clairvoyant(cell, measured, max(static)))
+    results = []
+    for cell in group:
+        measured = [answer for answer in answers if answer.task in cell.tasks]
+        static = [
+            Replay(cell, SEED).run(measured, FixedLength(length))
+            for length in range(MAX_LENGTH + 1)
+        ]
+        cold = Replay(cell, SEED).run(measured, daemon_for(cell))
+        warmed = Replay(cell, SEED)
+        warmed.rates = copy.deepcopy(served.rates)
+        warmed._next_id = served._next_id
+        warm = warmed.run(measured, copy.deepcopy(steering))
+        results.append(Result(cell, static, cold, warm, clairvoyant(cell, measured, max(static))))
+    return results
 
 
 def cells(styles: Sequence[str], batches: Sequence[int]) -> list[Cell]:
@@ -328,11 +318,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--style", choices=("lookup", "draft"), action="append")
     parser.add_argument("--batch", type=int, action="append", help="requests decoded together")
+    parser.add_argument("--token-share", type=float, action="append", help="loads: of these")
+    parser.add_argument("--forward-share", type=float, action="append", help="and of these")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    todo = cells(args.style or ("lookup", "draft"), args.batch or (1, 8))
+    todo = [
+        cell
+        for cell in cells(args.style or ("lookup", "draft"), args.batch or (1, 8))
+        if cell.token_share in (args.token_share or TOKEN_SHARES)
+        and cell.forward_share in (args.forward_share or (0.0, *FORWARD_SHARES))
+    ]
+    groups = [list(some) for _, some in itertools.groupby(todo, lambda cell: cell[:4] + cell[5:])]
     with ProcessPoolExecutor(args.jobs) as pool:
-        results = list(track(pool.map(play, todo), description="replaying", total=len(todo)))
+        played = track(pool.map(play, groups), description="replaying", total=len(groups))
+        results = [result for results in played for result in results]
     show(results)
     record("replay", figures_of(results), seed=SEED, notes={"traces": FILE.name})
 

@@ -1,7 +1,7 @@
 """What being steered adds to vLLM's scheduler: ``schedule()`` plus ``update_from_output()``.
 
 No model: vLLM's own scheduler with a worker that counts (tests/vllm/scheduler_only.py), with our
-class and without it, step by step in turns, under a daemon that is a process of its own. Between
+class and without it, step by step in turns on a core of their own, the daemon on another. Between
 the two calls the engine waits, as it would for a GPU. Then the daemon is stopped. ``*_added_us`` is
 the median over steps of the difference between neighbouring steps of the two.
 
@@ -29,6 +29,7 @@ STEPS = 300
 
 def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, Any]:
     """By vLLM's Python: times of both schedulers, [steps] seconds each, by phase."""
+    os.sched_setaffinity(0, {0})
     sys.path.insert(0, str(TESTS / "vllm"))
     import numpy as np
     from scheduler_only import Rig, configuration, make_scheduler
@@ -104,7 +105,11 @@ def measure(python: str, size: int, step_s: float) -> dict[str, float]:
     command = [sys.executable, "-m", "smartspec.daemon.cli", "run", "--runtime-dir", folder]
     for setting in ("telemetry.enabled=false", "state.enabled=false"):
         command += ["--set", setting]
-    daemon = subprocess.Popen([*command, "--log-level", "warning"])
+    daemon = subprocess.Popen(
+        [*command, "--log-level", "warning"],
+        # Woken on the engine's core it would take its decisions in the middle of the next step.
+        preexec_fn=lambda: os.sched_setaffinity(0, set(range(1, os.cpu_count() or 1)) or {0}),
+    )
     try:
         endpoint = f"ipc://{folder}/engines.sock"
         arguments = ["--endpoint", endpoint, "--size", size, "--daemon", daemon.pid, "--out", out]

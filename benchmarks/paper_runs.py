@@ -16,7 +16,7 @@ from smartspec.daemon.library import Library
 from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
 from smartspec.engine_adapter.simulator.engine import Engine
 from smartspec.engine_adapter.simulator.requests import F64
-from smartspec.lab.simulation.experiment import capacity, middle_rate
+from smartspec.lab.simulation.workload import capacity, middle_rate
 from smartspec.lab.simulation.world import Cell, Fleet, simulate
 
 COLD, WARM = "smartspec_cold", "smartspec"

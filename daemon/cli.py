@@ -6,21 +6,25 @@ A mistake of the user is one line that names it; a traceback is a fault of ours.
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import importlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from smartspec.daemon import config, config_text
+from smartspec.daemon import cli_keys, cli_lab, config
+from smartspec.daemon.cli_options import (
+    Assignments,
+    ConfigFile,
+    RuntimeDir,
+    assigned,
+    fail,
+    load_settings,
+    optional,
+)
 from smartspec.daemon.config import ConfigError, Settings
-
-EXIT_USAGE = 2
 
 app = typer.Typer(
     help="Steer the speculation lengths of LLM engines for the most tokens per second.",
@@ -30,31 +34,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(
-    help="Show, check and explain settings.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(config_app, name="config")
-keys_app = typer.Typer(
-    help="Make, show and rotate the keys of tcp:// (docs/security.md).",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(keys_app, name="keys")
 doctor_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(doctor_app, name="doctor")
-DEFAULT_KEYS = Path("/etc/smartspec/keys")
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="SMARTSPEC_CONFIG", help="TOML file with settings."),
-]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting, e.g. control.ttl_s=2. Repeatable."),
-]
-RuntimeDir = Annotated[
-    str | None, typer.Option(help="Directory of the sockets (setting runtime_dir).")
-]
 
 
 class Mode(enum.StrEnum):
@@ -66,6 +47,8 @@ class Mode(enum.StrEnum):
 class Proposer(enum.StrEnum):
     lookup = "lookup"
     draft = "draft"
+    lookup_tree = "lookup-tree"
+    draft_tree = "draft-tree"
     none = "none"
 
 
@@ -73,31 +56,6 @@ class Speculation(enum.StrEnum):
     own = "own"
     static = "static"
     smartspec = "smartspec"
-
-
-def _fail(text: object) -> NoReturn:
-    typer.echo(f"smartspec: {text}", err=True)
-    raise typer.Exit(EXIT_USAGE)
-
-
-def _assigned(assignments: list[str] | None) -> dict[str, Any]:
-    values = {}
-    for assignment in assignments or []:
-        name, separator, value = assignment.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {assignment}: expected KEY=VALUE")
-        values[name.strip()] = value.strip()
-    return values
-
-
-def _load(path: Path | None, assignments: list[str] | None, **flags: Any) -> Settings:
-    """Settings, or one line on what is wrong with them. ``flags``: ``control__ttl_s=...``."""
-    try:
-        named = {name.replace("__", "."): value for name, value in flags.items()}
-        given = {name: value for name, value in named.items() if value is not None}
-        return config.load(path, overrides={**_assigned(assignments), **given})
-    except ConfigError as error:
-        _fail(error)
 
 
 def _print_version(wanted: bool) -> None:
@@ -141,14 +99,14 @@ def run(
             "log.level": log_level,
         }
         given = {name: value for name, value in flags.items() if value is not None}
-        return config.load(config_file, overrides={**_assigned(set_), **given})
+        return config.load(config_file, overrides={**assigned(set_), **given})
 
     try:
         settings = load()
         logs.configure(settings.log)
         service.run(settings, reload=load)
     except (ConfigError, service.ServiceError) as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command()
@@ -175,14 +133,14 @@ def telemetry(
     if settings_from_stdin:
         settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
     else:
-        settings = _load(config_file, set_, runtime_dir=runtime_dir)
+        settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
     logs.configure(settings.log)
     from smartspec.daemon.telemetry import process
 
     try:
         service.prepare_runtime_dir(Path(settings.runtime_dir))
     except service.ServiceError as error:
-        _fail(error)
+        fail(error)
     process.run(settings, stop)
 
 
@@ -200,7 +158,7 @@ def inspect(
 
     Exit codes: 2 Redis cannot be read, 3 no such engine.
     """
-    settings = _load(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    settings = load_settings(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
     from smartspec.daemon import inspect as inspection
 
     raise typer.Exit(inspection.run(settings, engine, as_json, watch))
@@ -220,7 +178,7 @@ def pause(
 
     Exit codes: 2 no daemon answers, 3 it refuses.
     """
-    _command("pause", engine, _load(config_file, set_, runtime_dir=runtime_dir))
+    _command("pause", engine, load_settings(config_file, set_, runtime_dir=runtime_dir))
 
 
 @app.command()
@@ -234,7 +192,7 @@ def release(
 
     Exit codes: 2 no daemon answers, 3 it refuses.
     """
-    _command("release", engine, _load(config_file, set_, runtime_dir=runtime_dir))
+    _command("release", engine, load_settings(config_file, set_, runtime_dir=runtime_dir))
 
 
 def _command(action: Literal["pause", "release"], engine: str, settings: Settings) -> NoReturn:
@@ -252,8 +210,8 @@ def top(
     set_: Assignments = None,
 ) -> None:
     """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it."""
-    settings = _load(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
-    raise typer.Exit(_optional("smartspec.daemon.top", "top").run(settings, interval_s))
+    settings = load_settings(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    raise typer.Exit(optional("smartspec.daemon.top", "top").run(settings, interval_s))
 
 
 @app.command()
@@ -269,28 +227,13 @@ def record(
 
     Exit code: 2 no daemon is heard, or the file cannot be written.
     """
-    settings = _load(config_file, set_, runtime_dir=runtime_dir)
+    settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
     from smartspec.daemon import recording
     from smartspec.daemon.stopping import Stop
 
     stop = Stop()
     stop.install()
     raise typer.Exit(recording.run(settings, file, seconds, max_mb << 20, stop))
-
-
-@app.command()
-def replay(
-    file: Annotated[Path, typer.Argument(help="Of `smartspec record`.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
-    config_file: ConfigFile = None,
-    set_: Assignments = None,
-) -> None:
-    """Tell what would have been decided in a recording under these settings, starting cold.
-
-    Exit code: 2 the file cannot be used.
-    """
-    settings = _load(config_file, set_)
-    raise typer.Exit(_optional("smartspec.lab.replay", "daemon").run(settings, file, as_json))
 
 
 @doctor_app.callback()
@@ -308,7 +251,7 @@ def doctor(
     """
     if context.invoked_subcommand is not None:
         return
-    settings = _load(config_file, set_, runtime_dir=runtime_dir)
+    settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
     from smartspec.daemon import doctor as examination
 
     raise typer.Exit(examination.run(settings, engine, as_json))
@@ -340,7 +283,7 @@ def state(
 
     Exit code: 2 the directory cannot be read.
     """
-    settings = _load(config_file, set_)
+    settings = load_settings(config_file, set_)
     from smartspec.daemon import stored_state
 
     raise typer.Exit(stored_state.run(settings, as_json))
@@ -351,12 +294,14 @@ def worker(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Hugging Face id or local path.")] = None,
     proposer: Annotated[Proposer, typer.Option(help="What guesses tokens.")] = Proposer.lookup,
-    draft_model: Annotated[str | None, typer.Option(help="Of --proposer draft.")] = None,
+    draft_model: Annotated[str | None, typer.Option(help="Of draft and draft-tree.")] = None,
     draft_drop_layers: Annotated[
         str | None,
         typer.Option(metavar="I,J,...", help="Draft with the model itself less these layers."),
     ] = None,
-    max_length: Annotated[int, typer.Option(min=0, max=64, help="Longest speculation.")] = 8,
+    max_length: Annotated[
+        int, typer.Option(min=0, max=64, help="Longest speculation; of trees the most nodes.")
+    ] = 8,
     speculation: Annotated[
         Speculation,
         typer.Option(help="smartspec: steered by the daemon; static or own: always --length."),
@@ -419,22 +364,31 @@ def worker(
         from smartspec.daemon.parent_death import follow_parent
 
         follow_parent(parent)
-    settings = _load(config_file, set_, runtime_dir=runtime_dir, endpoint=endpoint)
-    if proposer is Proposer.draft and not (draft_model or draft_drop_layers):
-        _fail("--proposer draft: give --draft-model or --draft-drop-layers")
+    # With keys it is the address of a daemon elsewhere, which is not ours to listen at.
+    listening = None if keys else endpoint
+    settings = load_settings(config_file, set_, runtime_dir=runtime_dir, endpoint=listening)
+    drafting = proposer in (Proposer.draft, Proposer.draft_tree)
+    if drafting and not (draft_model or draft_drop_layers):
+        fail(f"--proposer {proposer.value}: give --draft-model or --draft-drop-layers")
+    trees = proposer in (Proposer.lookup_tree, Proposer.draft_tree)
+    if trees and speculation is Speculation.smartspec and not fetch_only:
+        fail(
+            f"--proposer {proposer.value}: trees are not steered by the daemon; give "
+            "--speculation static and --length, the nodes of a tree"
+        )
     if speculation is Speculation.static and length > max_length:
-        _fail(f"--length {length}: expected at most --max-length ({max_length})")
+        fail(f"--length {length}: expected at most --max-length ({max_length})")
     try:
         dropped = tuple(int(part) for part in (draft_drop_layers or "").split(",") if part.strip())
     except ValueError:
-        _fail(f"--draft-drop-layers {draft_drop_layers}: expected layer numbers, e.g. 10,13,16")
+        fail(f"--draft-drop-layers {draft_drop_layers}: expected layer numbers, e.g. 10,13,16")
     # OpenMP's threads spin while they wait for each other; where another process wants the core (on
     # a small machine the daemon does), the one waited for gets no turn. 20,000 turns are as fast as
     # the default on an idle machine, and let go before harm is done. Read once, by torch's import.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if http is not None and not fetch_only:
-        served = _optional("smartspec.engine_adapter.reference.http.service", "worker")
-        limits = _optional("smartspec.engine_adapter.reference.http.limits", "worker").Limits(
+        served = optional("smartspec.engine_adapter.reference.http.service", "worker")
+        limits = optional("smartspec.engine_adapter.reference.http.limits", "worker").Limits(
             max_num_waiting=max_num_waiting,
             max_num_connections=max_num_connections,
             max_body_bytes=max_body_bytes,
@@ -451,9 +405,9 @@ def worker(
                 served_model_name=served_model_name,
             )
         except ValueError as error:
-            _fail(error)
+            fail(error)
         raise typer.Exit(status)
-    service = _optional("smartspec.engine_adapter.reference.service", "worker")
+    service = optional("smartspec.engine_adapter.reference.service", "worker")
     raise typer.Exit(
         service.run_worker(
             model=model,
@@ -464,7 +418,7 @@ def worker(
             speculation=speculation.value,
             length=length,
             engine=engine,
-            endpoint=settings.endpoint,
+            endpoint=endpoint or settings.endpoint,
             keys=_engine_keys(keys),
             device=device,
             dtype=dtype,
@@ -479,181 +433,13 @@ def worker(
     )
 
 
-@app.command()
-def simulate(
-    file: Annotated[
-        Path | None, typer.Argument(help="TOML with any of the options below (docs/simulator.md).")
-    ] = None,
-    profile: Annotated[str | None, typer.Option(help="GPU and model, or a file.")] = None,
-    draft: Annotated[str | None, typer.Option(help="68m, 160m, 1b, eagle or lookup.")] = None,
-    policies: Annotated[
-        str | None, typer.Option(help="Comma-separated; ratios are to the first.")
-    ] = None,
-    loads: Annotated[
-        str | None, typer.Option(help="Comma-separated, of what is served without speculation.")
-    ] = None,
-    acceptance: Annotated[float | None, typer.Option(help="Mean over requests, 0 to 1.")] = None,
-    duration_s: Annotated[float | None, typer.Option(help="Seconds of arrivals.")] = None,
-    num_seeds: Annotated[int | None, typer.Option(help="Repetitions.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest length that is drafted.")] = None,
-    max_num_running: Annotated[int | None, typer.Option(help="Batch limit.")] = None,
-    num_workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
-    json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
-) -> None:
-    """Try speculation policies, SmartSpec among them, on a GPU that you need not have."""
-    import msgspec
-
-    experiment = _optional("smartspec.lab.simulation.experiment", "daemon")
-    report = _optional("smartspec.lab.simulation.report", "daemon")
-    given: dict[str, Any] = {
-        "profile": profile,
-        "draft": draft,
-        "policies": policies.split(",") if policies else None,
-        "acceptance": acceptance,
-        "duration_s": duration_s,
-        "num_seeds": num_seeds,
-        "max_length": max_length,
-        "max_num_running": max_num_running,
-    }
-    try:
-        base = experiment.read(file) if file else experiment.Experiment()
-        if loads:
-            given["loads"] = [float(load) for load in loads.split(",")]
-        changed = {name: value for name, value in given.items() if value is not None}
-        merged = {**msgspec.to_builtins(base), **changed}
-        wanted = msgspec.convert(merged, experiment.Experiment)
-        report.show(wanted, num_workers, json)
-    except (ValueError, msgspec.ValidationError) as error:
-        _fail(error)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Directory of the table, plots and summary.")] = Path(
-        "build/demo"
-    ),
-    arms: Annotated[str, typer.Option(help="What to compare, by comma.")] = (
-        "none,static_3,static_5,smartspec"
-    ),
-    seed: Annotated[int, typer.Option(help="Of arrivals and sampling.")] = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A short schedule, to see that it works.")
-    ] = False,
-) -> None:
-    """Play one schedule of requests with and without SmartSpec, and compare."""
-    wanted = [arm.strip() for arm in arms.split(",") if arm.strip()]
-    if not wanted:
-        _fail("--arms: expected at least one")
-    module = _optional("smartspec.lab.demo.run", "demo")
-    raise typer.Exit(module.main(out=out, arms=wanted, seed=seed, quick=quick))
-
-
-@config_app.command("defaults")
-def config_defaults() -> None:
-    """Print a file with every setting, explained, at its default."""
-    typer.echo(config_text.default_toml(), nl=False)
-
-
-@config_app.command("reference")
-def config_reference() -> None:
-    """Print every setting as a table, in Markdown (docs/configuration.md)."""
-    typer.echo(config_text.reference(), nl=False)
-
-
-@config_app.command("check")
-def config_check(config_file: ConfigFile = None, set_: Assignments = None) -> None:
-    """Say whether the settings are good."""
-    _load(config_file, set_)
-    typer.echo(f"{config_file or 'settings'}: good")
-
-
-@config_app.command("show")
-def config_show(config_file: ConfigFile = None, set_: Assignments = None) -> None:
-    """Print the settings in force: file, environment and flags together."""
-    typer.echo(config_text.to_toml(_load(config_file, set_)), nl=False)
-
-
 def _engine_keys(path: Path | None) -> Any:
     from smartspec.engine_adapter.curve import read_keys
 
     try:
         return None if path is None else read_keys(path)
     except ValueError as error:
-        _fail(f"--keys: {error}")
-
-
-KeyDirectory = Annotated[
-    Path, typer.Option("--directory", "-d", help="Of the keys (setting curve.directory).")
-]
-EngineName = Annotated[str, typer.Argument(metavar="NAME", help="Of the engine's keys.")]
-
-
-@contextlib.contextmanager
-def _key_errors() -> Iterator[None]:
-    from smartspec.daemon.curve_keys import KeyFileError
-
-    try:
-        yield
-    except KeyFileError as error:
-        _fail(error)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}")
-
-
-@keys_app.command("make")
-def keys_make(directory: KeyDirectory = DEFAULT_KEYS) -> None:
-    """Make the daemon's keys and an empty list of engines."""
-    from smartspec.daemon import curve_keys
-
-    with _key_errors():
-        curve_keys.make(directory)
-    typer.echo(f"{directory}: made; next: smartspec keys add NAME")
-
-
-@keys_app.command("add")
-def keys_add(name: EngineName, directory: KeyDirectory = DEFAULT_KEYS) -> None:
-    """Let an engine in: its file is to be carried to its host, by a safe way."""
-    from smartspec.daemon import curve_keys
-
-    with _key_errors():
-        path = curve_keys.add(directory, name)
-    typer.echo(f"{path}: carry it to the engine's host; then reload the daemon (SIGHUP)")
-
-
-@keys_app.command("show")
-def keys_show(directory: KeyDirectory = DEFAULT_KEYS) -> None:
-    """List names and public keys; secrets are never shown."""
-    from smartspec.daemon import curve_keys
-
-    with _key_errors():
-        for name, key in curve_keys.public_keys(directory).items():
-            typer.echo(f"{name:24} {key}")
-
-
-@keys_app.command("rotate")
-def keys_rotate(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Of an engine; without: the daemon's.")
-    ] = None,
-    directory: KeyDirectory = DEFAULT_KEYS,
-) -> None:
-    """Make new keys. An engine's old one opens until `keys drop NAME~`; the daemon's does not."""
-    from smartspec.daemon import curve_keys
-
-    with _key_errors():
-        for path in curve_keys.rotate(directory, name):
-            typer.echo(f"{path}: carry it to the engine's host")
-    typer.echo("then reload the daemon (SIGHUP)" if name else "then restart the daemon")
-
-
-@keys_app.command("drop")
-def keys_drop(name: EngineName, directory: KeyDirectory = DEFAULT_KEYS) -> None:
-    """Let an engine in no more. A connection that is open stays so until it ends."""
-    from smartspec.daemon import curve_keys
-
-    with _key_errors():
-        curve_keys.drop(directory, name)
-    typer.echo(f"{name}: dropped; reload the daemon (SIGHUP), restart it to end open connections")
+        fail(f"--keys: {error}")
 
 
 #: Options of `worker` that are for the process that serves HTTP, not for its decode process.
@@ -685,14 +471,9 @@ def _repeated(context: typer.Context) -> list[str]:
     return words
 
 
-def _optional(module: str, extra: str) -> Any:
-    """Import a part whose packages the daemon does without."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("smartspec"):
-            raise
-        _fail(f"the package {error.name} is not installed: pip install 'smartspec[{extra}]'")
+app.add_typer(cli_lab.app)
+app.add_typer(cli_keys.config_app, name="config")
+app.add_typer(cli_keys.keys_app, name="keys")
 
 
 def main() -> None:

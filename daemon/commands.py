@@ -105,6 +105,14 @@ def send(address: str, command: Command, timeout_s: float = TIMEOUT_S) -> Answer
 
 def run(settings: Settings, command: Command, timeout_s: float = TIMEOUT_S) -> int:
     """Give a command and print what came of it; returns the exit code."""
+    path = endpoint(settings).removeprefix("ipc://")
+    if os.access(path, os.F_OK) and not os.access(path, os.W_OK):
+        print(
+            f"smartspec {command.action}: {path} may not be opened by this user: only the daemon's "
+            "user and root may say what is steered",
+            file=sys.stderr,
+        )
+        return EXIT_NO_DAEMON
     answer = send(endpoint(settings), command, timeout_s)
     if answer is None:
         print(

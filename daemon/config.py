@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from smartspec.daemon.endpoints import MAX_SOCKET_PATH, check_endpoint
+from smartspec.daemon.endpoints import MAX_SOCKET_PATH, check_address, check_endpoint
 from smartspec.daemon.endpoints import ConfigError as ConfigError
 
 ENV_PREFIX = "SMARTSPEC_"
@@ -239,8 +239,16 @@ class TelemetrySettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only
         True
     )
     prometheus_port: Annotated[
-        Port, _doc("TCP port on 127.0.0.1 for Prometheus to scrape. 0: no exporter.", "telemetry")
+        Port, _doc("TCP port for Prometheus to scrape. 0: no exporter.", "telemetry")
     ] = 9469
+    prometheus_address: Annotated[
+        str,
+        _doc(
+            "IP address that the port is on. Whoever reaches it may read names of engines and "
+            "all metrics, and nothing else.",
+            "telemetry",
+        ),
+    ] = "127.0.0.1"
 
 
 class LogSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -250,7 +258,14 @@ class LogSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         Literal["debug", "info", "warning", "error"],
         _doc("Least severe level that is logged.", "now"),
     ] = "info"
-    json: Annotated[bool, _doc("One JSON object per line instead of text.", "now")] = False
+    format: Annotated[
+        Literal["auto", "text", "json"],
+        _doc(
+            "json: one object per line. auto: fields for systemd's journal where standard error "
+            "goes there, else text.",
+            "now",
+        ),
+    ] = "auto"
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -565,6 +580,7 @@ def _check_together(settings: Settings) -> None:
             f"runtime_dir: got {settings.runtime_dir!r}, too long for the Unix socket of the "
             f"embedded Valkey ({MAX_SOCKET_PATH} bytes): choose a shorter one, or set redis.url"
         )
+    check_address("telemetry.prometheus_address", settings.telemetry.prometheus_address)
     if settings.endpoint == settings.bus_endpoint:
         raise ConfigError(
             f"bus_endpoint: got {settings.bus_endpoint!r}, expected another address than endpoint"

@@ -19,7 +19,7 @@ from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
 from smartspec.daemon.curve_keys import KeyFileError
 from smartspec.daemon.engines import Observation, OutOfOrder, RosterGap
-from smartspec.daemon.event_bus import Bus, CheckpointEvent, LinkCounts, LoopEvent, NoteEvent
+from smartspec.daemon.event_bus import Bus, CheckpointEvent, LinkCounts, LoopEvent, NullBus
 from smartspec.daemon.keeper import Keeper
 from smartspec.daemon.library import Library
 from smartspec.daemon.pauses import Pauses
@@ -80,6 +80,7 @@ class ControlLoop:
         self._settings = settings
         self._transport = transport
         self._bus = bus
+        self._is_heard = not isinstance(bus, NullBus)  # events of steps are not made for nobody
         self._clock = clock
         self._wall = wall
         self.epoch = secrets.randbits(48)
@@ -221,10 +222,11 @@ class ControlLoop:
                 self.counters.failed("learning", session.engine.name)
             predicted.append(seconds)
         session.learn_s = (self._clock() - began) / max(1, len(predicted))
-        for observation, seconds in zip(observations, predicted, strict=True):
-            self._bus.publish(
-                narration.step_event(session.engine, observation, seconds, self._wall())
-            )
+        if self._is_heard:
+            for observation, seconds in zip(observations, predicted, strict=True):
+                self._bus.publish(
+                    narration.step_event(session.engine, observation, seconds, self._wall())
+                )
         if costs.num_changes > num_cost_changes:
             last = observations[-1].report
             times = last.step_s / (predicted[-1] or last.step_s)
@@ -235,16 +237,17 @@ class ControlLoop:
             )
         if decision is not None:
             static = decision.goodput_static()
-            self._bus.publish(
-                narration.decision_event(
-                    session.engine,
-                    decision,
-                    static,
-                    session.decide_s,
-                    session.learn_s,
-                    self._wall(),
+            if self._is_heard:
+                self._bus.publish(
+                    narration.decision_event(
+                        session.engine,
+                        decision,
+                        static,
+                        session.decide_s,
+                        session.learn_s,
+                        self._wall(),
+                    )
                 )
-            )
             try:
                 self._compare(session, observations, decision, static)
             except Exception:
@@ -279,24 +282,13 @@ class ControlLoop:
             retreat = session.trial.note(step, now)
             if retreat is not None:
                 self.counters["retreats"] += 1
-                log.warning("engine %s: %s", session.engine.name, retreat)
-                self._bus.publish(
-                    NoteEvent(
-                        engine=session.engine.name, level="error", kind="retreat", text=retreat
-                    )
-                )
+                narration.tell(self._bus, "retreat", retreat, session.engine.name, "error")
         session.has_gain_news = True
 
     def _note_drift(self, session: Session, of: str, text: str) -> None:
         self.counters[f"{of}_changes"] += 1
-        self._bus.publish(
-            NoteEvent(
-                engine=session.engine.name,
-                level="warning",
-                kind="drift",
-                text=f"{text}: older ones now count less",
-            )
-        )
+        text = f"{text}: older ones now count less"
+        narration.tell(self._bus, "drift", text, session.engine.name, "warning")
 
     # -- what an operator says ------------------------------------------------------------------
 
@@ -329,8 +321,7 @@ class ControlLoop:
         who = f"engine {name}" if name else "all engines"
         done = "paused: the engine's own setting" if is_pause else "released"
         text = f"{who} {done}{kept}"
-        log.warning("%s", text)
-        self._bus.publish(NoteEvent(engine=name, kind=command.action, level="warning", text=text))
+        narration.tell(self._bus, command.action, text, name, "warning")
         return Answer(text=text)
 
     # -- what was learned ---------------------------------------------------------------------

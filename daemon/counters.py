@@ -19,4 +19,9 @@ class Counters(Counter[str]):
         name = f"failures_{doing}"
         self[name] += 1
         if self[name] == 1:
-            log.exception("error while %s for engine %s", doing, engine or "of an unknown peer")
+            log.exception(
+                "error while %s for engine %s",
+                doing,
+                engine or "of an unknown peer",
+                extra={"event": "failure", "engine": engine},
+            )

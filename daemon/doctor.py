@@ -294,7 +294,9 @@ def check_prometheus(settings: Settings) -> Iterator[Finding]:
     port = settings.telemetry.prometheus_port
     if not port or not settings.telemetry.enabled:
         return
-    url = f"http://127.0.0.1:{port}/metrics"
+    address = settings.telemetry.prometheus_address
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
     try:
         with urllib.request.urlopen(url, timeout=2.0) as answer:
             ours = b"smartspec_engines" in answer.read()

@@ -44,6 +44,16 @@ def check_endpoint(name: str, given: str, insecure: bool, encrypted: bool = Fals
         )
 
 
+def check_address(name: str, given: str) -> None:
+    """Raise `ConfigError` unless ``given`` is an IP address."""
+    try:
+        ipaddress.ip_address(given)
+    except ValueError:
+        raise ConfigError(
+            f"{name}: got {given!r}, expected an IP address, such as 127.0.0.1 or 0.0.0.0"
+        ) from None
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback

@@ -45,7 +45,6 @@ MOST = {
 }
 POLICIES_KEPT = 64  #: to tell how late a report's policy was
 STEERED = ("policy", "probe")  #: sources of lengths that were ours
-SMOOTHING = 0.1  #: of load between reports
 
 
 class RosterGap(MessageError):
@@ -145,7 +144,6 @@ class Engine:
         self._rows: Rows = np.zeros(0, np.intp)
         self.last: Observation | None = None
         self.last_bucket: I64 = np.zeros(0, np.int64)  #: [B], of the newest drafts there were
-        self.prefill_tokens = 0.0  #: smoothed, per step
         self.most_prefill_tokens = 0  #: in one step, so far
         # An engine that was lost and returns in the same epoch goes on counting, and it still
         # holds policies of ours: a number that began anew would be stale to it.
@@ -230,9 +228,9 @@ class Engine:
             self.last_bucket = np.where(observation.num_available > 0, fresh, self.last_bucket)
         else:
             self.last_bucket = fresh
-        prefill = observation.report.num_prefill_tokens
-        self.prefill_tokens += SMOOTHING * (prefill - self.prefill_tokens)
-        self.most_prefill_tokens = max(self.most_prefill_tokens, prefill)
+        self.most_prefill_tokens = max(
+            self.most_prefill_tokens, observation.report.num_prefill_tokens
+        )
         self.last = observation
 
     def rows(self, batch: Batch) -> Rows:

@@ -25,6 +25,9 @@ from msgspec import Struct, field
 SEND_HIGH_WATER = 4000  #: events queued per reader before it misses some
 
 
+Level = Literal["debug", "info", "warning", "error"]
+
+
 class Event(Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True):
     """``t_s``: when, in seconds since the Unix epoch (for people; intervals are in the fields)."""
 
@@ -122,7 +125,7 @@ class NoteEvent(Event, frozen=True, kw_only=True, gc=False, tag="note"):
     kind: str  #: a short name, one of few
     text: str
     engine: str = ""  #: empty: not about one engine
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Level = "info"
 
 
 class LinkCounts(Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):

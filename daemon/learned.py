@@ -44,8 +44,9 @@ MAX_BYTES = 1 << 20  #: of a checkpoint
 MAX_GRAPH_SIZES = 1024
 WARM_STEPS = 100  #: steps steered after which an engine is not swept any more
 #: Where a step's cost may bend. On a CPU one token (matrix times vector) is far cheaper than two;
-#: a GPU's roofline shows in the hundreds.
-COST_KNOTS = (2, 16, 32, 64, 256)
+#: a GPU's roofline shows in the hundreds. Beyond, drafts come on top of a pass that prompts have
+#: filled (budgets of 512 to 2048 tokens are usual), and what they cost there is learned apart.
+COST_KNOTS = (2, 16, 32, 64, 256, 512, 1024, 2048)
 RELEASE = version("smartspec")
 
 
@@ -281,6 +282,25 @@ def restore(checkpoint: Checkpoint) -> Learned:
         raise
     except Exception as error:  # whatever a stranger's values lead to
         raise RefusedState(f"not learned state: {error}") from error
+
+
+def merge(one: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """What two daemons learned of one kind of engine: of each thing by who has more evidence of it.
+
+    Neither need know whether it started from the other: what both know is not counted twice.
+    Raises `RefusedState`.
+    """
+    if one.key != other.key:
+        raise RefusedState(f"of other limits: {one.key.differences(other.key)}")
+    more, less = sorted((one, other), key=lambda c: c.num_steps, reverse=True)
+    learned, lesser = restore(more), restore(less)
+    try:
+        learned.acceptance.merge(lesser.acceptance)
+        learned.step_cost.merge(lesser.step_cost)
+    except (ValueError, np.linalg.LinAlgError) as error:
+        raise RefusedState(f"cannot be merged: {error}") from error
+    learned.num_steered = max(more.num_steered, less.num_steered)
+    return learned.checkpoint(more.engine, max(more.saved_s, less.saved_s))
 
 
 def check(checkpoint: Checkpoint) -> None:

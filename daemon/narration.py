@@ -1,28 +1,50 @@
-"""What the loop did, as events for the bus. Pure: from its state to what is published."""
+"""What the loop did, as events for the bus and lines of the log."""
 
 from __future__ import annotations
 
+import logging
+
 from smartspec.daemon.engines import Engine, Observation
 from smartspec.daemon.event_bus import (
+    Bus,
     DecisionEvent,
     EngineEvent,
     GainEvent,
+    Level,
     LinkCounts,
+    NoteEvent,
     StepEvent,
 )
 from smartspec.daemon.policy import Arm, Decision
 from smartspec.daemon.trial import Trial
 from smartspec.engine_adapter import messages
 
+log = logging.getLogger("smartspec.daemon")
 
-def engine_event(engine: Engine, state: str) -> EngineEvent:
-    """An engine has connected, left, or been lost."""
-    return EngineEvent(
-        engine=engine.name,
-        epoch=engine.hello.epoch,
-        state=state,
-        fingerprint=messages.to_plain(engine.hello.fingerprint),
-        limits=messages.to_plain(engine.hello.limits),
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  #: of notes, in logging
+
+
+def tell(bus: Bus, kind: str, text: str, engine: str = "", level: Level = "info") -> None:
+    """A note on the bus, and a line in the log."""
+    bus.publish(NoteEvent(engine=engine, level=level, kind=kind, text=text))
+    about = f"engine {engine}: " if engine else ""
+    what = f"{kind.replace('_', ' ')}: {text}"
+    log.log(LEVELS[level], "%s%s", about, what, extra={"event": kind, "engine": engine})
+
+
+def tell_of(bus: Bus, engine: Engine, state: str) -> None:
+    """An engine has connected, left, or been lost: on the bus, and in the log."""
+    hello = engine.hello
+    extra = {"event": state, "engine": engine.name}
+    log.info("engine %s: %s (epoch %d)", engine.name, state, hello.epoch, extra=extra)
+    bus.publish(
+        EngineEvent(
+            engine=engine.name,
+            epoch=hello.epoch,
+            state=state,
+            fingerprint=messages.to_plain(hello.fingerprint),
+            limits=messages.to_plain(hello.limits),
+        )
     )
 
 

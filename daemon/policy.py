@@ -150,12 +150,13 @@ class Planner:
         shape = StepShape(
             batch=len(batch.ids),
             verify_tokens=len(batch.ids),
-            prefill_tokens=round(engine.prefill_tokens),
+            prefill_tokens=observation.report.num_prefill_tokens,
             context_tokens=observation.report.context_tokens,
         )
         curves = self._curves(shape)
         draft = DraftCost(*engine.step_cost.draft_cost())
-        other = round(shape.prefill_tokens)
+        # Prompts come in rows: what the last step carried is the best guess for the next.
+        other = observation.report.num_prefill_tokens
         beside_s = engine.step_cost.prefill_cost() * other
         optimum = goodput.solve(ladder, curves, draft)
         if other:

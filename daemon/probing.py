@@ -23,7 +23,9 @@ SPACING = 8  #: decisions between two probes, or two looks at what one would cos
 TURNS, TURNS_WHEN_OFF = (2, 0, 1), (1, 1, 2, 1, 1, 0)
 SHARE_WHILE_DRAFTING = 0.2  #: of the budget, once settled: much is then learned without probes
 SETTLING_STEPS = 1000  #: of a first start, whose sweep saw each size of pass only now and then
-SAVINGS_S = 60.0  #: what was earned in more than this time is not saved up
+#: What was earned in more than this time, or in these steps where they are long, is not saved up:
+#: else what was saved while nothing was drafted is spent in a burst once something is.
+SAVINGS_S, SAVINGS_STEPS = 60.0, 1000
 
 
 class Prober:
@@ -59,8 +61,9 @@ class Prober:
         self._settling = max(0, self._settling - 1)
         reduced = settled and observation.num_drafted.any()
         share = self.share * (SHARE_WHILE_DRAFTING if reduced else 1.0)
-        earned_s = self._purse_s + share * observation.report.step_s
-        self._purse_s = min(earned_s, self.share * SAVINGS_S)
+        step_s = observation.report.step_s
+        most_s = share * max(SAVINGS_S, SAVINGS_STEPS * step_s)
+        self._purse_s = min(self._purse_s + share * step_s, most_s)
         if not self._sweep or observation.report.num_waiting or not len(observation.batch.ids):
             return
         tried = int(observation.num_drafted.max(initial=0))

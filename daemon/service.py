@@ -159,7 +159,7 @@ class TelemetryChild:
         self._num_failures += 1
         self._restart_at = now + delay_s
         text = f"{what}; it is started again in {delay_s:g} s, steering goes on"
-        log.warning("%s", text)
+        log.warning("%s", text, extra={"event": "telemetry_down"})
         self._bus.publish(NoteEvent(kind="telemetry_down", level="warning", text=text))
 
     def restart(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:

@@ -7,7 +7,6 @@ counted, told once in a while, and dropped whole.
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Callable
 from typing import Protocol
@@ -16,7 +15,7 @@ from smartspec.daemon import narration
 from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.event_bus import Bus, NoteEvent
+from smartspec.daemon.event_bus import Bus
 from smartspec.daemon.keeper import Keeper
 from smartspec.daemon.learned import Learned, ModelKey
 from smartspec.daemon.pauses import Pauses
@@ -34,12 +33,10 @@ from smartspec.engine_adapter.messages import (
     Resync,
 )
 
-log = logging.getLogger("smartspec.daemon")
-
 HELLOS_PER_S = 2.0  #: of one connection; each may mean an engine to set up
 HELLO_BURST = 16.0
 NOTE_EVERY_S = 1.0  #: at most one note per engine and second; all are counted
-RETIRED_KEPT = 64
+RETIRED_KEPT = 64  #: engines that left: a bound on memory. Others start from what their kind knows
 ANSWER_EVERY_S = 0.1  #: to a peer in trouble
 MAX_TEXT = 256  #: characters of a reason that the wire takes
 
@@ -211,12 +208,10 @@ class Sessions:
         self.by_name[engine.name] = session
         self._transport.send(peer, self.heartbeat)
         self._counters["engines_connected"] += 1
-        log.info("engine %s connected (epoch %d)", engine.name, hello.epoch)
-        self._bus.publish(narration.engine_event(session.engine, "connected"))
+        narration.tell_of(self._bus, engine, "connected")
         for text in filter(None, origin):
-            log.info("engine %s %s", engine.name, text)
             kind = "warm_start" if engine.learned.num_steps else "cold_start"
-            self._bus.publish(NoteEvent(engine=engine.name, kind=kind, text=text))
+            narration.tell(self._bus, kind, text, engine.name)
 
     def _planning(self) -> PlannerSettings:
         control = self._settings.control
@@ -274,8 +269,7 @@ class Sessions:
                 del self.retired[oldest]
                 if oldest not in self.by_name:
                     self.trials.pop(oldest, None)
-        log.info("engine %s %s", session.engine.name, state)
-        self._bus.publish(narration.engine_event(session.engine, state))
+        narration.tell_of(self._bus, session.engine, state)
 
     # -- they make trouble ----------------------------------------------------------------------
 
@@ -283,9 +277,8 @@ class Sessions:
         self._counters["engines_refused"] += 1
         if not self._may_answer(peer):
             return
-        log.warning("engine %s refused: %s", hello.engine, why)
         self._send_refusal(peer, why)
-        self._bus.publish(NoteEvent(engine=hello.engine, level="warning", kind="refused", text=why))
+        narration.tell(self._bus, "refused", why, hello.engine, "warning")
 
     def drop(self, session: Session | None) -> None:
         """Count a report that was one too many; it is not even read."""
@@ -297,29 +290,23 @@ class Sessions:
             session.noted_at = self._clock()
             most = self._settings.limits.max_reports_per_s
             text = f"more than {most} reports a second: some are dropped unread"
-            name = session.engine.name
-            self._bus.publish(NoteEvent(engine=name, level="warning", kind="throttled", text=text))
+            narration.tell(self._bus, "throttled", text, session.engine.name, "warning")
 
     def refuse_frame(self, peer: bytes, session: Session | None, error: MessageError) -> None:
         """Count a frame that cannot be believed, and say so once in a while."""
         self._counters["frames_refused"] += 1
-        name = session.engine.name if session else ""
         if session is not None:
             session.engine.num_refused += 1
             if self._clock() - session.noted_at < NOTE_EVERY_S:
                 return
             session.noted_at = self._clock()
-            self._bus.publish(
-                NoteEvent(engine=name, level="warning", kind="bad_frame", text=str(error))
-            )
+            narration.tell(self._bus, "bad_frame", str(error), session.engine.name, "warning")
             return
         # Most likely an engine of another version, or one that misdescribes itself: it should know.
         if self._may_answer(peer):
             self._send_refusal(peer, str(error))
-            log.warning("frame from an unknown peer refused: %s", error)
-            self._bus.publish(
-                NoteEvent(engine="", level="warning", kind="bad_frame", text=str(error))
-            )
+            text = f"of an unknown peer: {error}"
+            narration.tell(self._bus, "bad_frame", text, level="warning")
 
     def blame(self, peer: bytes, session: Session, error: MessageError) -> None:
         """Count a lie; an engine that told too many loses its seat, and what it taught lately."""
@@ -329,8 +316,7 @@ class Sessions:
             return
         self._counters["quarantines"] += 1
         why = f"in quarantine for {lasts_s:.0f} s: it tells what cannot be true ({error})"
-        log.warning("engine %s %s", name, why)
-        self._bus.publish(NoteEvent(engine=name, level="error", kind="quarantined", text=why))
+        narration.tell(self._bus, "quarantined", why, name, "error")
         self._send_refusal(peer, why)
         self.forget(session, "quarantined")
         self.retired.pop(name, None)

@@ -27,7 +27,10 @@ F32 = npt.NDArray[np.float32]
 #: of the acceptance table from those that it has found to be of use (estimators/features.py).
 FEATURE_LAST_SHARE = "last_accepted_share"  #: accepted / drafted when last drafted for; -1 if never
 FEATURE_MATCH_LENGTH = "match_length"  #: tokens matched by prompt lookup; 0 without a match
-#: share of drafts accepted that came after the token that the request now ends with, 0 to 1
+#: how far the earlier occurrences of a lookup's match agree on what comes next, 0 to 1
+FEATURE_MATCH_AGREEMENT = "match_agreement"
+#: share of drafts accepted that came after the token that the request now ends with, 0 to 1; where
+#: the draft is known beforehand, joined with the share of such drafts
 FEATURE_TOKEN_ACCEPTANCE = "token_acceptance"
 #: probability that the drafter gives its first draft, 0 to 1, where that is run before lengths are
 #: chosen; -1 for a request where it was not

@@ -49,11 +49,46 @@ class TokenAcceptance:
             self._make_room(int(ids.max()) + 1)
         counts = self._counts[ids]
         accepted, reached = counts[:, 0], counts[:, 1]
-        pooled = self._all[0] / self._all[1]
-        rate: F32 = ((accepted + STRENGTH * pooled) / (reached + STRENGTH)).astype(np.float32)
+        rate: F32 = ((accepted + STRENGTH * self.pooled) / (reached + STRENGTH)).astype(np.float32)
         return rate
+
+    @property
+    def pooled(self) -> float:
+        """P(a draft is accepted), over all tokens."""
+        return float(self._all[0] / self._all[1])
 
     def _make_room(self, size: int) -> None:
         if size > len(self._counts):
             more = np.zeros((max(size, 2 * len(self._counts)) - len(self._counts), 2))
             self._counts = np.concatenate((self._counts, more))
+
+
+class CopyAcceptance:
+    """Rates by the token before a draft and by the draft itself, where that is known beforehand.
+
+    The two are joined as if independent given the outcome (naive Bayes): with l the logit of a
+    rate, ``l = l(before) + l(drafted) - l(all)``.
+
+    >>> rates = CopyAcceptance()
+    >>> rates.learn([1, 1, 2], [5, 5, 6], [True, True, False])
+    >>> [round(rate, 2) for rate in rates.rates([1, 1], [5, 6]).tolist()]
+    [0.91, 0.64]
+    """
+
+    def __init__(self) -> None:
+        self._before = TokenAcceptance()
+        self._drafted = TokenAcceptance()
+
+    def learn(self, before: npt.ArrayLike, drafted: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
+        """Take in drafts that were reached: the token before each, the draft, what became of it."""
+        self._before.learn(before, accepted)
+        self._drafted.learn(drafted, accepted)
+
+    def rates(self, before: npt.ArrayLike, drafted: npt.ArrayLike) -> F32:
+        """P(the draft is accepted | the token before it, the draft), [B] in (0, 1)."""
+        first, second = self._before.rates(before), self._drafted.rates(drafted)
+        pooled = self._before.pooled
+        odds = first * second / pooled
+        against = (1.0 - first) * (1.0 - second) / (1.0 - pooled)
+        rate: F32 = (odds / (odds + against)).astype(np.float32)
+        return rate

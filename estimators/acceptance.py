@@ -52,7 +52,14 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.estimators.base import F64, State, non_negative, pack, unpack
+from smartspec.estimators.base import (
+    F64,
+    State,
+    non_negative,
+    pack,
+    shares_of_rivals,
+    unpack,
+)
 from smartspec.estimators.drift import CumulativeSum
 from smartspec.estimators.request_rows import RequestRows, Rows
 
@@ -67,10 +74,18 @@ CORRECTION_RANGE = (0.05, 20.0)
 CHANGE_THRESHOLD = 12.0  #: deviations in sum: four surprises in a row of MAX_SURPRISE
 MAX_SURPRISE = 4.0  #: deviations that one step may count for
 SMALL_CHANGE = 0.1  #: of a hazard: the window follows such changes by itself
+MERGE_SWEEPS = 8  #: of Newton's method over all axes
 KEPT_AFTER_CHANGE = 4.0  #: observations that the counts of a depth are worth after a change
 
 # Columns of a request's counts: rejections and exposures, long and short memory; matches and tries.
 _EVENTS, _RECENT_EVENTS, _EXPOSURE, _RECENT_EXPOSURE, _HITS, _TRIES = range(6)
+
+
+def _joined(mine: F64, other: F64, of: int) -> F64:
+    """Two tables' counts, of which row ``of`` counts tries, cell by cell."""
+    shares = shares_of_rivals(mine[of], other[of])
+    joined: F64 = mine * shares[0] + other * shares[1]
+    return joined
 
 
 def _whole(name: str, value: Any) -> int:
@@ -496,6 +511,20 @@ class AcceptanceEstimator:
             "changes": self._changes.state(),
             "requests": self._requests.state() if requests else None,
         }
+
+    def merge(self, other: Self) -> None:
+        """Take in what another estimator of equal arguments knows of the same kind of engine.
+
+        Cell by cell, as `shares_of_rivals` says: adds no evidence, since either may have started
+        from the other. A copy of oneself changes nothing. Requests stay one's own.
+        """
+        if self.state(requests=False)["params"] != other.state(requests=False)["params"]:
+            raise ValueError("estimators of different arguments cannot be merged")
+        self._counts = _joined(self._counts, other._counts, of=0)
+        self._presence = _joined(self._presence, other._presence, of=1)
+        for _ in range(MERGE_SWEEPS * len(self._sizes)):  # the effects are a function of the counts
+            self._fit_effects()
+        self._log_survival = None
 
     def forget_requests(self) -> None:
         """Drop all requests, as when an engine starts anew and numbers them from the beginning."""

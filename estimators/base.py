@@ -51,6 +51,26 @@ class OnlineEstimator(Protocol):
 LARGEST = 1e12
 
 
+RIVALS = 4.0  #: times the evidence, up to which two views of one thing are both heard
+
+
+def shares_of_rivals(mine: F64, other: F64) -> tuple[F64, F64]:
+    """What two views of the same things count in one, by their evidence; none is added.
+
+    The two may stand on the same observations. Where one has over `RIVALS` times the evidence it
+    counts alone: a weak view that is heard again and again would in the end outweigh a strong one
+    that is not. Else both count, and together have the evidence of the greater.
+
+    >>> mine, other = shares_of_rivals(np.array([8.0, 8.0, 0.0]), np.array([8.0, 1.0, 0.0]))
+    >>> mine.tolist(), other.tolist()
+    ([0.5, 1.0, 1.0], [0.5, 0.0, 0.0])
+    """
+    most, least = np.maximum(mine, other), np.minimum(mine, other)
+    both = np.divide(most, mine + other, out=np.zeros_like(most), where=most > 0.0)
+    rivals = (most > 0.0) & (RIVALS * least >= most)
+    return np.where(rivals, both, mine >= other), np.where(rivals, both, other > mine)
+
+
 def predict_interval(
     estimator: OnlineEstimator, x: dict[Any, Any], num_std: float = 1.645
 ) -> tuple[float, float]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 BUCKET_EDGES: dict[str, tuple[float, ...]] = {
     # tokens that prompt lookup matched
     "match_length": (3.0, 4.0, 5.0, 6.0, 8.0),
+    # how far earlier occurrences of the match agree on what comes next
+    "match_agreement": (0.3, 0.45, 0.55, 0.65, 0.75, 0.85),
     # share of drafts accepted after the token that the request ends with
-    "token_acceptance": (0.15, 0.25, 0.35, 0.45, 0.55, 0.7),
+    "token_acceptance": (0.15, 0.3, 0.45, 0.6, 0.8),
     # probability that the draft model gives its first draft; below 0 where it is not known then
     "draft_confidence": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7),
 }

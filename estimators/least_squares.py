@@ -24,7 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smartspec.estimators.base import F64, State, non_negative, pack, unpack
+from smartspec.estimators.base import (
+    F64,
+    State,
+    non_negative,
+    pack,
+    shares_of_rivals,
+    unpack,
+)
 from smartspec.estimators.drift import CumulativeSum
 
 LARGEST_PRECISION = 1e60  #: far above any, and its square still a number
@@ -85,6 +92,31 @@ class RecursiveLeastSquares:
         change_t = change.T * (-forgotten, weight)
         self.precision += change_t @ change
         self.moment += change_t @ (float(row @ self.moment), y)
+
+    def join(self, other: RecursiveLeastSquares) -> None:
+        """Take in what another filter with the same prior knows; adds no evidence.
+
+        What the two know may be one and the same, where a sum would count it twice. So in the
+        directions v_i in which neither's knowledge depends on that of another direction,
+
+            A = sum_i v_i v_i',   B = sum_i d_i v_i v_i'    (A, B > 0, prior included),
+
+        evidence 1 and d_i are joined as `shares_of_rivals` says. A copy of itself changes nothing.
+        Raises numpy's LinAlgError where numbers do not allow it.
+        """
+        prior = self.prior_weight * self._prior
+        prior_moment = self.prior_weight * self._prior_moment
+        root = np.linalg.cholesky(self.precision + prior)
+        half = np.linalg.solve(root, other.precision + prior)
+        evidence, rotation = np.linalg.eigh(np.linalg.solve(root, half.T))
+        evidence = np.maximum(evidence, 0.0)
+        basis = root @ rotation
+        mine, others = shares_of_rivals(np.ones_like(evidence), evidence)
+        moments = np.column_stack((self.moment + prior_moment, other.moment + prior_moment))
+        along = np.linalg.solve(basis, moments)
+        self.precision = (basis * (mine + others * evidence)) @ basis.T - prior
+        self.moment = basis @ (mine * along[:, 0] + others * along[:, 1]) - prior_moment
+        self.solve()
 
     def solve(self) -> None:
         """Bring ``covariance`` and ``coef`` up to date with what was added."""

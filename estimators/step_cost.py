@@ -429,6 +429,18 @@ class StepCost(Regressor):
 
     # -- state ------------------------------------------------------------------------------
 
+    def merge(self, other: Self) -> None:
+        """Take in what another model of equal arguments knows of the same kind of engine.
+
+        By evidence, and adding none: see `RecursiveLeastSquares.join`. How noisy the machine is,
+        and what has surprised it, stays as this model knows it. A copy of oneself changes nothing.
+        """
+        if self.state()["params"] != other.state()["params"]:
+            raise ValueError("models of different arguments cannot be merged")
+        self._solver.join(other._solver)
+        self._counts = np.maximum(self._counts, other._counts)
+        self._num_observed = max(self._num_observed, other._num_observed)
+
     def state(self) -> State:
         """All that was learned and all arguments, as plain values."""
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from transformers import (
 
 from smartspec.engine_adapter.base import DecodeBatch, StepFacts
 from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
 from smartspec.engine_adapter.reference.events import Finished
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
@@ -120,13 +121,61 @@ class RandomProposer:
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         sizes = [int(self._rng.integers(0, n + 1)) for n in lengths]
-        return Proposal([self._rng.integers(0, self._vocabulary, n).tolist() for n in sizes])
+        drawn = [self._rng.integers(0, self._vocabulary, n).tolist() for n in sizes]
+        return Proposal([DraftTree.chain(tokens) for tokens in drawn])
 
-    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         pass
 
     def forget(self, sequence: Sequence) -> None:
         pass
+
+
+class RandomTrees(RandomProposer):
+    """Trees of any shape and size, chains among them, with the right path somewhere in many.
+
+    Parameters
+    ----------
+    expected : the answers, by prompt
+    """
+
+    name = "random_trees"
+
+    def __init__(
+        self, max_length: int, seed: int, expected: Mapping[tuple[int, ...], tuple[int, ...]]
+    ) -> None:
+        super().__init__(max_length, seed)
+        self._expected = expected
+        self.num_scattered = 0  #: accepted paths that were not the first nodes of their tree
+
+    def available(self, sequences: list[Sequence]) -> Availability:
+        offer = super().available(sequences)
+        return offer._replace(ceiling=np.full(len(sequences), self.max_length, np.uint8))
+
+    def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
+        pairs = zip(sequences, lengths.tolist(), strict=True)
+        return Proposal([self._tree(sequence, size) for sequence, size in pairs])
+
+    def _tree(self, sequence: Sequence, size: int) -> DraftTree:
+        rest = self._expected[tuple(sequence.request.prompt)][sequence.num_output :]
+        spread = self._rng.choice([0.0, 0.3, 1.0])  # of the parents; 0: a chain
+        tree, depths = DraftTree([], []), {ROOT: 0}
+        right = ROOT  # the last node of the right path
+        for node in range(size):
+            parent = node - 1
+            if self._rng.random() < spread:
+                parent = int(self._rng.integers(ROOT, node))
+                parent = right if self._rng.random() < 0.5 else parent
+            depth = depths[node] = depths[parent] + 1
+            token = int(self._rng.integers(self._vocabulary))
+            if parent == right and depth <= len(rest) and self._rng.random() < 0.6:
+                token, right = rest[depth - 1], node
+            tree.tokens.append(token)
+            tree.parents.append(parent)
+        return tree
+
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
+        self.num_scattered += sum(path != list(range(len(path))) for path in paths)
 
 
 def answers(

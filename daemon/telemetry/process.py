@@ -28,7 +28,7 @@ from smartspec.daemon.stopping import Stop
 from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineTracker
-from smartspec.daemon.telemetry.prometheus import ADDRESS, PrometheusExporter
+from smartspec.daemon.telemetry.prometheus import PrometheusExporter
 from smartspec.daemon.telemetry.redis_store import RedisStore, connect_as
 from smartspec.daemon.warm_start import state_directory
 
@@ -144,17 +144,17 @@ def _nothing() -> None:
 
 
 def _exporter(settings: Settings) -> PrometheusExporter | None:
-    port = settings.telemetry.prometheus_port
+    port, address = settings.telemetry.prometheus_port, settings.telemetry.prometheus_address
     if port == 0:
         return None
     exporter = PrometheusExporter()
     try:
-        exporter.serve(port)
+        exporter.serve(port, address)
     except OSError as error:
         log.error(
             "telemetry.prometheus_port: cannot listen on %s:%d (%s): nothing can be scraped; "
             "choose another port, or 0 for no exporter",
-            ADDRESS,
+            address,
             port,
             error.strerror,
         )

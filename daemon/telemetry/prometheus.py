@@ -1,7 +1,13 @@
-"""Prometheus exporter: events in, metrics of metric_ids.py out, on the loopback only."""
+"""Prometheus exporter: events in, metrics of metric_ids.py out.
+
+Beside the metrics there is ``/health``, for probes: 200 while the daemon's loop is heard, else 503.
+"""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import (
@@ -28,7 +34,7 @@ from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.engine_state import EngineState
 from smartspec.daemon.telemetry.redis_store import RedisStore
 
-ADDRESS = "127.0.0.1"
+HEALTHY_S = 10.0  #: since the loop, which speaks once a second, was heard
 _KINDS = {"counter": Counter, "gauge": Gauge}
 
 
@@ -46,6 +52,7 @@ class PrometheusExporter:
         self._last: dict[tuple[ids.Metric, tuple[str, ...]], float] = {}
         self._series: dict[str, set[tuple[ids.Metric, tuple[str, ...]]]] = {}
         self._server: Any = None
+        self._heard_at = -math.inf  #: of `time.monotonic`
 
     def _make(self, metric: ids.Metric) -> Any:
         if metric.kind == "histogram":
@@ -66,10 +73,26 @@ class PrometheusExporter:
             self._series.setdefault(labels[0], set()).add((metric, labels))
         return family.labels(*labels)
 
-    def serve(self, port: int) -> int:
-        """Listen on the loopback at ``port`` (0: any) and return the port. Raises OSError."""
-        self._server, _ = start_http_server(port, ADDRESS, self.registry)
+    def serve(self, port: int, address: str = "127.0.0.1") -> int:
+        """Listen at ``port`` (0: any) and return the port. Raises OSError."""
+        self._server, _ = start_http_server(port, address, self.registry)
+        metrics = self._server.get_app()
+
+        def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+            if environ.get("PATH_INFO") != "/health":
+                found: Iterable[bytes] = metrics(environ, start)
+                return found
+            healthy = self.is_healthy
+            start("200 OK" if healthy else "503 Service Unavailable", [("Content-Length", "0")])
+            return [b""]
+
+        self._server.set_app(answer)
         return int(self._server.server_port)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the daemon's loop was heard of late."""
+        return time.monotonic() - self._heard_at < HEALTHY_S
 
     def close(self) -> None:
         if self._server is not None:
@@ -95,6 +118,7 @@ class PrometheusExporter:
             case NoteEvent():
                 self._of(ids.NOTES, event.level, event.kind).inc()
             case LoopEvent():
+                self._heard_at = time.monotonic()
                 self._of(ids.HEARD).set(event.t_s)
                 self._of(ids.NUM_ENGINES).set(event.num_engines)
                 for name, total in event.counters.items():

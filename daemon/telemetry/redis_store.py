@@ -36,6 +36,7 @@ from smartspec.daemon.event_bus import (
     NoteEvent,
     StepEvent,
 )
+from smartspec.daemon.learned import RefusedState, check, decode, encode, merge
 from smartspec.daemon.telemetry.engine_state import EngineState, to_fields
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,17 @@ def put_learned_aside(client: redis.Redis, keys: Keys, key_id: str) -> str:
     pipe.zrem(keys.learned, key_id)
     pipe.execute()
     return aside
+
+
+def _merged(ours: bytes, theirs: bytes, key_id: str) -> bytes:
+    """What both have learned; ours alone where the other cannot be used."""
+    try:
+        other = decode(theirs, key_id)
+        check(other)
+        return encode(merge(decode(ours, key_id), other))
+    except RefusedState as error:
+        log.warning("learned state in Redis is replaced: %s", error)
+        return ours
 
 
 class _Entry:
@@ -349,10 +361,18 @@ class RedisStore:
         self.num_written += len(batch) - num_refused
 
     def _write_learned(self, checkpoints: dict[str, CheckpointEvent]) -> None:
-        """Unlike the rest it does not expire: it is for the day that an engine returns."""
+        """Unlike the rest it does not expire: it is for the day that an engine returns.
+
+        It is merged with what is there, which may be another daemon's. Two that write in the same
+        moment may lose one of the two merges; the next checkpoint makes up for it.
+        """
+        found: Any = self._client.mget([self.keys.learned_of(key_id) for key_id in checkpoints])
         pipe = self._client.pipeline()
-        for key_id, event in checkpoints.items():
-            pipe.set(self.keys.learned_of(key_id), event.frame)
+        for (key_id, event), theirs in zip(checkpoints.items(), found, strict=True):
+            frame = event.frame
+            if theirs is not None:
+                frame = _merged(frame, theirs, key_id)
+            pipe.set(self.keys.learned_of(key_id), frame)
             pipe.zadd(self.keys.learned, {key_id: event.t_s})
         pipe.zrange(self.keys.learned, 0, -self._max_learned - 1)
         for member in pipe.execute()[-1]:

@@ -27,6 +27,29 @@ class ModelNotSupported(ValueError):
     """The model's attention cannot be run on a ragged batch."""
 
 
+@dataclass(frozen=True, slots=True)
+class Trees:
+    """Rows that end in a tree: a query sees what comes before the tree, and its own ancestors.
+
+    Parameters
+    ----------
+    begin : [num_rows], slot of each tree's first node
+    lineage : [num_rows, Q, W] bool, whether a query is, or descends from, each of W nodes; of
+        padding the first alone is True
+    """
+
+    begin: Tensor
+    lineage: Tensor
+
+    def hidden(self, places: Tensor) -> Tensor:
+        """Where queries may not look, [num_rows, Q, C], of the slots ``places`` [C]."""
+        num_rows, num_queries, width = self.lineage.shape
+        node = (places - self.begin[:, None])[:, None]  # [num_rows, 1, C]; below 0: before the tree
+        index = node.clamp(0, width - 1).expand(num_rows, num_queries, -1)
+        related = self.lineage.gather(2, index) & (node < width)
+        return ~(related | (node < 0))
+
+
 @dataclass(slots=True)
 class Group:
     """Query tokens of a range of cache rows, read up to the longest context among them.
@@ -34,30 +57,35 @@ class Group:
     Parameters
     ----------
     first_row, num_rows : range of cache rows
-    num_context : positions read of every row
-    positions : [num_rows, Q], of the queries in their requests; 0 for padding
+    num_context : slots read of every row
+    slots : [num_rows, Q], of the queries in their rows; 0 for padding
     gather : [num_rows * Q], packed index of each query, 0 for padding; None: all N, in order
     scatter : [tokens of the group], index into the num_rows * Q queries; None: no padding
+    trees : which slots a query sees; None: its own and all before it
     """
 
     first_row: int
     num_rows: int
     num_context: int
-    positions: Tensor
+    slots: Tensor
     gather: Tensor | None
     scatter: Tensor | None
+    trees: Trees | None = None
     _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, num_folded: int, dtype: torch.dtype) -> Tensor:
         """0 where a query may look, -inf elsewhere: [num_rows, 1, num_folded * Q, num_context].
 
-        Built once per pass and shared by the layers. Padding looks at position 0, so that its
+        Built once per pass and shared by the layers. Padding looks somewhere too, so that its
         softmax is finite.
         """
         key = (num_folded, dtype)
         if key not in self._masks:
-            places = torch.arange(self.num_context, device=self.positions.device)
-            hidden = places > self.positions[:, :, None]
+            places = torch.arange(self.num_context, device=self.slots.device)
+            if self.trees is None:
+                hidden = places > self.slots[:, :, None]
+            else:
+                hidden = self.trees.hidden(places)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             bias.masked_fill_(hidden, -torch.inf)
             self._masks[key] = bias.repeat(1, num_folded, 1)[:, None]

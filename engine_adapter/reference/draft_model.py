@@ -9,9 +9,11 @@ import numpy.typing as npt
 import torch
 
 from smartspec.engine_adapter.base import (
+    F32,
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_TOKEN_ACCEPTANCE,
 )
+from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
@@ -85,23 +87,26 @@ class DraftModel:
         goes_on = [i for i, s in enumerate(sequences) if s.id in self._num_fed]
         self._first = {}
         if goes_on:
-            chosen = [sequences[i] for i in goes_on]
-            logits = self._begin(chosen)
-            tokens = self._draw(logits, chosen, 0)
-            chance = logits.float().softmax(-1).gather(-1, tokens[:, None])[:, 0]
-            confidence[goes_on] = chance.cpu().numpy()
-            ids = [sequence.id for sequence in chosen]
-            self._first = dict(zip(ids, tokens.tolist(), strict=True))
+            confidence[goes_on] = self._look([sequences[i] for i in goes_on])
         ceiling = np.full(len(sequences), self.max_length, np.uint8)
         rates = self._rates.rates([s.tokens[-1] for s in sequences])
         return Availability(ceiling, np.stack((rates, confidence)))
+
+    def _look(self, sequences: list[Sequence]) -> F32:
+        """Run the first draft of each; how sure the draft model is of it, [B]."""
+        logits = self._begin(sequences)
+        tokens = self._draw(logits, sequences, 0)
+        ids = [sequence.id for sequence in sequences]
+        self._first = dict(zip(ids, tokens.tolist(), strict=True))
+        chance: F32 = logits.float().softmax(-1).gather(-1, tokens[:, None])[:, 0].cpu().numpy()
+        return chance
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         drafts: list[list[int]] = [[] for _ in sequences]
         active = np.flatnonzero(lengths)
         self._num_fed = {sequences[i].id: 0 for i in active}
         if len(active) == 0:
-            return Proposal(drafts, *self._spent)
+            return Proposal([DraftTree.chain(draft) for draft in drafts], *self._spent)
         passes = [(active, self._first_drafts([sequences[i] for i in active]))]
         depth = 1
         while len(active := active[lengths[active] > depth]):
@@ -120,7 +125,7 @@ class DraftModel:
         rows = np.concatenate([rows for rows, _ in passes]).tolist()
         for row, token in zip(rows, drawn, strict=True):
             drafts[row].append(token)
-        return Proposal(drafts, *self._spent)
+        return Proposal([DraftTree.chain(draft) for draft in drafts], *self._spent)
 
     def _first_drafts(self, sequences: list[Sequence]) -> torch.Tensor:
         """The first draft of each, [B]: as it was looked at, or run now."""
@@ -147,10 +152,10 @@ class DraftModel:
         asked = zip(sequences, places, strict=True)
         return sample(logits, Draws.of((s.request.sampling, s.seed, place) for s, place in asked))
 
-    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         before: list[int] = []
         outcome: list[bool] = []
-        for sequence, count in zip(sequences, num_accepted, strict=True):
+        for sequence, count in zip(sequences, map(len, paths), strict=True):
             if sequence.id in self._num_fed:
                 num_fed = self._num_fed[sequence.id]
                 start = self._num_computed[sequence.id]  # tokens before its drafts

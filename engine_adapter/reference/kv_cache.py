@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 
 class KvCache(Cache):
-    """One row of ``max_model_len`` positions per running request, in every layer.
+    """One row of ``max_model_len`` slots per running request, in every layer.
+
+    A token's slot is its position in the request, but for drafts of a tree: those of one depth have
+    one position and a slot each, until `compact` puts the accepted ones where they belong.
 
     The rows in use are kept together at the front (see `Scheduler.admit`), so that attention reads
-    them through a view, without gathering. Positions after a row's last token hold leftovers of
+    them through a view, without gathering. Slots after a row's last token hold leftovers of
     rejected drafts and earlier requests: masks hide them, later tokens overwrite them.
 
     Layers are allocated when they are first written, with the shapes that the model produces.
@@ -30,16 +35,16 @@ class KvCache(Cache):
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._rows: Tensor | None = None
-        self._positions: Tensor | None = None
+        self._slots: Tensor | None = None
         self._index: dict[int, Tensor] = {}
 
     @property
     def num_layers(self) -> int:
         return len(self._keys)
 
-    def write_at(self, rows: Tensor, positions: Tensor) -> None:
-        """Where the tokens of the next pass belong: ``rows`` and ``positions``, [N] each."""
-        self._rows, self._positions = rows, positions
+    def write_at(self, rows: Tensor, slots: Tensor) -> None:
+        """Where the tokens of the next pass belong: ``rows`` and ``slots``, [N] each."""
+        self._rows, self._slots = rows, slots
         self._index.clear()
 
     def update(  # type: ignore[no-untyped-def]
@@ -57,9 +62,29 @@ class KvCache(Cache):
 
     @torch.inference_mode()
     def move(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy the first ``num_tokens`` positions of one row to another."""
+        """Copy the first ``num_tokens`` slots of one row to another."""
         for layer in (*self._keys.values(), *self._values.values()):
             layer[target, :, :num_tokens] = layer[source, :, :num_tokens]
+
+    @torch.inference_mode()
+    def compact(self, kept: Iterable[tuple[int, int, Sequence[int]]]) -> None:
+        """Close the gaps that rejected drafts leave between accepted ones.
+
+        ``kept`` : (row, slot of the first draft, drafts to keep, counted from that slot and
+        rising); the i-th of them moves to the i-th slot. Chains have nothing to move.
+        """
+        moves = [
+            (row, first + draft, first + place)
+            for row, first, drafts in kept
+            for place, draft in enumerate(drafts)
+            if draft != place
+        ]
+        if not moves:
+            return
+        index = torch.tensor(moves, device=self._keys[0].device)
+        rows, sources, targets = index.unbind(1)
+        for layer in (*self._keys.values(), *self._values.values()):
+            layer[rows, :, targets] = layer[rows, :, sources]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # rows have lengths of their own; positions are always given
@@ -73,11 +98,11 @@ class KvCache(Cache):
         )
 
     def _flat_index(self, num_heads: int) -> Tensor:
-        """Index [num_heads * N] of the written positions in a layer flattened to [-1, head_dim]."""
+        """Index [num_heads * N] of the written slots in a layer flattened to [-1, head_dim]."""
         if num_heads not in self._index:
-            if self._rows is None or self._positions is None:
+            if self._rows is None or self._slots is None:
                 raise RuntimeError("write_at() must be called before every pass")
             heads = torch.arange(num_heads, device=self._rows.device)[:, None]
-            index = (self._rows * num_heads + heads) * self.max_model_len + self._positions
+            index = (self._rows * num_heads + heads) * self.max_model_len + self._slots
             self._index[num_heads] = index.flatten()
         return self._index[num_heads]

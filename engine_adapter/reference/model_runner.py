@@ -10,16 +10,20 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartspec.engine_adapter.reference import attention
-from smartspec.engine_adapter.reference.attention import Group, ModelNotSupported
+from smartspec.engine_adapter.reference.attention import Group, ModelNotSupported, Trees
+from smartspec.engine_adapter.reference.draft_tree import lineage
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 
 #: Segments up to this long share a padded group; longer ones (prompt chunks) are a group each.
 MAX_PADDED_TOKENS = 16
+#: Another group costs about as much as attention of so many padded tokens.
+GROUP_TOKENS = 8
 #: Unused rows that a group may span. Reading one costs about as much as starting another group.
 MAX_ROW_GAP = 1
 #: Rotary embeddings that change with the longest position *of the batch*: not row by row.
@@ -27,12 +31,26 @@ BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of one request."""
+    """Tokens of one request, in slots one after the other; consecutive but for those of a tree."""
 
     row: int  #: of the KV cache
-    start: int  #: position of the first token
+    start: int  #: slot of the first token
     tokens: list[int]
     num_logits: int  #: logits are wanted of this many last tokens
+    #: of the tree whose last nodes these tokens are: parents of all its nodes, in slot order;
+    #: `ROOT`: what comes before the tree. Empty: the tokens follow each other
+    parents: Sequence[int] = ()
+    is_tail: bool = False  #: the beginning of the row's tokens is a segment of its own
+
+    @property
+    def tree_start(self) -> int:
+        """Slot of the tree's first node: earlier passes may have run some of them."""
+        return self.start + len(self.tokens) - len(self.parents)
+
+    @property
+    def branches(self) -> bool:
+        """Whether there is a token that does not follow the one in the slot before."""
+        return any(parent != node - 1 for node, parent in enumerate(self.parents))
 
 
 class ModelRunner:
@@ -66,34 +84,42 @@ class ModelRunner:
 
         Parameters
         ----------
-        segments : at most one per row, at least one token each
+        segments : one per row at most, of one token at least
         fresh : [len(segments)], tokens that are on the device already and take the place of the
             segments' own, which must be one each (their values are ignored)
         """
-        order, groups = self._layout(segments)
+        if fresh is None:
+            segments = _without_long_tails(segments)
+        trees = {i: lineage(s.parents) for i, s in enumerate(segments) if s.branches}
+        order, groups = self._layout(segments, trees)
         sizes = np.array([len(segments[i].tokens) for i in order])
         starts = np.array([segments[i].start for i in order])
         ends = np.cumsum(sizes)
         within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
-        index = np.empty((3, ends[-1]), np.int64)
-        index[0] = np.repeat([segments[i].row for i in order], sizes)
-        index[1] = np.repeat(starts, sizes) + within
-        if fresh is None:
-            index[2] = list(itertools.chain.from_iterable(segments[i].tokens for i in order))
-        else:
-            index[2] = order
-        rows, positions, tokens = self._to_device(index)
-        if fresh is not None:
-            tokens = fresh[tokens]
         last = np.empty(len(segments), np.int64)
         last[order] = ends
+        index = np.empty((4, ends[-1]), np.int64)
+        index[0] = np.repeat([segments[i].row for i in order], sizes)
+        index[1] = np.repeat(starts, sizes) + within
+        index[2] = index[1]
+        for i, related in trees.items():  # the position of a tree's node is its depth
+            size = len(segments[i].tokens)
+            depths = related[-size:].sum(1) - 1
+            index[2, last[i] - size : last[i]] = segments[i].tree_start + depths
+        if fresh is None:
+            index[3] = list(itertools.chain.from_iterable(segments[i].tokens for i in order))
+        else:
+            index[3] = order
+        rows, slots, positions, tokens = self._to_device(index)
+        if fresh is not None:
+            tokens = fresh[tokens]
         wanted = [
             np.arange(end - segment.num_logits, end)
             for segment, end in zip(segments, last.tolist(), strict=True)
             if segment.num_logits
         ]
         keep = self._to_device(np.concatenate(wanted) if wanted else np.empty(0, np.int64))
-        self.cache.write_at(rows, positions)
+        self.cache.write_at(rows, slots)
         output = self.model(
             input_ids=tokens[None],
             position_ids=positions[None],
@@ -105,7 +131,9 @@ class ModelRunner:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _layout(self, segments: Sequence[Segment]) -> tuple[list[int], list[Group]]:
+    def _layout(
+        self, segments: Sequence[Segment], trees: dict[int, npt.NDArray[np.bool_]]
+    ) -> tuple[list[int], list[Group]]:
         """The order of the segments in the packed sequence, and the groups that read it."""
         order: list[int] = []
         groups: list[Group] = []
@@ -118,12 +146,12 @@ class ModelRunner:
             sizes = [len(segment.tokens) for segment in members]
             width = max(sizes)
             padded = num_rows * width != sum(sizes)
-            positions = np.zeros((num_rows, width), np.int64)
+            slots = np.zeros((num_rows, width), np.int64)
             gather = np.zeros((num_rows, width), np.int64)
             taken = np.zeros((num_rows, width), bool)
             for segment, size in zip(members, sizes, strict=True):
                 row = segment.row - first_row
-                positions[row, :size] = range(segment.start, segment.start + size)
+                slots[row, :size] = range(segment.start, segment.start + size)
                 gather[row, :size] = range(offset, offset + size)
                 taken[row, :size] = True
                 offset += size
@@ -131,22 +159,49 @@ class ModelRunner:
                 Group(
                     first_row=first_row,
                     num_rows=num_rows,
-                    num_context=int(positions.max()) + 1,
-                    positions=self._to_device(positions),
+                    num_context=int(slots.max()) + 1,
+                    slots=self._to_device(slots),
                     gather=self._to_device(gather.ravel()) if padded or len(runs) > 1 else None,
                     scatter=self._to_device(np.flatnonzero(taken)) if padded else None,
+                    trees=self._trees(segments, run, trees, (num_rows, width)),
                 )
             )
             order += run
         return order, groups
 
+    def _trees(
+        self,
+        segments: Sequence[Segment],
+        run: list[int],
+        trees: dict[int, npt.NDArray[np.bool_]],
+        shape: tuple[int, int],
+    ) -> Trees | None:
+        """The trees of a group of ``shape`` [num_rows, Q], where it has any."""
+        if not trees.keys() & set(run):
+            return None
+        # To this mask, tokens that follow each other are a tree that does not branch.
+        related = {
+            i: trees[i] if i in trees else np.tri(len(segments[i].tokens), dtype=np.bool_)
+            for i in run
+        }
+        begin = np.zeros(shape[0], np.int64)
+        sees = np.zeros((*shape, max(map(len, related.values()))), np.bool_)
+        sees[:, :, 0] = True
+        for i, lines in related.items():
+            row, size = segments[i].row - segments[run[0]].row, len(segments[i].tokens)
+            begin[row] = segments[i].start + size - len(lines)
+            sees[row, :size] = False
+            sees[row, :size, : len(lines)] = lines[-size:]
+        return Trees(self._to_device(begin), self._to_device(sees))
+
     @staticmethod
     def _runs(segments: Sequence[Segment]) -> Iterator[list[int]]:
-        """Segments by group: runs of neighbouring rows, then the long segments one by one."""
+        """Segments by group: runs of neighbouring rows, then what is long, and tails, alone."""
         by_row = sorted(range(len(segments)), key=lambda i: segments[i].row)
+        alone = {i for i in by_row if segments[i].is_tail or not _is_short(segments[i])}
         run: list[int] = []
         for i in by_row:
-            if len(segments[i].tokens) > MAX_PADDED_TOKENS:
+            if i in alone:
                 continue
             if run and segments[i].row - segments[run[-1]].row > MAX_ROW_GAP + 1:
                 yield run
@@ -155,10 +210,10 @@ class ModelRunner:
         if run:
             yield run
         for i in by_row:
-            if len(segments[i].tokens) > MAX_PADDED_TOKENS:
+            if i in alone:
                 yield [i]
 
-    def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+    def _to_device(self, array: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     @torch.inference_mode()
@@ -197,3 +252,34 @@ class ModelRunner:
             raise ModelNotSupported(
                 f"{name} gives other logits on a ragged batch (relative error {error:.2g})"
             )
+
+
+def _is_short(segment: Segment) -> bool:
+    return len(segment.tokens) <= MAX_PADDED_TOKENS
+
+
+def _without_long_tails(segments: Sequence[Segment]) -> list[Segment]:
+    """Segments cut where that saves padding: a group is as wide as the longest of its segments.
+
+    The width at which attention has the least to do, with a group for every tail beyond it, as if
+    all short segments were one group. What has branches stays whole.
+    """
+    sizes = [len(segment.tokens) for segment in segments if _is_short(segment)]
+
+    def work(width: int) -> int:
+        beyond = [size - width for size in sizes if size > width]
+        return width * len(sizes) + sum(beyond) + GROUP_TOKENS * len(beyond)
+
+    best = min(range(1, MAX_PADDED_TOKENS + 1), key=lambda width: (work(width), width))
+    cut: list[Segment] = []
+    for segment in segments:
+        size = len(segment.tokens)
+        if size <= best or not _is_short(segment) or segment.branches:
+            cut.append(segment)
+            continue
+        tail = min(segment.num_logits, size - best)
+        cut += [
+            Segment(segment.row, segment.start, segment.tokens[:best], segment.num_logits - tail),
+            Segment(segment.row, segment.start + best, segment.tokens[best:], tail, is_tail=True),
+        ]
+    return cut

@@ -6,20 +6,23 @@ costs microseconds and no model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.base import FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE
+from smartspec.engine_adapter.base import FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE
+from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
-from smartspec.engine_adapter.token_acceptance import TokenAcceptance
+from smartspec.engine_adapter.token_acceptance import CopyAcceptance
 
 #: Occurrences of the shortest n-gram that are compared, latest first: bounds a lookup's time in
 #: text that repeats itself over and over.
 MAX_OCCURRENCES = 64
+MAX_VOTES = 16  #: of these, the latest that are asked what they would go on with
 
 
 class Match(NamedTuple):
@@ -27,6 +30,9 @@ class Match(NamedTuple):
 
     length: int  #: tokens that agree, 0 without a match
     end: int  #: position after them: where the copy begins
+    #: how far the earlier occurrences go on alike, 0 to 1: (a + 1/2) / (n + 2), a of the n tokens
+    #: matched beyond the shortest n-gram's last but one being of those that go on as this one does
+    agreement: float = 0.0
 
 
 NO_MATCH = Match(0, 0)
@@ -45,7 +51,7 @@ class NgramIndex:
 
     >>> index = NgramIndex(2, 8)
     >>> index.find([1, 2, 3, 4, 1, 2, 3])
-    Match(length=3, end=3)
+    Match(length=3, end=3, agreement=0.625)
     """
 
     def __init__(self, min_tokens: int, max_tokens: int) -> None:
@@ -54,37 +60,57 @@ class NgramIndex:
         self._latest: dict[tuple[int, ...], int] = {}  # n-gram -> position after it
         self._earlier: list[int] = []  # by position after an n-gram: the one before, or -1
 
+    def extend(self, text: list[int]) -> None:
+        """Take in what has been added to a text.
+
+        Its end itself is left out: it would match itself, and nothing follows it yet.
+        """
+        shortest = self._min
+        for end in range(len(self._earlier), len(text)):
+            if end < shortest:
+                self._earlier.append(-1)
+                continue
+            ngram = tuple(text[end - shortest : end])
+            self._earlier.append(self._latest.get(ngram, -1))
+            self._latest[ngram] = end
+
     def find(self, tokens: list[int]) -> Match:
         """The longest match of the end of ``tokens``, the latest among equals.
 
         ``tokens`` must begin with those of the last call.
         """
-        shortest, size = self._min, len(tokens)
-        # The end itself is left out: it would match itself, and nothing follows it yet.
-        for end in range(len(self._earlier), size):
-            if end < shortest:
-                self._earlier.append(-1)
-                continue
-            ngram = tuple(tokens[end - shortest : end])
-            self._earlier.append(self._latest.get(ngram, -1))
-            self._latest[ngram] = end
-        if size <= shortest:
-            return NO_MATCH
+        self.extend(tokens)
         best = NO_MATCH
+        votes: list[tuple[int, int]] = []  # (tokens beyond the shortest n-gram, plus one; next)
+        for count, match in enumerate(self.occurrences(tokens, tokens)):
+            if best.length == self._max and count >= MAX_VOTES:
+                break
+            if count < MAX_VOTES:
+                votes.append((match.length - self._min + 1, tokens[match.end]))
+            if match.length > best.length:
+                best = match
+        if not best.length:
+            return NO_MATCH
+        copied = tokens[best.end]
+        agreeing = sum(weight for weight, token in votes if token == copied)
+        agreement = (agreeing + 0.5) / (sum(weight for weight, _ in votes) + 2.0)
+        return best._replace(agreement=agreement)
+
+    def occurrences(self, text: list[int], tokens: list[int]) -> Iterator[Match]:
+        """Where the end of ``tokens`` occurs in ``text``, which is indexed; latest first."""
+        shortest, size = self._min, len(tokens)
+        if size < shortest:
+            return
         end = self._latest.get(tuple(tokens[size - shortest :]), -1)
         for _ in range(MAX_OCCURRENCES):
             if end < 0:
-                break
+                return
             length = shortest
-            longest = min(self._max, end)
-            while length < longest and tokens[end - 1 - length] == tokens[size - 1 - length]:
+            longest = min(self._max, end, size)
+            while length < longest and text[end - 1 - length] == tokens[size - 1 - length]:
                 length += 1
-            if length > best.length:
-                best = Match(length, end)
-                if length == self._max:
-                    break
+            yield Match(length, end)
             end = self._earlier[end]
-        return best
 
 
 class PromptLookup:
@@ -97,7 +123,7 @@ class PromptLookup:
     """
 
     name = "lookup"
-    features: tuple[str, ...] = (FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE)
+    features: tuple[str, ...] = (FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE)
     caches: tuple[KvCache, ...] = ()
 
     def __init__(self, max_length: int = 8, min_ngram: int = 2, max_ngram: int = 8) -> None:
@@ -106,26 +132,31 @@ class PromptLookup:
         if not 1 <= max_length <= 255:
             raise ValueError(f"max_length must be in [1, 255], got {max_length}")
         self.max_length = max_length
-        self._min_ngram = min_ngram
-        self._max_ngram = max_ngram
+        self.min_ngram = min_ngram
+        self.max_ngram = max_ngram
         self._indexes: dict[int, NgramIndex] = {}
         self._matches: dict[int, Match] = {}
         self._num_tokens: dict[int, int] = {}  # of each sequence when it was looked up
-        self._rates = TokenAcceptance()
+        self._rates = CopyAcceptance()
 
     def available(self, sequences: list[Sequence]) -> Availability:
-        lengths = []
+        matches = []
         for sequence in sequences:
             index = self._indexes.get(sequence.id)
             if index is None:
-                index = self._indexes[sequence.id] = NgramIndex(self._min_ngram, self._max_ngram)
+                index = self._indexes[sequence.id] = NgramIndex(self.min_ngram, self.max_ngram)
             match = self._matches[sequence.id] = index.find(sequence.tokens)
             self._num_tokens[sequence.id] = sequence.num_tokens
-            lengths.append(match.length)
-        found = np.array(lengths, np.float32)
-        rates = self._rates.rates([sequence.tokens[-1] for sequence in sequences])
-        ceiling = np.where(found > 0, self.max_length, 0).astype(np.uint8)
-        return Availability(ceiling, np.stack((found, rates)))
+            matches.append(match)
+        agreement = np.array([match.agreement for match in matches], np.float32)
+        ends = zip(sequences, matches, strict=True)
+        # Without a match the rate is of no use; any token will do.
+        rates = self._rates.rates(
+            [sequence.tokens[-1] for sequence in sequences],
+            [sequence.tokens[match.end] for sequence, match in ends],
+        )
+        ceiling = np.where(agreement > 0, self.max_length, 0).astype(np.uint8)
+        return Availability(ceiling, np.stack((agreement, rates)))
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         drafts = []
@@ -135,12 +166,13 @@ class PromptLookup:
             # A match near the end is a repetition: the copy runs on into itself.
             period = len(draft)
             draft += [draft[i % period] for i in range(length - period)]
-            drafts.append(draft)
+            drafts.append(DraftTree.chain(draft))
         return Proposal(drafts)
 
-    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         # The index follows the tokens. What the copy would have been is known without a draft.
         before: list[int] = []
+        drafted: list[int] = []
         outcome: list[bool] = []
         for sequence in sequences:
             match, tokens = self._matches[sequence.id], sequence.tokens
@@ -150,10 +182,11 @@ class PromptLookup:
             # While it is right, a copy that runs on into itself is the sequence as it now is.
             for copied, place in enumerate(range(begin, len(tokens)), match.end):
                 before.append(tokens[place - 1])
+                drafted.append(tokens[copied])
                 outcome.append(tokens[copied] == tokens[place])
                 if not outcome[-1]:
                     break
-        self._rates.learn(before, outcome)
+        self._rates.learn(before, drafted, outcome)
 
     def forget(self, sequence: Sequence) -> None:
         self._indexes.pop(sequence.id, None)

@@ -5,8 +5,8 @@ could be drafted for and what is known about it; then somebody chooses lengths; 
 drafts to these lengths. A proposer learns what was accepted from the sequences themselves: their
 tokens are the truth, and it keeps what it remembers in step with them.
 
-Proposals are chains here. A tree would add a parent to each draft token (`Proposal.parents`) and
-a mask to the target's pass; lengths would then count depth.
+A proposal is a tree per sequence, of which a chain is the simplest (draft_tree.py). A length is the
+number of its nodes: what the target has to verify.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smartspec.engine_adapter.base import F32, U8
+from smartspec.engine_adapter.reference.draft_tree import NO_DRAFTS, DraftTree
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.sequence import Sequence
 
@@ -31,7 +32,7 @@ class Availability(NamedTuple):
 class Proposal(NamedTuple):
     """Drafts, and what they took."""
 
-    drafts: list[list[int]]  #: by sequence, at most its length; fewer where the proposer ran dry
+    drafts: list[DraftTree]  #: by sequence, of its length at most; less where there was no more
     num_forwards: int = 0  #: sequential passes of a draft model
     num_draft_tokens: int = 0  #: tokens drafted in them
     num_catch_up_tokens: int = 0  #: tokens fed only to bring the draft model up to date
@@ -50,8 +51,8 @@ class Proposer(Protocol):
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         """Draft ``lengths`` [B] tokens, each at most the sequence's ceiling."""
 
-    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
-        """The tokens of this step are in ``sequences``; so many of the drafts were right."""
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
+        """The tokens of this step are in ``sequences``; ``paths``: the drafts that were right."""
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has left."""
@@ -70,9 +71,9 @@ class NoProposer:
         return Availability(np.zeros(size, np.uint8), np.empty((0, size), np.float32))
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
-        return Proposal([[] for _ in sequences])
+        return Proposal([NO_DRAFTS for _ in sequences])
 
-    def accepted(self, sequences: list[Sequence], num_accepted: list[int]) -> None:
+    def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         pass
 
     def forget(self, sequence: Sequence) -> None:

@@ -48,7 +48,7 @@ class Draws(NamedTuple):
     key: npt.NDArray[np.int64]  #: hash of (seed, position)
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[SamplingParams, int, range]]) -> Draws:
+    def of(cls, rows: Iterable[tuple[SamplingParams, int, Sequence[int]]]) -> Draws:
         """From (parameters, seed, positions) of every request, a row per position."""
         temperature: list[float] = []
         top_k: list[int] = []
@@ -109,16 +109,16 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
         return logits.argmax(-1)
     narrowed = hot & ((draws.top_k > 0) | (draws.top_p < 1))
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for chosen, draw in (
+    for chosen, race in (
         (~hot, None),
-        (hot & ~narrowed, _draw_from_all),
-        (narrowed, _draw_from_likeliest),
+        (hot & ~narrowed, _race_of_all),
+        (narrowed, _race_of_likeliest),
     ):
         index = np.flatnonzero(chosen)
         if len(index) == 0:
             continue
         places = torch.from_numpy(index).to(logits.device)
-        if draw is None:
+        if race is None:
             tokens[places] = logits[places].argmax(-1)
             continue
         block = len(index)
@@ -126,8 +126,46 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
             block = max(1, BLOCK_ELEMENTS // logits.shape[1])
         for begin in range(0, len(index), block):
             part = places[begin : begin + block]
-            tokens[part] = draw(logits[part], draws.rows(index[begin : begin + block]))
+            token, time = race(logits[part], draws.rows(index[begin : begin + block]))
+            first = time.argmin(-1, keepdim=True)
+            tokens[part] = token.expand_as(time).gather(-1, first)[:, 0]
     return tokens
+
+
+@torch.inference_mode()
+def likeliest(logits: Tensor, draws: Draws, count: int) -> tuple[Tensor, Tensor]:
+    """The tokens that a target like this model would draw, likeliest first, and their chances.
+
+    If the target's logits are this model's plus independent standard Gumbel errors, it draws v
+    with probability softmax(logits - t log E)_v at temperature t: the noise E is known, since it is
+    the same (at t = 0 it drops out). Of top-k and top-p what this model keeps counts.
+
+    Returns [M, count] each, chances falling along a row; those of tokens left out are 0.
+    """
+    tokens = torch.empty((len(logits), count), dtype=torch.int64, device=logits.device)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    chances = torch.empty((len(logits), count), dtype=wide.dtype, device=logits.device)
+    hot = draws.temperature > 0
+    narrowed = hot & ((draws.top_k > 0) | (draws.top_p < 1))
+    for chosen, race in (
+        (~hot, None),
+        (hot & ~narrowed, _race_of_all),
+        (narrowed, _race_of_likeliest),
+    ):
+        index = np.flatnonzero(chosen)
+        if len(index) == 0:
+            continue
+        places = torch.from_numpy(index).to(logits.device)
+        score = wide[places]
+        token = torch.arange(score.shape[1], device=score.device)[None]
+        if race is not None:
+            token, time = race(score, draws.rows(index))
+            temperature = torch.from_numpy(draws.temperature[index]).to(score)
+            score = -temperature[:, None] * time.to(score.dtype).log()
+        chance, best = score.softmax(-1).topk(count, -1)
+        tokens[places] = token.expand_as(score).gather(-1, best)
+        chances[places] = chance
+    return tokens, chances
 
 
 def _probabilities(logits: Tensor, draws: Draws) -> Tensor:
@@ -136,13 +174,14 @@ def _probabilities(logits: Tensor, draws: Draws) -> Tensor:
     return (wide / temperature.to(wide.dtype)[:, None]).softmax(-1)
 
 
-def _draw_from_all(logits: Tensor, draws: Draws) -> Tensor:
+def _race_of_all(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Tokens [1, V] and their times [M, V]; those of the functions below are of this kind."""
     key = torch.from_numpy(draws.key).to(logits.device)
     every = torch.arange(logits.shape[1], device=logits.device)[None]
-    return (exponential_noise(key, every) / _probabilities(logits, draws)).argmin(-1)
+    return every, exponential_noise(key, every) / _probabilities(logits, draws)
 
 
-def _draw_from_likeliest(logits: Tensor, draws: Draws) -> Tensor:
+def _race_of_likeliest(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     """Top-k, then top-p on what is left, renormalised; only the candidates need noise."""
     size = logits.shape[1]
     probabilities = _probabilities(logits, draws)
@@ -160,8 +199,7 @@ def _draw_from_likeliest(logits: Tensor, draws: Draws) -> Tensor:
             break
         count = min(size, 16 * count)
     kept = (mass - value < top_p * total) | (top_p >= 1)  # always the first; at 1, all of them
-    time = exponential_noise(key, token) / torch.where(kept, value, 0.0)
-    return token.gather(-1, time.argmin(-1, keepdim=True))[:, 0]
+    return token, exponential_noise(key, token) / torch.where(kept, value, 0.0)
 
 
 @torch.inference_mode()
@@ -178,15 +216,3 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[
         TokenLogprobs(token, score, list(zip(*top, strict=True)))
         for token, score, top in zip(tokens, chosen, tops, strict=True)
     ]
-
-
-def num_agreeing(drafts: Sequence[int], drawn: Sequence[int]) -> int:
-    """The acceptance rule: how many first drafts are the tokens that the target draws there.
-
-    >>> num_agreeing([5, 6, 7], [5, 6, 8, 9])
-    2
-    """
-    for count, draft in enumerate(drafts):
-        if draft != drawn[count]:
-            return count
-    return len(drafts)

@@ -20,9 +20,14 @@ from smartspec.engine_adapter.reference.line_server import LineServer, LinkFacto
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import NoProposer, Proposer
+from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
+from smartspec.engine_adapter.reference.tree_lookup import TreeLookup
 from smartspec.engine_adapter.reference.worker import Worker
 
-ProposerName: TypeAlias = Literal["lookup", "draft", "none"]
+ProposerName: TypeAlias = Literal["lookup", "draft", "lookup-tree", "draft-tree", "none"]
+
+#: A policy's survivals are those of chains, of which every draft is reached through the one before.
+NOT_STEERED = ("lookup-tree", "draft-tree")
 
 
 def make_proposer(
@@ -40,6 +45,8 @@ def make_proposer(
         return NoProposer()
     if name == "lookup":
         return PromptLookup(max_length)
+    if name == "lookup-tree":
+        return TreeLookup(max_length)
     if draft_model is not None:
         model = models.load(
             draft_model,
@@ -50,17 +57,20 @@ def make_proposer(
     elif draft_drop_layers:
         model = models.without_layers(target.model, draft_drop_layers)
     else:
-        raise ValueError("proposer draft needs a draft model, or layers to drop from the target")
+        raise ValueError(f"proposer {name} needs a draft model, or layers to drop from the target")
     target_size = target.model.config.get_text_config().vocab_size
     if model.config.get_text_config().vocab_size != target_size:
         raise ValueError("the draft model must have the target's vocabulary")
-    return DraftModel(ModelRunner(model, max_num_running, max_model_len), max_length)
+    runner = ModelRunner(model, max_num_running, max_model_len)
+    return (TreeDraftModel if name == "draft-tree" else DraftModel)(runner, max_length)
 
 
 def link_to(endpoint: str, engine: str, keys: EngineKeys | None = None) -> LinkFactory:
     """Makes links to the daemon at ``endpoint`` for an engine of this name."""
 
     def connect(facts: WorkerFacts) -> EngineLink:
+        if facts.proposer in NOT_STEERED:
+            raise ValueError(f"{facts.proposer} is not steered by a daemon; use static or own")
         fingerprint = Fingerprint(
             target=facts.model,
             proposer=facts.proposer,
@@ -207,7 +217,7 @@ def _build(
         seed=seed,
     )
     draft = ""
-    if proposer == "draft":
+    if proposer in ("draft", "draft-tree"):
         dropped = ",".join(map(str, draft_drop_layers))
         draft = (draft_model or loaded.name) + (f" without layers {dropped}" if dropped else "")
     facts = WorkerFacts(

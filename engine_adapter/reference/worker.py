@@ -16,6 +16,7 @@ from smartspec.engine_adapter.base import (
     StepFacts,
 )
 from smartspec.engine_adapter.reference.detokenizer import Decodes, Detokenizer
+from smartspec.engine_adapter.reference.draft_tree import ROOT, agreeing_path
 from smartspec.engine_adapter.reference.events import (
     Event,
     Finished,
@@ -26,12 +27,7 @@ from smartspec.engine_adapter.reference.events import (
 )
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import NoProposer, Proposal, Proposer
-from smartspec.engine_adapter.reference.sampling import (
-    Draws,
-    num_agreeing,
-    sample,
-    token_logprobs,
-)
+from smartspec.engine_adapter.reference.sampling import Draws, sample, token_logprobs
 from smartspec.engine_adapter.reference.scheduler import Schedule, Scheduler
 from smartspec.engine_adapter.reference.sequence import Request, Sequence
 
@@ -162,15 +158,18 @@ class Worker:
         proposal = self.proposer.propose(decoding, lengths)
         verify = self._clock()
         drawn, logprobs = self._verify(schedule, proposal)
-        accepted = [num_agreeing(d, t) for d, t in zip(proposal.drafts, drawn, strict=False)]
+        paths = [agreeing_path(t, d) for t, d in zip(proposal.drafts, drawn, strict=False)]
+        self._runner.cache.compact(
+            (s.row, s.num_tokens, path) for s, path in zip(decoding, paths, strict=True)
+        )
         done = self._clock()
 
         context_tokens = sum(sequence.num_tokens for sequence in decoding)
-        emitted = self._accept(schedule, proposal, drawn, logprobs, accepted, events)
+        emitted = self._accept(schedule, proposal, drawn, logprobs, paths, events)
         facts = StepFacts(
             batch=batch,
-            num_drafted=np.array([len(draft) for draft in proposal.drafts], np.uint8),
-            num_accepted=np.array(accepted, np.uint8),
+            num_drafted=np.array([tree.size for tree in proposal.drafts], np.uint8),
+            num_accepted=np.array([len(path) for path in paths], np.uint8),
             num_emitted=np.array(emitted, np.uint8),
             step_s=self._clock() - begin,
             target_s=done - verify,
@@ -205,7 +204,11 @@ class Worker:
         )
 
     def _room(self, sequence: Sequence) -> int:
-        """Drafts that could still end up in the answer. k drafts bring k + 1 tokens at most."""
+        """Drafts that there is room for, in the answer and so in the cache's row.
+
+        A chain of k brings k + 1 tokens at most. A tree of k may bring fewer, but has a slot for
+        every node until it is verified.
+        """
         room = min(sequence.num_remaining - 1, self.proposer.max_length)
         limit = sequence.request.max_speculation_length
         return room if limit is None else min(room, limit)
@@ -218,21 +221,26 @@ class Worker:
         One pass, one transfer from the device. A prompt that is not finished yet has none. Then,
         by sequence id, the log-probabilities of these tokens, where they were asked for.
         """
-        segments, draws = [], []
-        for sequence, drafts in zip(schedule.decoding, proposal.drafts, strict=True):
-            tokens = [sequence.tokens[-1], *drafts]
-            segments.append(Segment(sequence.row, sequence.num_computed, tokens, len(tokens)))
+        segments = []
+        places: list[list[int]] = []
+        for sequence, tree in zip(schedule.decoding, proposal.drafts, strict=True):
+            tokens = [sequence.tokens[-1], *tree.tokens]
+            parents = [ROOT, *(parent + 1 for parent in tree.parents)]
+            segments.append(
+                Segment(sequence.row, sequence.num_computed, tokens, len(tokens), parents)
+            )
+            places.append([sequence.num_tokens + depth for depth in (0, *tree.depths)])
         for sequence, size in schedule.prefilling:
             end = sequence.num_computed + size
             tokens = sequence.tokens[sequence.num_computed : end]
             last = int(end == sequence.num_prompt)
             segments.append(Segment(sequence.row, sequence.num_computed, tokens, last))
+            places.append([end] * last)
         sequences = schedule.decoding + [sequence for sequence, _ in schedule.prefilling]
-        for sequence, segment in zip(sequences, segments, strict=True):
-            places = range(sequence.num_tokens, sequence.num_tokens + segment.num_logits)
-            draws.append((sequence.request.sampling, sequence.seed, places))
         logits = self._runner.forward(segments)
-        flat = sample(logits, Draws.of(draws)).tolist()
+        asked = zip(sequences, places, strict=True)
+        draws = Draws.of((s.request.sampling, s.seed, place) for s, place in asked)
+        flat = sample(logits, draws).tolist()
         ends = np.cumsum([segment.num_logits for segment in segments]).tolist()
         begins = [0, *ends[:-1]]
         drawn = [flat[b:e] for b, e in zip(begins, ends, strict=True)]
@@ -248,22 +256,25 @@ class Worker:
         proposal: Proposal,
         drawn: list[list[int]],
         logprobs: dict[int, list[TokenLogprobs]],
-        accepted: list[int],
+        paths: list[list[int]],
         events: list[Event],
     ) -> list[int]:
         """Add accepted drafts and the target's next token. Returns tokens emitted, [B]."""
         emitted = []
         finished: list[tuple[Sequence, str]] = []
         for i, sequence in enumerate(schedule.decoding):
-            drafts, count = proposal.drafts[i], accepted[i]
-            if drafts:
-                sequence.last_share = count / len(drafts)
-                sequence.num_drafted += len(drafts)
-                sequence.num_accepted += count
-            sequence.num_computed += 1 + count
-            tokens = drafts[:count] + [drawn[i][count]]
+            tree, path = proposal.drafts[i], paths[i]
+            if tree.size:
+                sequence.last_share = len(path) / tree.size
+                sequence.num_drafted += tree.size
+                sequence.num_accepted += len(path)
+            sequence.num_computed += 1 + len(path)
+            after = [0, *(node + 1 for node in path)]  # where the target draws what it says
+            if sequence.id in logprobs:
+                logprobs[sequence.id] = [logprobs[sequence.id][at] for at in after]
+            tokens = [*(tree.tokens[node] for node in path), drawn[i][after[-1]]]
             emitted.append(self._emit(sequence, tokens, logprobs, events, finished))
-        self.proposer.accepted(schedule.decoding, accepted)
+        self.proposer.accepted(schedule.decoding, paths)
         for (sequence, size), tokens in zip(
             schedule.prefilling, drawn[len(schedule.decoding) :], strict=True
         ):

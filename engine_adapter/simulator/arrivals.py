@@ -101,12 +101,53 @@ def mooncake(path: Path) -> Traffic:
     )
 
 
+def servegen(path: Path) -> Traffic:
+    """What ServeGen writes (github.com/alibaba/ServeGen): CSV with `timestamp` in seconds,
+    `input_tokens` and `output_tokens`, among other columns.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return _sorted(
+        [float(row["timestamp"]) for row in rows],
+        [float(row["input_tokens"]) for row in rows],
+        [float(row["output_tokens"]) for row in rows],
+    )
+
+
+READERS: dict[str, Callable[[Path], Traffic]] = {
+    "azure": azure,
+    "mooncake": mooncake,
+    "servegen": servegen,
+}
+
+
+def read(path: Path, trace_format: str = "auto") -> Traffic:
+    """A trace in one of `READERS`' formats; "auto" tells them by the first line.
+
+    Raises ValueError, naming the file, for one that is not of that format, and OSError.
+    """
+    if trace_format == "auto":
+        with path.open() as file:
+            first = file.readline()
+        trace_format = (
+            "mooncake"
+            if first.startswith("{")
+            else "azure"
+            if "ContextTokens" in first
+            else "servegen"
+        )
+    try:
+        return READERS[trace_format](path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a trace of the format {trace_format} ({error!r})") from error
+
+
 def _sorted(
     times: Sequence[float], prompts: Sequence[object], outputs: Sequence[object]
 ) -> Traffic:
     arrival = np.array(times, np.float64)
     order = np.argsort(arrival, kind="stable")
-    arrival = arrival[order] - arrival.min(initial=np.inf)
+    arrival = arrival[order] - (arrival.min() if len(arrival) else 0.0)
 
     def lengths(values: Sequence[object]) -> I64:
         column: I64 = np.maximum(np.array(values).astype(np.int64)[order], 1)

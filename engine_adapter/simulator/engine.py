@@ -64,6 +64,7 @@ class Engine:
     noise : relative deviation of a step's time
     cost_factor : by seconds since the beginning, what all costs are multiplied by
     hear : called after every report, e.g. to schedule the daemon's turn
+    watch : called with the time and what was done, after every step
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Engine:
         noise: float = 0.02,
         cost_factor: Callable[[float], float] = lambda now_s: 1.0,
         hear: Callable[[], None] = lambda: None,
+        watch: Callable[[float, StepFacts], None] | None = None,
     ) -> None:
         if traffic.size and traffic.num_prompt.max() + traffic.num_output.max() + max_length >= (
             profile.kv_tokens
@@ -99,6 +101,7 @@ class Engine:
         self._noise = noise
         self._cost_factor = cost_factor
         self._hear = hear
+        self._watch = watch
         size = traffic.size
         self.first_token_s = np.full(size, np.nan)
         self.finished_s = np.full(size, np.nan)
@@ -201,6 +204,8 @@ class Engine:
             self.finished_s[joined[finished]] = now_s
             self._rows = np.concatenate([self._rows, joined[~finished]])
         self.num_steps += 1
+        if self._watch is not None:
+            self._watch(now_s, facts)
         self.source.report(facts)
         self._hear()
 

@@ -41,7 +41,7 @@ class Draft(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """Seconds of a step are the sum of
 
-    * dense layers, by tokens in the pass padded to ``graph_sizes``: a table;
+    * dense layers, by tokens in the pass padded to ``graph_sizes`` (if any): a table;
     * attention of decoding: ``fixed + request * B + context * entries``;
     * attention of each chunk: ``fixed + token * n + pair * n * (before + n / 2)``;
     * output rows (``row_s`` each) and the host (``host_s``, ``host_request_s`` per request).
@@ -74,8 +74,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
         curve = CostCurve(RAGGED, self.dense_tokens, self.dense_s)
         counts = np.arange(8193)
         sizes = np.array(self.graph_sizes)
-        at = np.searchsorted(sizes, counts)
-        padded = np.where(at < len(sizes), sizes[np.minimum(at, len(sizes) - 1)], counts)
+        padded = counts
+        if len(sizes):
+            at = np.searchsorted(sizes, counts)
+            padded = np.where(at < len(sizes), sizes[np.minimum(at, len(sizes) - 1)], counts)
         self.__dict__["_curve"] = curve
         self.__dict__["_dense"] = curve.at(padded).tolist()
 
@@ -135,6 +137,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
             points |= {size, size + 1}
             if size >= most:
                 break
+        if not sizes:  # nothing is padded: the curve bends where the table does
+            points |= {n for n in self.dense_tokens if low < n < most}
         points.add(max(most, low + 1))
         tokens = sorted(points)
         other = self.beside(num_decoding, context_tokens, chunks)

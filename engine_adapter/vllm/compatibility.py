@@ -26,9 +26,11 @@ SET_BY_SCHEDULER = (
     "num_spec_tokens",
     "requests",
     "running",
+    "scheduler_config",
     "waiting",
 )
 SET_BY_REQUEST = (
+    "_output_token_ids",
     "is_prefill_chunk",
     "max_tokens",
     "num_computed_tokens",
@@ -37,6 +39,7 @@ SET_BY_REQUEST = (
     "request_id",
     "resumable",
     "spec_token_ids",
+    "status",
 )
 OUTPUT_FIELDS = (
     "num_invalid_spec_tokens",

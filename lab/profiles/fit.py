@@ -62,7 +62,7 @@ def _round(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _relative_fit(rows: list[list[float]], seconds: list[float]) -> list[float]:
+def relative_fit(rows: list[list[float]], seconds: list[float]) -> list[float]:
     """Coefficients >= 0 of the least squares of relative errors; what turns negative is 0."""
     x, y = np.array(rows), np.array(seconds)
     x, y = x / y[:, None], np.ones(len(y))
@@ -94,12 +94,12 @@ def fit(
             s + term["all_reduce"].seconds(Step(0, n)) for s, n in zip(dense_s, table, strict=True)
         ]
     steps = _random_steps(machine, rng, 800)
-    decode = _relative_fit(
+    decode = relative_fit(
         [[1.0, step.num_decoding, step.context_tokens] for step in steps],
         [term["decode_attention"].seconds(step) for step in steps],
     )
     with_chunks = [step for step in steps if step.chunks]
-    chunk = _relative_fit(
+    chunk = relative_fit(
         [
             [1.0, c.num_tokens, c.num_tokens * (c.num_before + c.num_tokens / 2)]
             for step in with_chunks

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
-from typing import Annotated
+from dataclasses import replace
 
 import msgspec
 import numpy as np
-from msgspec import Meta
 
-from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
-from smartspec.engine_adapter.simulator.engine import Served
-from smartspec.engine_adapter.simulator.profile import Profile
+from smartspec.daemon.gain import student_95
+from smartspec.engine_adapter.simulator import acceptance
 from smartspec.engine_adapter.simulator.requests import Traffic
+from smartspec.lab.simulation.timeline import Timeline, Watch
+from smartspec.lab.simulation.workload import Count, Positive, Workload
+from smartspec.lab.simulation.workload import capacity as capacity
 from smartspec.lab.simulation.world import Cell, rival, simulate
 
-Positive = Annotated[float, Meta(gt=0)]
-Count = Annotated[int, Meta(ge=1)]
 
+class Experiment(Workload, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What to try."""
 
-class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What to try. Lengths are exponential, arrivals Poisson, acceptance Beta over requests."""
-
-    profile: str = "h100_8b"  #: a shipped profile, or a file
-    draft: str = "eagle"  #: one of the profile's, or "lookup"
     policies: tuple[str, ...] = ("none", "static1", "static3", "static5", "informed", "smartspec")
     loads: tuple[Positive, ...] = (0.1, 0.5, 0.8)  #: of what is served without speculation
     num_seeds: Count = 3
-    duration_s: Positive = 60.0
-    acceptance: Annotated[float, Meta(gt=0, lt=1)] = 0.7  #: mean over requests
-    concentration: Positive = 6.0
-    presence: Annotated[float, Meta(gt=0, le=1)] = 0.6  #: how often a lookup finds a draft
-    mean_prompt: Positive = 600.0
-    mean_output: Positive = 200.0
-    max_length: Annotated[int, Meta(ge=1, le=16)] = 5
-    max_num_running: Count = 64
 
 
-class Run(msgspec.Struct, frozen=True):
+class Run(msgspec.Struct, frozen=True, omit_defaults=True):
     """One policy at one load with one seed; times in seconds, means over requests."""
 
     policy: str
@@ -55,20 +43,13 @@ class Run(msgspec.Struct, frozen=True):
     num_drafted: int
     num_accepted: int
     num_preempted: int
-
-
-def read(path: Path) -> Experiment:
-    """An experiment from TOML. Raises ValueError naming what is wrong."""
-    try:
-        return msgspec.toml.decode(path.read_bytes(), type=Experiment)
-    except (msgspec.DecodeError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    timeline: Timeline | None = None  #: of watched runs
 
 
 def check(experiment: Experiment) -> None:
     """Raises ValueError, naming what is known, for a profile, draft or policy that is not."""
-    gpu = profile.load(experiment.profile)
-    gpu.draft(experiment.draft)
+    experiment.check()
+    gpu = experiment.load_profile()
     empty = Traffic(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
     drawn = acceptance.draw(acceptance.Constant(0.5), empty.num_output, max_length=1, seed=0)
     for name in experiment.policies:
@@ -76,60 +57,20 @@ def check(experiment: Experiment) -> None:
             rival(name, Cell(gpu, experiment.draft, empty, drawn, max_length=1))
 
 
-def capacity(
-    gpu: Profile, max_num_running: int, mean_prompt: float, mean_output: float, seed: int = 0
-) -> float:
-    """Requests per second that are served without speculation, the batch being full throughout."""
-    count = 6 * max_num_running
-    rng = np.random.default_rng((seed, 2))
-    traffic = arrivals.exponential_lengths(np.zeros(count), mean_prompt, mean_output, rng)
-    never = acceptance.draw(acceptance.Constant(0.0), traffic.num_output, max_length=1, seed=seed)
-    cell = Cell(gpu, "lookup", traffic, never, max_length=1, max_num_running=max_num_running)
-    return middle_rate(simulate("none", cell).served)
-
-
-def middle_rate(served: Served) -> float:
-    """Requests per second while a batch stays full: neither its filling nor its emptying counts."""
-    done = np.sort(served.finished_s)
-    first, last = len(done) // 3, 2 * len(done) // 3
-    return float((last - first) / (done[last] - done[first]))
-
-
-def play(experiment: Experiment, policy: str, load: float, seed: int) -> Run:
-    """Serve one run; the same arguments give the same numbers."""
-    gpu = profile.load(experiment.profile)
-    lengths = experiment.mean_prompt, experiment.mean_output
-    rate = load * capacity(gpu, experiment.max_num_running, *lengths)
-    rng = np.random.default_rng((seed, 3))
-    times = arrivals.poisson(rate, experiment.duration_s, rng)
-    traffic = arrivals.exponential_lengths(times, *lengths, rng)
-    if not traffic.size:
-        raise ValueError(f"no request in {experiment.duration_s:g} s at {rate:.2g}/s: go on longer")
-    outcomes = acceptance.draw(
-        acceptance.BetaOverRequests(experiment.acceptance, experiment.concentration),
-        traffic.num_output,
-        max_length=experiment.max_length,
-        seed=seed,
-        presence=experiment.presence if experiment.draft == "lookup" else None,
-    )
-    cell = Cell(
-        gpu,
-        experiment.draft,
-        traffic,
-        outcomes,
-        acceptance=experiment.acceptance,
-        max_length=experiment.max_length,
-        max_num_running=experiment.max_num_running,
-        seed=seed,
-    )
-    engine = simulate(policy, cell)
+def play(experiment: Experiment, policy: str, load: float, seed: int, watched: bool = False) -> Run:
+    """Serve one run; the same arguments give the same numbers. ``watched``: with a timeline."""
+    cell = experiment.cell(load, seed)
+    watch = Watch(experiment.duration_s, experiment.max_length) if watched else None
+    if watch is not None:
+        cell = replace(cell, watch=watch.step)
+    engine = simulate(policy, cell, bus=watch)
     served = engine.served
     decoding = served.time_per_token_s[served.num_output > 1]
     return Run(
         policy=policy,
         load=load,
         seed=seed,
-        num_requests=traffic.size,
+        num_requests=cell.traffic.size,
         latency_mean_s=float(served.latency_s.mean()),
         latency_p99_s=float(np.quantile(served.latency_s, 0.99)),
         time_to_first_mean_s=float(served.time_to_first_s.mean()),
@@ -138,16 +79,23 @@ def play(experiment: Experiment, policy: str, load: float, seed: int) -> Run:
         num_drafted=engine.num_drafted,
         num_accepted=engine.num_accepted,
         num_preempted=engine.num_preempted,
+        timeline=watch.timeline(served) if watch is not None else None,
     )
 
 
 def play_all(
-    experiment: Experiment, num_workers: int = 1, note: Callable[[], None] = lambda: None
+    experiment: Experiment,
+    num_workers: int = 1,
+    note: Callable[[], None] = lambda: None,
+    watched: bool = False,
 ) -> list[Run]:
-    """All runs, in the order of loads, policies and seeds; ``note`` is called after each."""
+    """All runs, in the order of loads, policies and seeds; ``note`` is called after each.
+
+    ``watched``: those of seed 0 with a timeline.
+    """
     check(experiment)
     jobs = [
-        (experiment, policy, load, seed)
+        (experiment, policy, load, seed, watched and seed == 0)
         for load in experiment.loads
         for policy in experiment.policies
         for seed in range(experiment.num_seeds)
@@ -160,7 +108,7 @@ def play_all(
 
 
 def _played(
-    jobs: list[tuple[Experiment, str, float, int]], num_workers: int
+    jobs: list[tuple[Experiment, str, float, int, bool]], num_workers: int
 ) -> Iterator[tuple[int, Run]]:
     if num_workers == 1:
         for at, job in enumerate(jobs):
@@ -175,15 +123,32 @@ def _played(
 
 
 class Line(msgspec.Struct, frozen=True):
-    """A policy at a load, over its seeds."""
+    """A policy at a load, over its seeds; intervals of 95% by Student's t, NaN for two or fewer."""
 
     policy: str
     load: float
     latency_mean_s: float
+    latency_low_s: float  #: of the interval of the mean
+    latency_high_s: float
     over_first: float  #: geometric mean of the latencies' ratios to the first policy's, per seed
+    over_first_low: float  #: of its interval
+    over_first_high: float
     lowest: float  #: of these ratios
     highest: float
     accepted_share: float  #: of drafts; NaN: none were drafted
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95% interval; NaN for fewer than three values.
+
+    >>> [round(x, 2) for x in interval([1.0, 2.0, 3.0])]
+    [2.0, -0.4, 4.4]
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 3:
+        return mean, math.nan, math.nan
+    half = student_95(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return mean, mean - half, mean + half
 
 
 def summarise(runs: Iterable[Run]) -> list[Line]:
@@ -198,15 +163,23 @@ def summarise(runs: Iterable[Run]) -> list[Line]:
         ratios = [run.latency_mean_s / first[load, run.seed] for run in group]
         drafted = sum(run.num_drafted for run in group)
         accepted = sum(run.num_accepted for run in group)
+        mean, low, high = interval([run.latency_mean_s for run in group])
+        ratio, ratio_low, ratio_high = (
+            math.exp(x) for x in interval([math.log(r) for r in ratios])
+        )
         lines.append(
             Line(
                 policy=policy,
                 load=load,
-                latency_mean_s=float(np.mean([run.latency_mean_s for run in group])),
-                over_first=float(np.exp(np.mean(np.log(ratios)))),
+                latency_mean_s=mean,
+                latency_low_s=low,
+                latency_high_s=high,
+                over_first=ratio,
+                over_first_low=ratio_low,
+                over_first_high=ratio_high,
                 lowest=min(ratios),
                 highest=max(ratios),
-                accepted_share=accepted / drafted if drafted else float("nan"),
+                accepted_share=accepted / drafted if drafted else math.nan,
             )
         )
     return lines

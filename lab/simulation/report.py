@@ -1,6 +1,8 @@
-"""What `smartspec simulate` shows: progress while it runs, then a table or JSON."""
+"""What `smartspec simulate` shows: progress, then a table or JSON; and files where asked for."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import msgspec
 from rich.console import Console
@@ -8,20 +10,55 @@ from rich.progress import Progress
 from rich.table import Table
 
 from smartspec.lab.simulation import experiment
-from smartspec.lab.simulation.experiment import Experiment
+from smartspec.lab.simulation.experiment import Experiment, Line, Run
 
 
-def show(wanted: Experiment, num_workers: int, as_json: bool) -> None:
-    """Play ``wanted`` and print what came of it. Raises ValueError for what cannot be played."""
+def show(wanted: Experiment, num_workers: int, as_json: bool, out: Path | None = None) -> None:
+    """Play ``wanted`` and print what came of it; ``out``: folder for report, plots and results.
+
+    Raises ValueError for what cannot be played, OSError when ``out`` cannot be written.
+    """
     experiment.check(wanted)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     num_runs = len(wanted.policies) * len(wanted.loads) * wanted.num_seeds
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("simulating", total=num_runs)
-        runs = experiment.play_all(wanted, num_workers, lambda: progress.advance(task))
+        runs = experiment.play_all(
+            wanted, num_workers, lambda: progress.advance(task), watched=out is not None
+        )
     lines = experiment.summarise(runs)
+    if out is not None:
+        write(wanted, lines, runs, out)
     if as_json:
-        print(msgspec.json.encode({"experiment": wanted, "summary": lines, "runs": runs}).decode())
+        bare = [msgspec.structs.replace(run, timeline=None) for run in runs]
+        print(_json(wanted, lines, bare).decode())
         return
+    Console().print(_table(wanted, lines))
+    print(
+        f"x: of {wanted.policies[0]}, geometric mean (lowest-highest) of {wanted.num_seeds} seeds. "
+        "A load of 1 is what is served without speculation."
+    )
+    if out is not None:
+        print(f"report: {out / 'report.html'}")
+
+
+def write(wanted: Experiment, lines: list[Line], runs: list[Run], out: Path) -> None:
+    """The page, its pictures as PNG, and all numbers, timelines too, as JSON."""
+    from smartspec.lab.simulation import page, plots
+
+    figures = plots.draw(wanted, lines, runs)
+    for name, figure in figures.items():
+        plots.save(figure, out / f"{name}.png")
+    (out / "report.html").write_text(page.render(wanted, lines, figures, runs), "utf-8")
+    (out / "results.json").write_bytes(_json(wanted, lines, runs) + b"\n")
+
+
+def _json(wanted: Experiment, lines: list[Line], runs: list[Run]) -> bytes:
+    return msgspec.json.encode({"experiment": wanted, "summary": lines, "runs": runs})
+
+
+def _table(wanted: Experiment, lines: list[Line]) -> Table:
     table = Table(
         title=f"mean request latency: {wanted.profile}, draft {wanted.draft}, "
         f"acceptance {wanted.acceptance:g}",
@@ -38,8 +75,4 @@ def show(wanted: Experiment, num_workers: int, as_json: bool) -> None:
             if line.policy == policy
         ]
         table.add_row(policy, *cells)
-    Console().print(table)
-    print(
-        f"x: of {wanted.policies[0]}, geometric mean (lowest-highest) of {wanted.num_seeds} seeds. "
-        "A load of 1 is what is served without speculation."
-    )
+    return table

@@ -14,6 +14,7 @@ from smartspec.engine_adapter.base import (
     FEATURE_MATCH_LENGTH,
     FixedLength,
     LengthSource,
+    StepFacts,
 )
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
@@ -48,6 +49,8 @@ class Cell:
     noise: float = 0.02
     cost_factor: Callable[[float], float] = lambda now_s: 1.0
 
+    watch: Callable[[float, StepFacts], None] | None = None  #: called after every step
+
     def engine(self, source: LengthSource, hear: Callable[[], None] = lambda: None) -> Engine:
         """The engine, steered by ``source``."""
         return Engine(
@@ -62,6 +65,7 @@ class Cell:
             noise=self.noise,
             cost_factor=self.cost_factor,
             hear=hear,
+            watch=self.watch,
         )
 
 
@@ -89,10 +93,15 @@ def rival(name: str, cell: Cell) -> LengthSource:
             raise ValueError(f"no policy {name!r}: choose of {known}")
 
 
-def simulate(name: str, cell: Cell) -> Engine:
-    """Serve a cell's requests under the policy ``name``; returns the engine, done."""
+def simulate(
+    name: str, cell: Cell, *, library: Library | None = None, bus: Bus | None = None
+) -> Engine:
+    """Serve a cell's requests under the policy ``name``; returns the engine, done.
+
+    ``library``, ``bus``: of the daemon, where there is one (`Fleet`).
+    """
     if name == "smartspec":
-        return Fleet([cell]).run()[0]
+        return Fleet([cell], library, bus).run()[0]
     return serve(rival(name, cell), cell)
 
 

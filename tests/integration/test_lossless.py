@@ -8,16 +8,28 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCABULARY, RandomLengths, RandomProposer, answers, tiny_model
+from tiny_models import (
+    FAMILIES,
+    VOCABULARY,
+    RandomLengths,
+    RandomProposer,
+    RandomTrees,
+    answers,
+    tiny_model,
+)
 
+from smartspec.engine_adapter.reference import model_runner
 from smartspec.engine_adapter.reference import worker as worker_module
 from smartspec.engine_adapter.reference.draft_model import DraftModel
+from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree, agreeing_path
+from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import Proposer
-from smartspec.engine_adapter.reference.sampling import num_agreeing
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
+from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
+from smartspec.engine_adapter.reference.tree_lookup import TreeLookup
 from smartspec.engine_adapter.reference.worker import Worker
 
 pytestmark = pytest.mark.integration
@@ -25,21 +37,34 @@ pytestmark = pytest.mark.integration
 MAX_RUNNING = 20
 MAX_LEN = 120
 MAX_LENGTH = 4
+MAX_TREE = 17  #: more than what shares a padded group (model_runner.py)
 NUM_REQUESTS = 40
 EOS = frozenset({7})
 
-PROPOSERS: dict[str, Callable[[str], Proposer]] = {
-    "lookup": lambda family: PromptLookup(MAX_LENGTH, min_ngram=1, max_ngram=4),
-    "other_weights": lambda family: _draft(tiny_model(family, seed=1)),
-    "fewer_layers": lambda family: _draft(without_layers(tiny_model(family), [1])),
-    "itself": lambda family: _draft(tiny_model(family)),
-    "random": lambda family: RandomProposer(MAX_LENGTH, seed=3),
+#: By name, from the model family and whether the requests are sampled.
+PROPOSERS: dict[str, Callable[[str, bool], Proposer]] = {
+    "lookup": lambda family, sampled: PromptLookup(MAX_LENGTH, min_ngram=1, max_ngram=4),
+    "other_weights": lambda family, sampled: _draft(tiny_model(family, seed=1)),
+    "fewer_layers": lambda family, sampled: _draft(without_layers(tiny_model(family), [1])),
+    "itself": lambda family, sampled: _draft(tiny_model(family)),
+    "random": lambda family, sampled: RandomProposer(MAX_LENGTH, seed=3),
+    "random_trees": lambda family, sampled: _random_trees(family, sampled),
+    "lookup_tree": lambda family, sampled: TreeLookup(MAX_TREE, 1, 4, history_tokens=600),
+    "draft_tree": lambda family, sampled: TreeDraftModel(
+        ModelRunner(without_layers(tiny_model(family), [1]), MAX_RUNNING, MAX_LEN), 8, 40
+    ),
 }
 
 
 def _draft(model: torch.nn.Module) -> DraftModel:
     # Few tokens per pass: catching up with a prompt takes several passes.
     return DraftModel(ModelRunner(model, MAX_RUNNING, MAX_LEN), MAX_LENGTH, max_pass_tokens=40)
+
+
+def _random_trees(family: str, sampled: bool) -> RandomTrees:
+    prompts = [tuple(request.prompt) for request in requests(sampled)]
+    whole = dict(zip(prompts, alone(family, sampled), strict=True))
+    return RandomTrees(MAX_TREE, seed=3, expected=whole)
 
 
 @cache
@@ -131,19 +156,22 @@ def assert_same(
 @pytest.mark.parametrize("name", PROPOSERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_is_the_same_when_speculating(family: str, name: str, sampled: bool) -> None:
-    found, cancelled, source = speculative(family, PROPOSERS[name](family), sampled)
+    proposer = PROPOSERS[name](family, sampled)
+    found, cancelled, source = speculative(family, proposer, sampled)
     assert_same(found, cancelled, alone(family, sampled))
     # Enough has happened for the comparison to mean something.
     assert sum(map(len, found)) >= 2_000
     assert cancelled
     drafted = np.concatenate([facts.num_drafted for facts in source.facts])
     accepted = np.concatenate([facts.num_accepted for facts in source.facts])
-    assert set(range(MAX_LENGTH + 1)) <= set(drafted.tolist())
+    assert set(range(proposer.max_length + 1)) <= set(drafted.tolist())
     assert accepted.sum() > 0
     if name == "itself":
         assert (accepted == drafted).all()
     else:
         assert (accepted < drafted).any()
+    if isinstance(proposer, RandomTrees):
+        assert proposer.num_scattered >= 100
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,19 +194,48 @@ def test_greedy_output_equals_generate_when_not_speculating(family: str) -> None
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda drafts, drawn: len(drafts),
-        lambda drafts, drawn: min(num_agreeing(drafts, drawn) + 1, len(drafts)),
+        lambda tree, drawn: list(range(tree.size)),
+        lambda tree, drawn: list(range(min(len(agreeing_path(tree, drawn)) + 1, tree.size))),
     ],
     ids=["accept_every_draft", "accept_one_too_many"],
 )
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "seeded"])
 def test_comparison_fails_when_the_acceptance_rule_is_broken(
     monkeypatch: pytest.MonkeyPatch,
-    broken: Callable[[list[int], list[int]], int],
+    broken: Callable[[DraftTree, list[int]], list[int]],
     sampled: bool,
 ) -> None:
     expected = alone("llama", sampled)
-    monkeypatch.setattr(worker_module, "num_agreeing", broken)
-    found, cancelled, _ = speculative("llama", PROPOSERS["other_weights"]("llama"), sampled)
+    monkeypatch.setattr(worker_module, "agreeing_path", broken)
+    proposer = PROPOSERS["other_weights"]("llama", sampled)
+    found, cancelled, _ = speculative("llama", proposer, sampled)
+    with pytest.raises(AssertionError):
+        assert_same(found, cancelled, expected)
+
+
+def _first_child(tree: DraftTree, drawn: list[int]) -> list[int]:
+    path: list[int] = []
+    while (last := path[-1] if path else ROOT) in tree.parents:
+        path.append(tree.parents.index(last))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        (worker_module, "agreeing_path", _first_child),
+        (KvCache, "compact", lambda cache, kept: None),
+        (model_runner, "lineage", lambda parents: np.tri(len(parents), dtype=np.bool_)),
+        (DraftTree, "depths", property(lambda tree: range(1, tree.size + 1))),
+    ],
+    ids=["first_child_accepted", "path_not_moved", "siblings_seen", "noise_by_slot"],
+)
+def test_comparison_fails_when_trees_are_handled_wrongly(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, broken: object
+) -> None:
+    expected = alone("llama", True)
+    proposer = PROPOSERS["random_trees"]("llama", True)
+    monkeypatch.setattr(owner, name, broken)
+    found, cancelled, _ = speculative("llama", proposer, True)
     with pytest.raises(AssertionError):
         assert_same(found, cancelled, expected)

@@ -37,6 +37,7 @@ from smartspec.daemon.event_bus import (
 from smartspec.daemon.telemetry import metric_ids, redis_store
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineState
+from smartspec.daemon.telemetry.prometheus import PrometheusExporter
 from smartspec.daemon.telemetry.redis_store import Keys, RedisStore, connect
 
 pytestmark = pytest.mark.integration
@@ -447,6 +448,35 @@ def test_metrics_are_exported_under_their_ids_when_scraped(
             assert line in page
         bus.publish(EngineEvent(engine="worker-0", epoch=1, state="left"))
         eventually(lambda: 'engine="worker-0"' not in scrape(port))
+
+
+def test_health_is_told_while_the_loop_is_heard(runtime_dir: Path, bus: EventBus) -> None:
+    port = free_port()
+
+    def status() -> int | None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+        except OSError:
+            return None
+
+    with telemetry_process(runtime_dir, f"telemetry.prometheus_port={port}"):
+        eventually(lambda: status() is not None)
+        assert status() == 503
+        connected(bus, runtime_dir).close()  # by events of the loop
+        eventually(lambda: status() == 200)
+
+
+def test_health_is_lost_when_the_loop_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = PrometheusExporter()
+    exporter.note(LoopEvent(t_s=0.0, num_engines=0, counters={}, links={}), None)
+    assert exporter.is_healthy
+    heard = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: heard + 11.0)
+    assert not exporter.is_healthy
 
 
 def test_redis_is_written_when_the_port_for_prometheus_is_taken(

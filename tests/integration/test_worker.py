@@ -208,7 +208,7 @@ def test_ceilings_are_respected_when_the_source_asks_for_more() -> None:
 def test_batch_tells_what_is_known_before_drafting() -> None:
     source = RandomLengths(0)
     worker = build(proposer=PromptLookup(3), length_source=source)
-    assert worker.features == ("last_accepted_share", "match_length", "token_acceptance")
+    assert worker.features == ("last_accepted_share", "match_agreement", "token_acceptance")
     repeating = worker.add_request(
         Request(REPEATING, max_tokens=8, weight=2.0, floor=1, token_time_target_s=0.5)
     )
@@ -364,7 +364,8 @@ def test_distribution_is_the_targets_when_speculating(kind: str) -> None:
 def test_distribution_is_wrong_when_every_draft_is_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(worker_module, "num_agreeing", lambda drafts, drawn: len(drafts))
+    every_draft = lambda tree, drawn: list(range(tree.size))  # noqa: E731
+    monkeypatch.setattr(worker_module, "agreeing_path", every_draft)
     proposer = DraftModel(ModelRunner(tiny_model("llama", seed=1), 64, 32), 2)
     worker = build(proposer=proposer, max_num_running=64, max_model_len=32, max_prefill_tokens=512)
     assert pairs_p_value(sampled_pairs(worker, 3000), 3000) < 1e-3

@@ -22,6 +22,8 @@ from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import Proposer
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
 from smartspec.engine_adapter.reference.service import run_worker
+from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
+from smartspec.engine_adapter.reference.tree_lookup import TreeLookup
 from smartspec.engine_adapter.reference.worker import Worker
 
 pytestmark = pytest.mark.integration
@@ -66,13 +68,18 @@ def decode(
     return [finished[i] for i in ids]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_output_is_the_same_when_the_real_model_speculates(loaded: models.LoadedModel) -> None:
     greedy, seeded = SamplingParams(), SamplingParams(temperature=0.7, top_p=0.9, seed=1)
     thin = models.without_layers(loaded.model, models.DEFAULT_DRAFT_DROP_LAYERS)
     for sampling in (greedy, seeded):
         plain = decode(loaded, None, sampling, FixedLength(0))
-        for proposer in (PromptLookup(5), DraftModel(ModelRunner(thin, 3, 160), 3)):
+        for proposer in (
+            PromptLookup(5),
+            DraftModel(ModelRunner(thin, 3, 160), 3),
+            TreeLookup(8),
+            TreeDraftModel(ModelRunner(thin, 3, 160), 6),
+        ):
             found = decode(loaded, proposer, sampling, RandomLengths(0))
             assert [f.tokens for f in found] == [p.tokens for p in plain]
             assert [f.text for f in found] == [p.text for p in plain]

@@ -6,6 +6,7 @@ import configparser
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +138,11 @@ cp /etc/smartspec/smartspec.toml /etc/smartspec/gpus.toml
 systemctl start smartspec@gpus; say template $?
 stat -c '%n %a %U %G' /run/smartspec-gpus/engines.sock
 systemctl stop smartspec smartspec@gpus
-journalctl -u smartspec -u smartspec-telemetry --no-pager -o cat
+printf 'endpoint = "tcp://127.0.0.1:PORT"\\ninsecure = true\\n' > /etc/smartspec/gpus.toml
+systemctl start smartspec@gpus; say tcp $?
+systemctl stop smartspec@gpus
+say fields $(journalctl -u smartspec LOGGER=smartspec.daemon.service -o cat | grep -c SIGHUP)
+journalctl -u smartspec -u smartspec-telemetry -u smartspec@gpus --no-pager -o cat
 """
 
 
@@ -150,7 +155,9 @@ def test_unit_lives_under_a_real_systemd(tmp_path: Path) -> None:
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed (systemd-container)")
     script = tmp_path / "script"
-    script.write_text(LIFE, "utf-8")
+    with socket.socket() as probe:  # the container has this host's network
+        probe.bind(("127.0.0.1", 0))
+        script.write_text(LIFE.replace("PORT", str(probe.getsockname()[1])), "utf-8")
     boot = Path(__file__).with_name("boot_unit.sh")
     base = tmp_path / "boot"
     done = subprocess.run(
@@ -172,9 +179,11 @@ def test_unit_lives_under_a_real_systemd(tmp_path: Path) -> None:
     assert "== valkey 0" in out, out
     assert "== reload 0" in out
     assert "SIGHUP: control.ttl_s: 1.0 -> 3.0" in out
+    assert "== fields 1" in out, out  # by the journal's own protocol
     assert "== restarts 1" in out, out
     assert "== active active" in out
     assert "== stop 0" in out and "cannot access '/run/smartspec'" in out
     assert "== both 0\nactive\n/run/smartspec/engines.sock" in out, out
     assert "== template 0" in out
+    assert "== tcp 0" in out, out  # ZeroMQ asks for interfaces before it listens
     assert "/run/smartspec-gpus/engines.sock 660 smartspec-gpus smartspec-engines" in out

@@ -23,7 +23,7 @@ def test_runs_are_what_the_worker_accepts_when_it_drafts(style: str, temperature
     target = tiny_model("llama", num_layers=3)
     thin = models.without_layers(target, (1,))
     params = SamplingParams(temperature=temperature, seed=3)
-    request = Request([5, 6, 7, 5, 6, 7, 5, 6], 60, sampling=params, num_logprobs=0)
+    request = Request([5, 6, 7, 5, 6, 7, 5, 6], 60, sampling=params)
     columns = Recorder(target, thin, frozenset()).record([request])[0]
     proposer = PromptLookup(8) if style == "lookup" else DraftModel(ModelRunner(thin, 1, 128), 8)
     worker = Worker(target, None, proposer, max_num_running=1, max_model_len=128)

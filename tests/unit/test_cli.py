@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from smartspec.daemon import config, inspect, service
+from smartspec.daemon import config, curve_keys, inspect, service
 from smartspec.daemon.cli import app
 from smartspec.daemon.config import Settings
 
@@ -103,6 +103,8 @@ def test_settings_in_force_are_shown_when_file_and_flags_are_given(tmp_path: Pat
         (["inspect", "--redis-url", "db"], "redis.url"),
         (["worker", "--speculation", "static", "--length", "9"], "--length 9"),
         (["worker", "--draft-drop-layers", "a"], "--draft-drop-layers a"),
+        (["worker", "--proposer", "draft-tree"], "--proposer draft-tree: give --draft-model"),
+        (["worker", "--proposer", "lookup-tree"], "--speculation static"),
         (["demo", "--arms", ","], "--arms"),
     ],
 )
@@ -183,6 +185,18 @@ def test_options_of_worker_reach_the_engine(
     assert set(seen) <= parameters_of(engine, "run_worker")
 
 
+def test_worker_connects_to_a_daemon_elsewhere_when_it_has_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+    stand_in_for(monkeypatch, "smartspec.engine_adapter.reference.service", "run_worker", seen)
+    curve_keys.make(tmp_path / "keys")
+    keys = str(curve_keys.add(tmp_path / "keys", "gpu0"))
+    assert invoke("worker", "--endpoint", "tcp://host:5560", "--keys", keys).exit_code == 0
+    assert seen["endpoint"] == "tcp://host:5560" and seen["keys"] is not None
+    assert invoke("worker", "--endpoint", "tcp://host:5560").exit_code == 2  # readable on the way
+
+
 def test_options_of_worker_reach_the_http_server_and_its_decode_process(
     monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
@@ -237,7 +251,7 @@ def test_missing_package_is_named_with_the_extra_that_brings_it(
     def missing(name: str) -> Any:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr("smartspec.daemon.cli.importlib.import_module", missing)
+    monkeypatch.setattr("importlib.import_module", missing)
     result = invoke("worker")
     assert result.exit_code == 2
     assert "pip install 'smartspec[worker]'" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,15 @@ import pytest
 import zmq
 from fakes import ipc_endpoint, until
 
-from smartspec.daemon.commands import Answer, Command, CommandServer, send
+from smartspec.daemon.commands import (
+    EXIT_NO_DAEMON,
+    Answer,
+    Command,
+    CommandServer,
+    run,
+    send,
+)
+from smartspec.daemon.config import load
 
 
 @pytest.fixture
@@ -46,6 +55,16 @@ def test_command_is_obeyed_and_answered(address: str, server: CommandServer) -> 
 def test_socket_is_for_its_owner_alone(address: str, server: CommandServer) -> None:
     mode = Path(address.removeprefix("ipc://")).stat().st_mode
     assert stat.S_IMODE(mode) == 0o600
+
+
+def test_who_may_not_open_the_socket_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load(None, {}, {"runtime_dir": str(tmp_path)})
+    (tmp_path / "commands.sock").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK)  # root may all
+    assert run(settings, Command(action="pause")) == EXIT_NO_DAEMON
+    assert "may not be opened by this user" in capsys.readouterr().err
 
 
 def test_nonsense_is_answered_and_obeyed_by_nobody(address: str, server: CommandServer) -> None:

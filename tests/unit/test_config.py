@@ -49,11 +49,11 @@ def test_every_key_is_in_the_reference_with_when_it_applies() -> None:
 
 def test_replaced_values_leave_the_others_as_they_were() -> None:
     old = load()
-    new = config.replace(old, {"control.ttl_s": 3.0, "log.json": True, "mode": "observe"})
+    new = config.replace(old, {"control.ttl_s": 3.0, "log.format": "json", "mode": "observe"})
     assert config_text.differences(old, new) == {
         "mode": ("control", "observe"),
         "control.ttl_s": (1.0, 3.0),
-        "log.json": (False, True),
+        "log.format": ("auto", "json"),
     }
 
 
@@ -106,8 +106,10 @@ def test_environment_is_converted_to_the_type_of_the_key() -> None:
         ("control = 1", ["control", "expected a section [control]"]),
         ("mode = 'stear'", ["mode", "'stear'", "'observe' or 'canary' or 'control'"]),
         ("mode = ", ["smartspec.toml", "not a TOML file"]),
-        ("[log]\njson = 'yes'", ["log.json", "true or false"]),
+        ("[log]\nformat = 'xml'", ["log.format", "'auto' or 'text' or 'json'"]),
         ("[telemetry]\nprometheus_port = 70000", ["telemetry.prometheus_port", "65535"]),
+        ("[telemetry]\nprometheus_address = 'here'", ["telemetry.prometheus_address", "0.0.0.0"]),
+        ("[state]\nenabled = 'yes'", ["state.enabled", "true or false"]),
         ("[control]\nheartbeat_s = 0.9", ["control.heartbeat_s", "0.9", "half", "1.0"]),
         ("[control]\nengine_timeout_s = 0.5", ["control.engine_timeout_s", "control.ttl_s"]),
         ("[redis]\nurl = 'db:6379'", ["redis.url", "redis://"]),
@@ -192,7 +194,7 @@ def test_paths_follow_the_runtime_directory(env: dict[str, str], expected: str) 
 
 
 def test_settings_in_force_can_be_read_back(tmp_path: Path) -> None:
-    settings = load(overrides={"control.ttl_s": 3.5, "mode": "observe", "log.json": True})
+    settings = load(overrides={"control.ttl_s": 3.5, "mode": "observe", "log.format": "json"})
     assert load(config_text.to_toml(settings), tmp_path) == settings
 
 

@@ -18,6 +18,9 @@ from smartspec.daemon.engines import Engine
 from smartspec.daemon.learned import Checkpoint, ModelKey, RefusedState, check, decode, encode
 from smartspec.daemon.library import Library
 from smartspec.engine_adapter.messages import BucketAxis, Fingerprint
+from smartspec.engine_adapter.simulator import profile
+from smartspec.engine_adapter.simulator.profile import Chunk
+from smartspec.estimators.step_cost import StepShape
 
 
 def changed(**fields: Any) -> Checkpoint:
@@ -219,3 +222,96 @@ def test_library_forgets_the_oldest() -> None:
         )
         is None
     )
+
+
+def test_price_of_a_draft_is_learned_when_prompts_fill_the_pass() -> None:
+    gpu = profile.load("h100_8b")
+    rng = np.random.default_rng(0)
+    model = learned.Learned.new(ModelKey.of(hello(lookup=False))).step_cost
+    for step in range(1500):
+        batch = int(rng.integers(60, 200))
+        verify = batch + int(rng.integers(0, batch))
+        # A third of the passes are full, a third carry the end of a prompt, a third none.
+        prompt = (0, int(rng.integers(100, 1024 - batch)), 1024 - batch)[step % 3]
+        chunks = (Chunk(prompt, 0),) if prompt else ()
+        seconds = gpu.target_seconds(batch, verify, 700 * batch, chunks)
+        shape = StepShape(batch, verify, prompt, 700 * batch)
+        noisy = seconds * (1 + 0.02 * rng.standard_normal())
+        model.observe(shape, noisy, 0.0, noisy)
+    low, high = model.target_curve(StepShape(120, 120, 0, 84_000), [1030, 1200])
+    truth = gpu.target_seconds(120, 296, 84_000, (Chunk(904, 0),))
+    truth -= gpu.target_seconds(120, 126, 84_000, (Chunk(904, 0),))
+    assert high - low == pytest.approx(truth, rel=0.15)
+
+
+# -- what two daemons have learned --------------------------------------------------------------
+
+
+def taught(batch: int, acceptance: float, steps: int, seed: int = 0) -> Checkpoint:
+    """What an engine of some known costs and acceptance has taught, at one size of batch."""
+    rng = np.random.default_rng(seed)
+    models = Engine(hello(lookup=False)).learned
+    rows = models.acceptance.rows(range(1, batch + 1))
+    for _ in range(steps):
+        drafted = rng.integers(0, models.key.max_length + 1, batch)
+        passed = rng.random((batch, models.key.max_length)) < acceptance
+        accepted = np.minimum(np.cumprod(passed, axis=1).sum(axis=1), drafted)
+        models.acceptance.learn_many(rows, np.zeros(batch, np.int64), drafted, accepted)
+        tokens = batch + int(drafted.sum())
+        shape = StepShape(batch, tokens, draft_forwards=int(drafted.max()))
+        models.step_cost.observe(shape, None, None, seconds(tokens) * (1 + 0.02 * rng.normal()))
+    models.num_steps = models.num_steered = steps
+    return models.checkpoint(f"of {batch}", 1e9 + steps)
+
+
+def seconds(tokens: int) -> float:
+    return 0.01 + 0.0002 * tokens + 0.004 * max(0, tokens - 64)
+
+
+def error(checkpoint: Checkpoint, batch: int, tokens: int) -> float:
+    """Of the cost of a step, as a share of it."""
+    predicted = learned.restore(checkpoint).step_cost.seconds(StepShape(batch, tokens, 0, 0, 1))
+    return abs(predicted / seconds(tokens) - 1)
+
+
+def test_merged_state_knows_what_either_knew() -> None:
+    small, large = taught(4, 0.9, 300), taught(48, 0.3, 200)
+    assert error(small, 4, 12) < 0.05 and error(small, 48, 150) > 0.3
+    for both in (learned.merge(small, large), learned.merge(large, small)):
+        check(both)
+        assert error(both, 4, 12) < 0.1 and error(both, 48, 150) < 0.1
+        assert (both.num_steps, both.engine, both.saved_s) == (300, "of 4", 1e9 + 300)
+    hazards = [learned.restore(c).acceptance.pooled_hazards()[0] for c in (small, both, large)]
+    assert hazards[0] > hazards[1] + 0.1 > hazards[2] + 0.2
+
+
+def test_merging_again_adds_no_evidence() -> None:
+    """One may have started from the other: what both know must not be counted twice."""
+    one, other = taught(4, 0.9, 60), taught(4, 0.3, 40, seed=1)
+    most = np.maximum(*(learned.restore(c).acceptance.num_observed() for c in (one, other)))
+    both = learned.merge(one, other)
+    echo = both
+    for _ in range(20):
+        echo = learned.merge(echo, both)
+    alone = [learned.restore(c).step_cost for c in (one, other)]
+    first, last = learned.restore(both), learned.restore(echo)
+    assert np.allclose(first.acceptance.num_observed(), most)
+    assert np.allclose(last.acceptance.num_observed(), most)
+    assert np.allclose(last.acceptance.hazards(), first.acceptance.hazards(), atol=1e-6)
+    shape = StepShape(4, 12, 0, 0, 1)
+    assert last.step_cost.seconds(shape) == pytest.approx(first.step_cost.seconds(shape), rel=1e-6)
+    assert last.step_cost.std(shape) == pytest.approx(first.step_cost.std(shape), rel=1e-6)
+    assert first.step_cost.std(shape) > 0.9 * min(model.std(shape) for model in alone)
+
+
+def test_what_one_alone_knows_stays_when_the_other_writes_again_and_again() -> None:
+    small, large = taught(4, 0.9, 300), taught(48, 0.3, 200)
+    kept = small
+    for _ in range(50):
+        kept = learned.merge(large, kept)
+    assert error(kept, 4, 12) < 0.1 and error(kept, 48, 150) < 0.1
+
+
+def test_state_of_other_limits_is_not_merged() -> None:
+    with pytest.raises(RefusedState, match="max_length 5, now 4"):
+        learned.merge(CHECKPOINT, experienced(max_length=4).learned.checkpoint())

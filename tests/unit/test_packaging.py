@@ -149,6 +149,17 @@ def test_base_install_is_bare_when_the_learning_side_is_imported(base_install: P
     assert "ModuleNotFoundError" in run.stderr
 
 
+def test_command_names_the_extra_when_only_the_base_is_installed(base_install: Path) -> None:
+    run = subprocess.run(
+        [base_install, "-I", "-c", "from smartspec.daemon.command import main; main()"],
+        cwd="/", capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == (
+        "smartspec: the package typer is not installed: pip install 'smartspec[daemon]'\n"
+    )
+
+
 def test_version_equals_the_project_file_when_asked(project: dict[str, Any]) -> None:
     assert importlib.metadata.version("smartspec") == project["project"]["version"]
 

@@ -114,9 +114,9 @@ def test_value_of_time_is_the_goodput_without_prompts_when_steps_carry_them(look
     quiet, busy = decide(0), decide(600)
     assert quiet.policy.value_of_time == quiet.goodput == quiet.policy.predicted_goodput
     assert busy.policy.value_of_time == pytest.approx(quiet.policy.value_of_time, rel=0.1)
-    # What is predicted of a step has prompts in it: some 300 tokens on average, or 90 ms.
+    # What is predicted of a step has the last one's prompts in it: 600 tokens, or 180 ms.
     assert busy.policy.predicted_goodput == busy.goodput
-    for decision, prompts_s in ((quiet, 0.0), (busy, 0.095)):
+    for decision, prompts_s in ((quiet, 0.0), (busy, 0.18)):
         alternatives = ((decision.goodput_none, 0), (decision.goodput_static(), 3))
         for goodput, length in alternatives:
             seconds = 0.01 + 0.0003 * 8 * (1 + length) + prompts_s

@@ -12,9 +12,10 @@ from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.engines import Engine
 from smartspec.daemon.policy import Planner
-from smartspec.daemon.probing import MAX_TRIES, SWEEPS
+from smartspec.daemon.probing import MAX_TRIES, SAVINGS_S, SHARE_WHILE_DRAFTING, SWEEPS
 
 BUSY = Costs(base_s=0.004, token_s=0.002, noise=0.0)
+CHEAP = Costs(base_s=0.03, token_s=0.0005, noise=0.0)
 DRAFTING = Costs(base_s=0.03, token_s=0.001, draft_forward_s=0.03, draft_token_s=1e-4, noise=0.0)
 
 
@@ -158,3 +159,14 @@ def test_engine_that_cannot_speculate_is_left_alone() -> None:
     for _ in range(20):
         scripted.step()
     assert source.decisions == []
+
+
+def test_what_was_saved_is_not_spent_in_a_burst_when_drafting_begins_again() -> None:
+    engine, source = steered([0.95] * 6, CHEAP, share=0.02, sweep=False)
+    prober = source.planner.prober
+    prober._settling = 0
+    prober._purse_s = 0.02 * SAVINGS_S  # saved at length 0, with nothing worth a probe
+    for _ in range(20):
+        engine.step()
+    assert engine.choices[-1].lengths.any()
+    assert 0 < prober._purse_s <= SHARE_WHILE_DRAFTING * 0.02 * SAVINGS_S

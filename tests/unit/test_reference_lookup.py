@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smartspec.engine_adapter.reference.draft_tree import NO_DRAFTS, DraftTree
 from smartspec.engine_adapter.reference.prompt_lookup import (
+    MAX_VOTES,
     NO_MATCH,
     Match,
     NgramIndex,
@@ -19,11 +21,18 @@ from smartspec.engine_adapter.reference.sequence import Request, Sequence
 
 
 def plain_search(tokens: list[int], shortest: int, longest: int) -> Match:
-    for length in range(min(longest, len(tokens) - 1), shortest - 1, -1):
-        for end in range(len(tokens) - 1, length - 1, -1):
-            if tokens[end - length : end] == tokens[-length:]:
-                return Match(length, end)
-    return NO_MATCH
+    def matched(end: int) -> int:
+        sizes = range(1, min(longest, end) + 1)
+        return max((n for n in sizes if tokens[end - n : end] == tokens[-n:]), default=0)
+
+    ends = [end for end in range(len(tokens) - 1, 0, -1) if matched(end) >= shortest]
+    if not ends:
+        return NO_MATCH
+    best = max(ends, key=lambda end: (matched(end), end))
+    votes = [(matched(end) - shortest + 1, tokens[end]) for end in ends[:MAX_VOTES]]
+    agreeing = sum(weight for weight, token in votes if token == tokens[best])
+    agreement = (agreeing + 0.5) / (sum(weight for weight, _ in votes) + 2.0)
+    return Match(matched(best), best, agreement)
 
 
 def sequence_of(tokens: list[int], sequence_id: int = 1) -> Sequence:
@@ -75,8 +84,31 @@ def test_copy_follows_the_match_when_there_is_one() -> None:
     sequence = sequence_of([1, 2, 3, 4, 5, 6, 1, 2, 3])
     offer = proposer.available([sequence])
     assert offer.ceiling.tolist() == [3]
-    assert offer.features.tolist() == [[3.0], [0.5]]
-    assert proposer.propose([sequence], np.array([2])).drafts == [[4, 5]]
+    assert offer.features.tolist() == [[0.625], [0.5]]
+    assert proposer.propose([sequence], np.array([2])).drafts == [DraftTree.chain([4, 5])]
+
+
+def test_agreement_is_lower_when_earlier_occurrences_went_on_otherwise() -> None:
+    index = NgramIndex(2, 8)
+    alike = index.find([1, 2, 3, 9, 1, 2, 3, 8, 1, 2])
+    index = NgramIndex(2, 8)
+    unlike = index.find([1, 2, 4, 9, 1, 2, 3, 8, 1, 2])
+    assert (alike.length, alike.end) == (unlike.length, unlike.end) == (2, 6)
+    assert alike.agreement == pytest.approx(2.5 / 4) and unlike.agreement == pytest.approx(1.5 / 4)
+
+
+def test_rate_tells_copied_tokens_apart_when_some_are_always_wrong() -> None:
+    proposer = PromptLookup(max_length=1)
+    for number in range(20):  # after 1 2 comes another token than the 3 of before
+        wrong = sequence_of([1, 2, 3, 1, 2], 2 * number)
+        right = sequence_of([5, 2, 4, 5, 2], 2 * number + 1)
+        proposer.available([wrong, right])
+        wrong.tokens.append(7)
+        right.tokens.append(4)
+        proposer.accepted([wrong, right], [[], [0]])
+    offer = proposer.available([sequence_of([1, 2, 3, 1, 2], 98), sequence_of([5, 2, 4, 5, 2], 99)])
+    rate = offer.features[1]
+    assert rate[0] < 0.2 and rate[1] > 0.8
 
 
 def test_nothing_can_be_drafted_when_nothing_matches() -> None:
@@ -85,14 +117,15 @@ def test_nothing_can_be_drafted_when_nothing_matches() -> None:
     offer = proposer.available([sequence])
     assert offer.ceiling.tolist() == [0]
     assert offer.features.tolist() == [[0.0], [0.5]]
-    assert proposer.propose([sequence], np.array([0])).drafts == [[]]
+    assert proposer.propose([sequence], np.array([0])).drafts == [NO_DRAFTS]
 
 
 def test_copy_runs_on_into_itself_when_the_match_is_a_repetition() -> None:
     proposer = PromptLookup(max_length=7)
     sequence = sequence_of([9, 1, 2, 3, 1, 2, 3])
     proposer.available([sequence])
-    assert proposer.propose([sequence], np.array([7])).drafts == [[1, 2, 3, 1, 2, 3, 1]]
+    drafts = proposer.propose([sequence], np.array([7])).drafts
+    assert drafts == [DraftTree.chain([1, 2, 3, 1, 2, 3, 1])]
 
 
 def test_nothing_is_remembered_when_a_sequence_has_left() -> None:

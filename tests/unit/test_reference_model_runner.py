@@ -19,11 +19,13 @@ from transformers import (
 )
 
 from smartspec.engine_adapter.reference.attention import ModelNotSupported
+from smartspec.engine_adapter.reference.draft_tree import ROOT, lineage
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import (
     MAX_PADDED_TOKENS,
     ModelRunner,
     Segment,
+    _without_long_tails,
 )
 
 NUM_ROWS = 10
@@ -76,6 +78,35 @@ def test_logits_are_right_when_rejected_tokens_are_overwritten() -> None:
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_same_when_a_few_segments_are_much_longer(family: str) -> None:
+    plain, runner = tiny_model(family), ModelRunner(tiny_model(family), 6, MAX_LEN)
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(0, VOCABULARY, 4 + row).tolist() for row in range(6)]
+    runner.forward([Segment(row, 0, text[:3], 0) for row, text in enumerate(texts)])
+    sizes = [1, 12, 1, 2, 1, 9]
+    segments = []
+    for row, (text, size) in enumerate(zip(texts, sizes, strict=True)):
+        text[3:] = rng.integers(0, VOCABULARY, size).tolist()
+        segments.append(Segment(row, 3, text[3:], min(size, 8)))
+    cut = _without_long_tails(segments)
+    assert [s.row for s in cut if s.is_tail] == [1, 5]
+    assert sum(s.num_logits for s in cut) == sum(s.num_logits for s in segments)
+    expected = [
+        plain_logits(plain, text)[-s.num_logits :] for text, s in zip(texts, segments, strict=True)
+    ]
+    torch.testing.assert_close(runner.forward(segments), torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_segments_stay_whole_when_cutting_saves_nothing_or_they_branch() -> None:
+    even = [Segment(row, 5, [1, 2, 3], 3) for row in range(4)]
+    prompt = Segment(4, 0, [1] * (MAX_PADDED_TOKENS + 9), 1)
+    assert _without_long_tails([*even, prompt]) == [*even, prompt]
+    bush = Segment(5, 5, [1] * 12, 12, [ROOT, *[0] * 11])
+    single = [Segment(row, 5, [1], 1) for row in range(4)]
+    assert _without_long_tails([*single, bush]) == [*single, bush]
+
+
 def test_logits_are_right_when_a_row_has_moved() -> None:
     plain, runner = tiny_model("gpt2"), ModelRunner(tiny_model("gpt2"), 4, MAX_LEN)
     prompt = list(range(30))
@@ -83,6 +114,60 @@ def test_logits_are_right_when_a_row_has_moved() -> None:
     runner.cache.move(3, 1, len(prompt))
     logits = runner.forward([Segment(1, 30, [5], 1)])
     torch.testing.assert_close(logits, plain_logits(plain, [*prompt, 5])[-1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_node_are_those_of_its_path_when_rows_end_in_trees(family: str) -> None:
+    plain = tiny_model(family)
+    runner = ModelRunner(tiny_model(family), NUM_ROWS, MAX_LEN)
+    rng = np.random.default_rng(1)
+    texts: dict[int, list[int]] = {row: [] for row in range(NUM_ROWS)}
+    num_branching = 0
+    for _ in range(25):
+        rows = rng.permutation(NUM_ROWS)[: rng.integers(1, NUM_ROWS + 1)].tolist()
+        segments, paths = [], []
+        for row in rows:
+            size = int(rng.integers(1, MAX_PADDED_TOKENS + 8))
+            if len(texts[row]) + size > MAX_LEN:
+                texts[row] = []
+            tokens = rng.integers(0, VOCABULARY, size).tolist()
+            # Anything from a chain to a bush, and rows that know of no tree.
+            reach = int(rng.integers(1, 4))
+            parents = [max(ROOT, node - int(rng.integers(1, reach + 1))) for node in range(size)]
+            if rng.random() < 0.2:
+                parents = list(range(-1, size - 1))
+            known = () if parents == list(range(-1, size - 1)) and rng.random() < 0.5 else parents
+            segment = Segment(row, len(texts[row]), tokens, size, known)
+            num_branching += segment.branches
+            segments.append(segment)
+            paths.append(lineage(parents))
+        logits = runner.forward(segments).split([len(s.tokens) for s in segments])
+        kept = []
+        for segment, found, path in zip(segments, logits, paths, strict=True):
+            text = texts[segment.row]
+            tokens = np.array(segment.tokens)
+            for node in rng.permutation(len(tokens))[:4]:
+                expected = plain_logits(plain, text + tokens[path[node]].tolist())[-1]
+                torch.testing.assert_close(found[node], expected, rtol=1e-5, atol=1e-5)
+            accepted = np.flatnonzero(path[rng.integers(len(tokens))]).tolist()
+            kept.append((segment.row, len(text), accepted))
+            texts[segment.row] = text + tokens[accepted].tolist()
+        runner.cache.compact(kept)
+    assert num_branching > 50
+
+
+def test_logits_are_right_when_a_tree_grows_over_several_passes() -> None:
+    plain, runner = tiny_model("llama"), ModelRunner(tiny_model("llama"), 2, MAX_LEN)
+    prompt = list(range(20))
+    runner.forward([Segment(1, 0, prompt, 0)])
+    tokens, parents = [5, 6, 7, 8, 9], [ROOT, ROOT, 1, 0, 1]
+    first = runner.forward([Segment(1, 20, tokens[:2], 2, parents[:2])])
+    second = runner.forward([Segment(1, 22, tokens[2:], 3, parents)])
+    for found, path in zip(
+        (*first, *second), ([5], [6], [6, 7], [5, 8], [6, 9]), strict=True
+    ):  # fmt: skip
+        expected = plain_logits(plain, prompt + path)[-1]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_on_the_device_take_the_place_of_the_segments_own() -> None:

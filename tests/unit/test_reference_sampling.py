@@ -13,7 +13,7 @@ from smartspec.engine_adapter.reference.sampling import (
     Draws,
     exponential_noise,
     hash_key,
-    num_agreeing,
+    likeliest,
     sample,
 )
 from smartspec.engine_adapter.reference.sequence import SamplingParams
@@ -154,14 +154,31 @@ def test_tokens_differ_when_the_seed_differs() -> None:
     assert len(set(draw(logits, SamplingParams(temperature=1.0), range(50)).tolist())) > 20
 
 
+@pytest.mark.parametrize("params", [SamplingParams(), *PARAMETERS], ids=str)
+def test_likeliest_token_is_the_one_that_is_drawn(params: SamplingParams) -> None:
+    logits = torch.from_numpy(np.random.default_rng(8).normal(size=(40, 30)) * 2)
+    draws = Draws.of((params, i, [i + 3]) for i in range(40))
+    tokens, chances = likeliest(logits, draws, 5)
+    assert tokens[:, 0].tolist() == sample(logits, draws).tolist()
+    assert bool((chances[:, 1:] <= chances[:, :-1]).all())
+    assert bool((chances.sum(1) <= 1 + 1e-6).all())
+
+
 @pytest.mark.parametrize(
-    ("drafts", "drawn", "expected"),
-    [([], [1], 0), ([1], [1, 2], 1), ([2], [1, 2], 0), ([1, 2, 3], [1, 9, 3, 4], 1)],
+    "params", [SamplingParams(), *(SamplingParams(temperature=t) for t in (0.5, 1.0, 1.7))], ids=str
 )
-def test_only_first_agreeing_drafts_count(
-    drafts: list[int], drawn: list[int], expected: int
+def test_chances_are_those_of_a_target_whose_logits_differ_by_gumbel_errors(
+    params: SamplingParams,
 ) -> None:
-    assert num_agreeing(drafts, drawn) == expected
+    rng = np.random.default_rng(9)
+    logits = rng.normal(size=8) * 2
+    rows = [(params, 4, [6])] * NUM_DRAWS  # one position: its noise is known
+    tokens, chances = likeliest(torch.from_numpy(logits)[None], Draws.of(rows[:1]), 8)
+    expected = np.zeros(8)
+    expected[tokens[0].numpy()] = chances[0].numpy()
+    targets = torch.from_numpy(logits + rng.gumbel(size=(NUM_DRAWS, 8)))
+    drawn = sample(targets, Draws.of(rows)).numpy()
+    assert chi_square_p(drawn, expected / expected.sum()) > 1e-3
 
 
 @pytest.mark.parametrize(

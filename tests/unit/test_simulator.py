@@ -18,7 +18,7 @@ from smartspec.engine_adapter.simulator.events.daemon_turn import DaemonTurn, He
 from smartspec.engine_adapter.simulator.events.step_begin import StepBegin
 from smartspec.engine_adapter.simulator.events.step_end import StepEnd
 from smartspec.engine_adapter.simulator.requests import Traffic
-from smartspec.lab.simulation import experiment, policies
+from smartspec.lab.simulation import experiment, policies, workload
 from smartspec.lab.simulation.world import Cell, Fleet, rival, simulate
 
 DATA = os.environ.get("SMARTSPEC_DATA")
@@ -206,6 +206,54 @@ def test_arrivals_come_at_their_rate() -> None:
     assert ((day > 250) & (day < 750)).mean() > 0.7
 
 
+TRACES = {
+    "azure": "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+    "2023-11-16 18:15:46.6805900,374,44\r\n2023-11-16 18:15:50.6805900,396,109\r\n",
+    "mooncake": '{"timestamp": 4000, "input_length": 396, "output_length": 109}\n'
+    '{"timestamp": 0, "input_length": 374, "output_length": 44, "hash_ids": [1]}\n',
+    "servegen": "request_id,timestamp,input_tokens,output_tokens\n0,7.5,374,44\n1,11.5,396,109\n",
+}
+
+
+@pytest.mark.parametrize("name", list(TRACES))
+def test_a_trace_is_told_by_its_first_line_and_begins_at_0(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_text(TRACES[name], newline="")
+    for trace_format in ("auto", name):
+        traffic = arrivals.read(path, trace_format)
+        assert traffic.arrival_s.tolist() == pytest.approx([0.0, 4.0])
+        assert traffic.num_prompt.tolist() == [374, 396]
+        assert traffic.num_output.tolist() == [44, 109]
+    other = "azure" if name == "servegen" else "servegen"
+    with pytest.raises(ValueError, match=f"not a trace of the format {other}"):
+        arrivals.read(path, other)
+
+
+def test_a_trace_is_sped_up_to_the_load_and_sliced(tmp_path: Path) -> None:
+    rows = [f"{i * 0.5},100,{20 + i % 3}" for i in range(4000)]
+    path = tmp_path / "trace.csv"
+    path.write_text("\n".join(["timestamp,input_tokens,output_tokens", *rows]))
+    wanted = workload.Workload(trace=str(path), duration_s=5.0, trace_begin_s=100.0)
+    traffic = wanted.traffic(0.5, seed=0)
+    assert traffic.size == pytest.approx(5.0 * wanted.rate(0.5), rel=0.05)
+    assert traffic.arrival_s[-1] < 5.0
+    assert traffic.num_output[:3].tolist() == [20 + (200 + i) % 3 for i in range(3)]
+    with pytest.raises(ValueError, match="fewer than 2 requests"):
+        workload.Workload(trace=str(path), trace_begin_s=1e6).check()
+
+
+def test_arrivals_of_a_workload_are_as_named() -> None:
+    def times(**more: object) -> np.ndarray:
+        wanted = workload.Workload(duration_s=400.0, **more)  # type: ignore[arg-type]
+        return wanted.traffic(0.5, seed=0).arrival_s
+
+    gaps = {kind: np.diff(times(arrivals=kind)) for kind in ("poisson", "gamma")}
+    assert gaps["poisson"].std() / gaps["poisson"].mean() == pytest.approx(1.0, rel=0.1)
+    assert gaps["gamma"].std() / gaps["gamma"].mean() == pytest.approx(2.0, rel=0.15)
+    day = times(arrivals="diurnal")
+    assert ((day > 100) & (day < 300)).mean() > 0.65
+
+
 @pytest.mark.skipif(not DATA, reason="SMARTSPEC_DATA is not set: no public traces")
 def test_public_traces_are_read_whole() -> None:
     azure = arrivals.azure(Path(str(DATA)) / "traces/azure2023_conv.csv")
@@ -324,7 +372,7 @@ def test_an_experiment_that_cannot_be_played_says_why(tmp_path: Path) -> None:
     path = tmp_path / "e.toml"
     path.write_text('profile = "h100_8b"\nload = 3\n')
     with pytest.raises(ValueError, match="load"):
-        experiment.read(path)
+        workload.read(path, experiment.Experiment)
     for change, words in (
         ({"policies": ("best",)}, "choose of none"),
         ({"profile": "tpu"}, "no profile"),
@@ -338,3 +386,12 @@ def replace_fields(change: dict[str, object]) -> experiment.Experiment:
     import msgspec
 
     return msgspec.structs.replace(SMALL, **change)
+
+
+def test_a_profile_without_graphs_bends_where_its_table_does() -> None:
+    import msgspec
+
+    gpu = msgspec.structs.replace(profile.load("h100_8b"), graph_sizes=())
+    curve = gpu.curve(4, 2000, (), 200)
+    for tokens in (4, 24, 100, 200):
+        assert float(curve.at(tokens)) == pytest.approx(gpu.target_seconds(4, tokens, 2000))

@@ -265,6 +265,15 @@ def test_curve_is_positive_and_never_falls_when_observations_are_arbitrary(
     assert model.std(IDLE) > 0.0
 
 
+def test_prompts_are_priced_apart_when_their_tokens_are_dearer() -> None:
+    machine, model = Machine(11), StepCost()
+    machine.run(model, 3000)
+    assert model.prefill_cost() == pytest.approx(0.05e-3, rel=0.3)
+    shape = StepShape(16, 32, 150, 8000)
+    seconds = float(model.target_curve(shape, [182])[0]) + 150 * model.prefill_cost()
+    assert seconds == pytest.approx(model.seconds(shape), rel=1e-9)
+
+
 @pytest.mark.parametrize("graph_sizes", [None, (1, 2, 4, 8, 24, 40)])
 def test_breakpoints_reproduce_the_curve_when_it_is_interpolated(graph_sizes: tuple | None) -> None:
     machine, model = Machine(10, convex), StepCost(graph_sizes=graph_sizes)

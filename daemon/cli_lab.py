@@ -1,0 +1,194 @@
+"""Commands of the laboratory: what would be, rather than what is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smartspec.daemon.cli_options import Assignments, ConfigFile, fail, load_settings, optional
+
+app = typer.Typer()
+NUM_CORES = os.cpu_count() or 1
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="Of `smartspec record`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines; stable keys.")] = False,
+    config_file: ConfigFile = None,
+    set_: Assignments = None,
+) -> None:
+    """Tell what would have been decided in a recording under these settings, starting cold.
+
+    Exit code: 2 the file cannot be used.
+    """
+    settings = load_settings(config_file, set_)
+    raise typer.Exit(optional("smartspec.lab.replay", "daemon").run(settings, file, as_json))
+
+
+Profile = Annotated[str | None, typer.Option(help="GPU and model, or a file.")]
+Draft = Annotated[str | None, typer.Option(help="68m, 160m, 1b, eagle or lookup.")]
+Acceptance = Annotated[float | None, typer.Option(help="Mean over requests, 0 to 1.")]
+Duration = Annotated[float | None, typer.Option(help="Seconds of arrivals.")]
+MaxLength = Annotated[int | None, typer.Option(help="Longest length that is drafted.")]
+MaxNumRunning = Annotated[int | None, typer.Option(help="Batch limit.")]
+NumSeeds = Annotated[int | None, typer.Option(help="Repetitions.")]
+Arrivals = Annotated[
+    str | None, typer.Option(help="poisson, gamma (in bursts) or diurnal (one day in the time).")
+]
+Trace = Annotated[
+    str | None, typer.Option(help="File of requests: Azure's, Mooncake's or ServeGen's.")
+]
+NumWorkers = Annotated[int, typer.Option(min=1, help="Processes.")]
+Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
+Options = Annotated[
+    Path | None, typer.Argument(help="TOML with any of the options (docs/simulator.md).")
+]
+
+
+def _wanted(kind: Any, file: Path | None, loads: str | None, **flags: Any) -> Any:
+    """Options from a file, and from flags, which win; raises ValueError for bad ones."""
+    import msgspec
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    if loads:
+        given["loads"] = [float(load) for load in loads.split(",")]
+    read = optional("smartspec.lab.simulation.workload", "daemon").read
+    base = read(file, kind) if file else kind()
+    return msgspec.convert({**msgspec.to_builtins(base), **given}, kind)
+
+
+@app.command()
+def simulate(
+    file: Options = None,
+    profile: Profile = None,
+    draft: Draft = None,
+    policies: Annotated[
+        str | None, typer.Option(help="Comma-separated; ratios are to the first.")
+    ] = None,
+    loads: Annotated[
+        str | None, typer.Option(help="Comma-separated, of what is served without speculation.")
+    ] = None,
+    acceptance: Acceptance = None,
+    duration_s: Duration = None,
+    arrivals: Arrivals = None,
+    trace: Trace = None,
+    num_seeds: NumSeeds = None,
+    max_length: MaxLength = None,
+    max_num_running: MaxNumRunning = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, plots and results.json.")
+    ] = None,
+    num_workers: NumWorkers = NUM_CORES,
+    json: Json = False,
+) -> None:
+    """Try speculation policies, SmartSpec among them, on a GPU that you need not have."""
+    experiment = optional("smartspec.lab.simulation.experiment", "daemon")
+    report = optional("smartspec.lab.simulation.report", "daemon")
+    if out is not None:
+        optional("matplotlib", "demo")
+    try:
+        wanted = _wanted(
+            experiment.Experiment,
+            file,
+            loads,
+            profile=profile,
+            draft=draft,
+            policies=policies.split(",") if policies else None,
+            acceptance=acceptance,
+            duration_s=duration_s,
+            arrivals=arrivals,
+            trace=trace,
+            num_seeds=num_seeds,
+            max_length=max_length,
+            max_num_running=max_num_running,
+        )
+        report.show(wanted, num_workers, json, out)
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+@app.command()
+def tune(
+    file: Options = None,
+    profile: Profile = None,
+    state: Annotated[
+        str | None,
+        typer.Option(help="Learned state, a file or a directory, in place of profile and draft."),
+    ] = None,
+    draft: Draft = None,
+    acceptance: Acceptance = None,
+    loads: Annotated[
+        str | None, typer.Option(help="Comma-separated; where the table is tried.")
+    ] = None,
+    duration_s: Duration = None,
+    arrivals: Arrivals = None,
+    trace: Trace = None,
+    num_seeds: NumSeeds = None,
+    max_length: MaxLength = None,
+    max_num_running: MaxNumRunning = None,
+    json: Json = False,
+) -> None:
+    """Print the best static table of lengths for engines without a sidecar, and what it gives up.
+
+    For vLLM, TensorRT-LLM and SGLang.
+    """
+    tuning = optional("smartspec.lab.simulation.tune", "daemon")
+    try:
+        wanted = _wanted(
+            tuning.Tuning,
+            file,
+            loads,
+            profile=profile,
+            state=state,
+            draft=draft,
+            acceptance=acceptance,
+            duration_s=duration_s,
+            arrivals=arrivals,
+            trace=trace,
+            num_seeds=num_seeds,
+            max_length=max_length,
+            max_num_running=max_num_running,
+        )
+        tuning.show(wanted, json)
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+@app.command()
+def profile(
+    recording: Annotated[Path, typer.Argument(help="Of `smartspec record`.")],
+    engine: Annotated[str | None, typer.Option(help="Whose; default: the only one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write, .json.")] = None,
+    json: Json = False,
+) -> None:
+    """Make a simulator profile from an engine's own reports.
+
+    Exit code: 2 the recording cannot be used.
+    """
+    command = optional("smartspec.lab.profiles.command", "daemon")
+    raise typer.Exit(command.run(recording, engine, out, json))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the table, plots and summary.")] = Path(
+        "build/demo"
+    ),
+    arms: Annotated[str, typer.Option(help="What to compare, by comma.")] = (
+        "none,static_3,static_5,smartspec"
+    ),
+    seed: Annotated[int, typer.Option(help="Of arrivals and sampling.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A short schedule, to see that it works.")
+    ] = False,
+) -> None:
+    """Play one schedule of requests with and without SmartSpec, and compare."""
+    wanted = [arm.strip() for arm in arms.split(",") if arm.strip()]
+    if not wanted:
+        fail("--arms: expected at least one")
+    module = optional("smartspec.lab.demo.run", "demo")
+    raise typer.Exit(module.main(out=out, arms=wanted, seed=seed, quick=quick))

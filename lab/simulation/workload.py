@@ -1,0 +1,181 @@
+"""What an engine is to serve: requests at a load, on a GPU, with drafts of some quality."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
+from smartspec.engine_adapter.simulator.engine import Served
+from smartspec.engine_adapter.simulator.profile import Profile
+from smartspec.engine_adapter.simulator.requests import F64, Traffic
+from smartspec.lab.simulation.world import Cell, simulate
+
+T = TypeVar("T")
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+Chance = Annotated[float, Meta(gt=0, lt=1)]
+
+
+class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A GPU and its traffic. Acceptance is Beta over requests; lengths are exponential, or as
+    recorded in a trace. A load of 1 is what is served without speculation.
+    """
+
+    profile: str = "h100_8b"  #: a shipped profile, or a file
+    draft: str = "eagle"  #: one of the profile's, or "lookup"
+    acceptance: Chance = 0.7  #: mean over requests
+    concentration: Positive = 6.0
+    presence: Annotated[float, Meta(gt=0, le=1)] = 0.6  #: how often a lookup finds a draft
+    max_length: Annotated[int, Meta(ge=1, le=16)] = 5
+    max_num_running: Count = 64
+    duration_s: Positive = 60.0  #: of arrivals, as played
+    arrivals: Literal["poisson", "gamma", "diurnal"] = "poisson"
+    cv: Positive = 2.0  #: coefficient of variation of gaps, for gamma
+    swing: Annotated[float, Meta(ge=0, le=1)] = 0.8  #: around the mean rate, for diurnal
+    mean_prompt: Positive = 600.0
+    mean_output: Positive = 200.0
+    trace: str = ""  #: a file of requests, in place of all of ``arrivals`` and lengths
+    trace_format: Literal["auto", "azure", "mooncake", "servegen"] = "auto"
+    trace_begin_s: Annotated[float, Meta(ge=0)] = 0.0  #: skipped of the trace
+
+    def load_profile(self) -> Profile:
+        return profile.load(self.profile)
+
+    def mean_lengths(self) -> tuple[float, float]:
+        """Mean tokens of prompts and of answers."""
+        if not self.trace:
+            return self.mean_prompt, self.mean_output
+        recorded = _recorded(self)
+        return float(recorded.num_prompt.mean()), float(recorded.num_output.mean())
+
+    def check(self) -> None:
+        """Raises ValueError for a profile, draft or trace that is not, naming what is known."""
+        self.load_profile().draft(self.draft)
+        if self.trace:
+            _recorded(self)
+
+    def cell(self, load: float, seed: int) -> Cell:
+        """Requests at ``load`` and their luck; the same arguments give the same cell.
+
+        Raises ValueError when there are no requests.
+        """
+        traffic = self.traffic(load, seed)
+        outcomes = acceptance.draw(
+            acceptance.BetaOverRequests(self.acceptance, self.concentration),
+            traffic.num_output,
+            max_length=self.max_length,
+            seed=seed,
+            presence=self.presence if self.draft == "lookup" else None,
+        )
+        return Cell(
+            self.load_profile(),
+            self.draft,
+            traffic,
+            outcomes,
+            acceptance=self.acceptance,
+            max_length=self.max_length,
+            max_num_running=self.max_num_running,
+            seed=seed,
+        )
+
+    def traffic(self, load: float, seed: int) -> Traffic:
+        """Requests of ``duration_s``. A trace is sped up to the load: its seed changes nothing."""
+        rate = self.rate(load)
+        if self.trace:
+            recorded = _recorded(self)
+            speed_up = rate / _rate_of(recorded)
+            end = int(np.searchsorted(recorded.arrival_s, self.duration_s * speed_up))
+            traffic = recorded.part(slice(0, end), speed_up=speed_up)
+        else:
+            rng = np.random.default_rng((seed, 3))
+            times = self._times(rate, rng)
+            traffic = arrivals.exponential_lengths(times, self.mean_prompt, self.mean_output, rng)
+        if not traffic.size:
+            raise ValueError(f"no request in {self.duration_s:g} s at {rate:.2g}/s: go on longer")
+        return traffic
+
+    def _times(self, rate: float, rng: np.random.Generator) -> F64:
+        until_s = self.duration_s
+        if self.arrivals == "diurnal":
+            return arrivals.diurnal(rate, self.swing, until_s, rng, day_s=until_s)
+        return arrivals.gamma(rate, until_s, self.cv if self.arrivals == "gamma" else 1.0, rng)
+
+    def rate(self, load: float) -> float:
+        """Requests per second at ``load``."""
+        return load * _capacity(self)
+
+
+def read(path: Path, kind: type[T]) -> T:
+    """Options of ``kind`` from TOML. Raises ValueError naming what is wrong."""
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=kind)
+    except (msgspec.DecodeError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def capacity(
+    gpu: Profile, max_num_running: int, mean_prompt: float, mean_output: float, seed: int = 0
+) -> float:
+    """Requests per second that are served without speculation, the batch being full throughout.
+
+    Lengths are exponential.
+    """
+    count = 6 * max_num_running
+    rng = np.random.default_rng((seed, 2))
+    traffic = arrivals.exponential_lengths(np.zeros(count), mean_prompt, mean_output, rng)
+    return capacity_of(gpu, max_num_running, traffic, seed)
+
+
+def capacity_of(gpu: Profile, max_num_running: int, traffic: Traffic, seed: int = 0) -> float:
+    """Requests per second of ``traffic`` that are served without speculation, all being there."""
+    at_once = Traffic(np.zeros(traffic.size), traffic.num_prompt, traffic.num_output)
+    never = acceptance.draw(acceptance.Constant(0.0), traffic.num_output, max_length=1, seed=seed)
+    cell = Cell(gpu, "lookup", at_once, never, max_length=1, max_num_running=max_num_running)
+    return middle_rate(simulate("none", cell).served)
+
+
+def middle_rate(served: Served) -> float:
+    """Requests per second while a batch stays full: neither its filling nor its emptying counts."""
+    done = np.sort(served.finished_s)
+    first, last = len(done) // 3, 2 * len(done) // 3
+    return float((last - first) / (done[last] - done[first]))
+
+
+@lru_cache(maxsize=64)
+def _capacity(workload: Workload) -> float:
+    gpu = workload.load_profile()
+    limit = workload.max_num_running
+    if not workload.trace:
+        return capacity(gpu, limit, workload.mean_prompt, workload.mean_output)
+    recorded = _recorded(workload)
+    rng = np.random.default_rng(2)
+    drawn = np.sort(rng.choice(recorded.size, 6 * limit))  # a trace may be shorter than this
+    return capacity_of(gpu, limit, recorded.part(drawn))
+
+
+def _rate_of(traffic: Traffic) -> float:
+    span_s = float(traffic.arrival_s[-1])
+    return traffic.size / span_s if span_s > 0 else math.inf
+
+
+@lru_cache(maxsize=4)
+def _read(path: str, trace_format: str) -> Traffic:
+    try:
+        return arrivals.read(Path(path), trace_format)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
+def _recorded(workload: Workload) -> Traffic:
+    whole = _read(workload.trace, workload.trace_format)
+    begin = int(np.searchsorted(whole.arrival_s, workload.trace_begin_s))
+    if whole.size - begin < 2:
+        raise ValueError(f"{workload.trace}: fewer than 2 requests from {workload.trace_begin_s} s")
+    return whole.part(slice(begin, None))

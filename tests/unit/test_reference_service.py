@@ -1,0 +1,46 @@
+"""Proposers by their names, and which of them a daemon steers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tiny_models import tiny_model
+
+from smartspec.engine_adapter.link import EngineLink
+from smartspec.engine_adapter.reference.line_server import WorkerFacts
+from smartspec.engine_adapter.reference.model import LoadedModel
+from smartspec.engine_adapter.reference.service import ProposerName, link_to, make_proposer
+
+FACTS = WorkerFacts(
+    model="tiny", draft_model="", proposer="lookup", features=(), max_length=8, own_length=3,
+    max_num_running=4, max_model_len=64, device="cpu", dtype="float64", engine_version="0",
+    tokenizer="", vocabulary_size=48,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lookup", "draft", "lookup-tree", "draft-tree", "none"])
+def test_proposer_is_the_one_of_that_name(name: ProposerName) -> None:
+    target = LoadedModel("tiny", "", tiny_model("llama"), None, frozenset())
+    made = make_proposer(
+        name, 6, target, draft_drop_layers=[1], max_num_running=2, max_model_len=32
+    )
+    assert made.name == name
+    assert made.max_length == (0 if name == "none" else 6)
+
+
+@pytest.mark.parametrize("name", ["draft", "draft-tree"])
+def test_draft_model_is_needed_to_draft(name: ProposerName) -> None:
+    target = LoadedModel("tiny", "", tiny_model("llama"), None, frozenset())
+    with pytest.raises(ValueError, match=f"proposer {name} needs a draft model"):
+        make_proposer(name, 6, target, max_num_running=2, max_model_len=32)
+
+
+@pytest.mark.parametrize("name", ["lookup-tree", "draft-tree"])
+def test_trees_are_not_steered(name: str) -> None:
+    connect = link_to("ipc:///nowhere.sock", "worker-0")
+    chains = connect(FACTS)
+    assert isinstance(chains, EngineLink)
+    chains.close()
+    with pytest.raises(ValueError, match=f"{name} is not steered"):
+        connect(replace(FACTS, proposer=name))
