@@ -26,8 +26,9 @@ from figures import record
 from scripted_engine import ScriptedEngine, hello
 
 from smartspec.daemon import config
-from smartspec.daemon.control_loop import ControlLoop, Session
+from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import BusEvent, CheckpointEvent, DecisionEvent, EventBus
+from smartspec.daemon.sessions import Session
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.link import EngineLink
 

@@ -236,33 +236,24 @@ class ControlLoop:
                 session, "acceptance", "first drafts are no longer accepted as they were"
             )
         if decision is not None:
-            static = decision.goodput_static()
-            if self._is_heard:
-                self._bus.publish(
-                    narration.decision_event(
-                        session.engine,
-                        decision,
-                        static,
-                        session.decide_s,
-                        session.learn_s,
-                        self._wall(),
-                    )
-                )
+            session.decision = None
             try:
-                self._compare(session, observations, decision, static)
+                self._compare(session, observations, decision)
             except Exception:
                 self.counters.failed("comparing", session.engine.name)
-            session.decision = None
 
     def _compare(
         self,
         session: Session,
         observations: list[Observation],
         decision: Decision,
-        static: float,
     ) -> None:
-        """Take steps into the comparison of what was run with what could have been."""
+        """Tell of a decision, and take steps into the comparison with what could have been."""
         now = self._clock()
+        static = decision.goodput_static()
+        if self._is_heard:
+            times = session.decide_s, session.learn_s, self._wall()
+            self._bus.publish(narration.decision_event(session.engine, decision, static, *times))
         otherwise = {Arm.NONE: decision.goodput_none, Arm.OWN: static}
         for observation in observations:
             if not len(observation.batch.ids):

@@ -195,7 +195,7 @@ class Sessions:
         if previous is not None and previous.learned is not engine.learned and previous.num_unsaved:
             self._keeper.save(previous)  # or it would go with the name
         if known is not None:
-            self.forget(known, "replaced")
+            self.forget(known, "replaced", keep=False)
         self.retired.pop(hello.engine, None)
         planner = Planner(
             engine,
@@ -257,19 +257,24 @@ class Sessions:
 
     # -- they go --------------------------------------------------------------------------------
 
-    def forget(self, session: Session, state: str) -> None:
-        """An engine has gone; ``state`` says how. What it had learned is kept for a while."""
+    def forget(self, session: Session, state: str, *, keep: bool = True) -> None:
+        """An engine has gone; ``state`` says how. ``keep``: what it had learned, for a while."""
+        name = session.engine.name
         if self.by_peer.get(session.peer) is session:
             del self.by_peer[session.peer]
-        if self.by_name.get(session.engine.name) is session:
-            del self.by_name[session.engine.name]
-            self.retired[session.engine.name] = session.engine
-            if len(self.retired) > RETIRED_KEPT:
-                oldest = next(iter(self.retired))
-                del self.retired[oldest]
-                if oldest not in self.by_name:
-                    self.trials.pop(oldest, None)
+        if self.by_name.get(name) is session:
+            del self.by_name[name]
+            if keep:
+                self._retire(session.engine)
         narration.tell_of(self._bus, session.engine, state)
+
+    def _retire(self, engine: Engine) -> None:
+        self.retired[engine.name] = engine
+        if len(self.retired) > RETIRED_KEPT:
+            oldest = next(iter(self.retired))
+            del self.retired[oldest]
+            if oldest not in self.by_name:
+                self.trials.pop(oldest, None)
 
     # -- they make trouble ----------------------------------------------------------------------
 
@@ -318,8 +323,8 @@ class Sessions:
         why = f"in quarantine for {lasts_s:.0f} s: it tells what cannot be true ({error})"
         narration.tell(self._bus, "quarantined", why, name, "error")
         self._send_refusal(peer, why)
-        self.forget(session, "quarantined")
-        self.retired.pop(name, None)
+        self.forget(session, "quarantined", keep=False)
+        self.trials.pop(name, None)
 
     def ask_again(self, peer: bytes, why: str) -> None:
         """A peer is to send its Hello and roster."""

@@ -84,7 +84,7 @@ class ModelRunner:
 
         Parameters
         ----------
-        segments : one per row at most, of one token at least
+        segments : one per row at most, of one token at least; long ones are cut in two here
         fresh : [len(segments)], tokens that are on the device already and take the place of the
             segments' own, which must be one each (their values are ignored)
         """

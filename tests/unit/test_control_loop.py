@@ -428,6 +428,14 @@ def test_failing_lesson_is_counted_and_the_loop_goes_on(rig: Rig, part: str) -> 
     assert len(rig.policies()) == 3 and len(rig.bus.of(StepEvent)) == 3
 
 
+def test_failing_comparison_is_counted_and_the_loop_goes_on(rig: Rig) -> None:
+    rig.session().planner._goodput_static = fail  # worked out when a decision is told of
+    for seq in range(1, 4):
+        assert rig.cycle(b"a", step_report(seq, roster=seq == 1)) is not None
+    assert rig.loop.counters["failures_comparing"] == 3
+    assert len(rig.policies()) == 3 and rig.session().engine.learned.num_steps == 3
+
+
 def test_failing_welcome_is_counted_and_the_loop_goes_on(rig: Rig) -> None:
     rig.session().engine.observe = fail
     rig.cycle(b"a", step_report(1))
@@ -536,6 +544,21 @@ def test_quarantined_engine_may_return_and_is_not_believed_what_it_taught(rig: R
     assert rig.session().engine.learned.num_steps == 0
     rig.cycle(b"a", step_report(50))
     assert rig.policies()
+
+
+def test_nobody_is_forgotten_for_a_liar_or_for_a_restart_in_place(rig: Rig) -> None:
+    for i in range(RETIRED_KEPT):
+        rig.cycle(b"%d" % i, hello(f"name{i}"))
+        rig.cycle(b"%d" % i, wire.Goodbye(epoch=1))
+    kept = set(rig.loop.sessions.retired)
+    assert len(kept) == RETIRED_KEPT
+    rig.cycle(b"a", hello("gpu0", 2))  # started anew
+    assert set(rig.loop.sessions.retired) == kept
+    for seq in range(1, 30):
+        rig.cycle(b"a", step_report(seq, epoch=2, **(LIES[0] if seq > 5 else {})))
+    assert rig.loop.counters["quarantines"] == 1
+    assert set(rig.loop.sessions.retired) == kept
+    assert "gpu0" not in rig.loop.sessions.trials
 
 
 def test_engine_is_not_quarantined_when_few_of_its_frames_are_corrupted(rig: Rig) -> None:
