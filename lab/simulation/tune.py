@@ -19,16 +19,13 @@ import numpy as np
 from smartspec.daemon import learned
 from smartspec.daemon.library import Library
 from smartspec.daemon.state_directory import StateDirectory
-from smartspec.engine_adapter.simulator.engine import Engine
-from smartspec.engine_adapter.simulator.events.base import Queue
 from smartspec.engine_adapter.simulator.profile import Profile
 from smartspec.engine_adapter.simulator.requests import F64
-from smartspec.engine_adapter.simulator.run import run
 from smartspec.lab.profiles import observed
 from smartspec.lab.simulation.experiment import interval
 from smartspec.lab.simulation.policies import BatchLength
 from smartspec.lab.simulation.workload import Count, Positive, Workload
-from smartspec.lab.simulation.world import Cell, Fleet, simulate
+from smartspec.lab.simulation.world import Fleet, serve, simulate
 
 WARM_SEED = 1_000_003  #: of the requests that SmartSpec has served before
 
@@ -214,12 +211,6 @@ def as_sglang(entries: Sequence[Entry]) -> dict[str, list[int]]:
     return {str(e.low): [e.length] for e in entries}
 
 
-def _play(source: BatchLength, cell: Cell) -> Engine:
-    engine = cell.engine(source)
-    run(Queue(), [engine])
-    return engine
-
-
 def compare(
     on: Ground, entries: Sequence[Entry], load: float, note: Callable[[], None] = lambda: None
 ) -> Comparison:
@@ -234,7 +225,7 @@ def compare(
     over: dict[str, list[float]] = {"smartspec": [], "none": []}
     for seed in range(tuning.num_seeds):
         cell = tuning.cell(load, seed)
-        mine = float(_play(ListedLengths(entries), cell).served.latency_s.mean())
+        mine = float(serve(ListedLengths(entries), cell).served.latency_s.mean())
         latency.append(mine)
         for name, logs in over.items():
             other = simulate(name, cell, library=library).served.latency_s.mean()
