@@ -297,11 +297,12 @@ class ResidualFilter:
     def judge(self, predicted: float, observed: float, leverage: float) -> Verdict:
         """Judge ``observed``, and learn the noise from it.
 
-        ``predicted`` > 0; ``leverage``: variance of the prediction, in units of the noise of one
-        observation there.
+        ``predicted`` >= `RESOLUTION_S`; ``leverage``: variance of the prediction, in units of the
+        noise of one observation there. Less than the resolution is judged as that: an engine whose
+        drafts take 0 s, as it says, has not changed its level.
         """
         spread = math.sqrt(self.variance * (1.0 + leverage))
-        z = (observed - predicted) / (predicted * spread)
+        z = (max(observed, RESOLUTION_S) - predicted) / (predicted * spread)
         drawn = min(max(z, -self.clip_at), self.clip_at)
         self._drift.update(drawn)
         shifted = self._drift.drift_detected

@@ -319,6 +319,16 @@ def test_time_of_drafting_nothing_is_overhead_when_a_lookup_found_no_match() -> 
     assert model.seconds(IDLE) == pytest.approx(0.022, rel=0.01)
 
 
+def test_no_change_is_seen_when_drafts_take_no_time_at_all() -> None:
+    model, rng = StepCost(draft_forwards=False), np.random.default_rng(0)
+    for n in range(2000):
+        k = n % 4
+        target_s = 0.02 * (1.0 + NOISE * rng.normal())
+        model.observe(StepShape(4, 4 + 4 * k, 0, 100, k, 4 * k), target_s, 0.0, target_s)
+    assert model.num_changes == 0
+    assert sum(model.draft_cost()) * 8 < 1e-5
+
+
 def test_sums_agree_with_parts_when_an_engine_reports_both_kinds() -> None:
     machine, model = Machine(12, outliers=0.0), StepCost()
     for _ in range(30):
