@@ -44,9 +44,11 @@ MAX_BYTES = 1 << 20  #: of a checkpoint
 MAX_GRAPH_SIZES = 1024
 WARM_STEPS = 100  #: steps steered after which an engine is not swept any more
 #: Where a step's cost may bend. On a CPU one token (matrix times vector) is far cheaper than two;
-#: a GPU's roofline shows in the hundreds. Beyond, drafts come on top of a pass that prompts have
-#: filled (budgets of 512 to 2048 tokens are usual), and what they cost there is learned apart.
-COST_KNOTS = (2, 16, 32, 64, 256, 512, 1024, 2048)
+#: a GPU's roofline shows in the hundreds, and a line through both sides of a knee says that drafts
+#: which cost nothing are dear: so knots are no more than half as far again from each other there.
+#: Beyond, drafts come on top of a pass that prompts have filled (budgets of 512 to 2048 tokens are
+#: usual), and what they cost there is learned apart.
+COST_KNOTS = (2, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 RELEASE = version("smartspec")
 
 
