@@ -130,7 +130,9 @@ class ControlLoop:
             began = self._clock()
             arrived = self._receive()
             for session in arrived:
-                reason = self._decide(session, began) or reason
+                # It may have reported and gone, or come anew, in one and the same turn.
+                if self.sessions.by_peer.get(session.peer) is session:
+                    reason = self._decide(session, began) or reason
             for session, observations in arrived.items():
                 self._learn(session, observations)
         self._keep_time()

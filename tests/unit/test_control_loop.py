@@ -320,6 +320,13 @@ def test_engine_that_says_goodbye_is_remembered(rig: Rig) -> None:
     assert rig.session().engine.is_warm
 
 
+def test_nothing_is_decided_for_an_engine_that_reports_and_goes_in_one_turn(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1), wire.Goodbye(epoch=1))
+    assert rig.policies() == []
+    assert rig.loop.counters["decisions"] == 0
+    assert rig.loop.sessions.retired["gpu0"].learned.num_steps == 1  # what it said is still true
+
+
 def test_engine_is_lost_after_long_silence_and_returns_where_it_was(rig: Rig) -> None:
     for seq in range(1, 150):
         rig.cycle(b"a", step_report(seq, roster=seq == 1))
