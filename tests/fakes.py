@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import tempfile
 import time
 from collections import deque
@@ -23,6 +24,13 @@ from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.program import Program
 
 PATIENCE_S = 30.0  #: how long anything real may take on a busy machine
+
+
+def free_port() -> int:
+    """A TCP port of this host that was free just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Clock:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from fakes import RecordingBus, until
+from fakes import RecordingBus, free_port, until
 from scripted_engine import ScriptedEngine, hello
 from typer.testing import CliRunner
 
@@ -27,12 +27,6 @@ from smartspec.engine_adapter.link import EngineLink
 
 pytestmark = pytest.mark.integration
 KNOCKS_S = 0.7  #: long enough for a connection that is let in
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

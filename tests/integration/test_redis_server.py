@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import redis
+from fakes import free_port
 from redis.exceptions import NoPermissionError
 
 from smartspec.daemon import config, inspect
@@ -77,12 +77,6 @@ def eventually(what: Callable[[], Any], timeout_s: float = 15.0) -> Any:
             pass
         time.sleep(0.03)
     raise AssertionError(f"did not happen within {timeout_s} s")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def step(seq: int) -> StepEvent:

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import redis
+from fakes import free_port
 from learned_state import ENGINE, FRAME
 
 from smartspec.daemon import config, inspect, warm_start
@@ -65,12 +66,6 @@ def eventually(what: Callable[[], Any], timeout_s: float = 15.0) -> Any:
             error = caught
         time.sleep(0.05)
     raise AssertionError(f"did not happen within {timeout_s} s ({error})")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
