@@ -1,14 +1,16 @@
 """Gains as predicted and measured against the true ones, on a scripted engine of known costs.
 
 Engine and daemon take turns over a real socket; the engine (a mock: it has no model) has virtual
-seconds. The true gain is that of the lengths it chose, by known acceptance and costs, chance taken
-out: over all steps of the last minute that SmartSpec steered, against the same batches at length 0
-and at the engine's own length. Regimes differ in load, acceptance and in what is best; in two of
-them the load changes all the time. Each regime and mode is run with several seeds.
+seconds. The true gain of a block is that of the lengths it ran, by known acceptance and costs,
+chance taken out, against the same batches at length 0 and at the engine's own length. An estimate
+is held against the true gain of the blocks that it is about: the running one of all blocks that
+SmartSpec steered, the older the less they count; that of comparisons alone of its blocks in them.
+Regimes differ in load, acceptance and in what is best; in one the load changes all the time.
+Each regime and mode is run with several seeds.
 
 `coverage_*_pct` is the share of runs whose 95% interval held the true gain; `error_*` the absolute
 error of log gain. In `observe` nothing is steered: the truth there is that of the lengths that were
-planned. Writes build/figures/counterfactual.json.
+planned in the last minute. Writes build/figures/counterfactual.json.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import argparse
 import math
 import sys
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -28,9 +32,19 @@ from fakes import Clock, ipc_endpoint, until
 from figures import record
 from scripted_engine import Costs, ScriptedEngine, hello
 
+from smartspec.daemon import trial
 from smartspec.daemon.config import load
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import NullBus
+from smartspec.daemon.gain import (
+    ALTERNATIVES,
+    COMPARISONS_KEPT,
+    MEMORY_BLOCKS,
+    Discounted,
+    GainEstimator,
+    Interval,
+    Tally,
+)
 from smartspec.daemon.policy import Arm, Decision
 from smartspec.daemon.sessions import Session
 from smartspec.daemon.transport import Server
@@ -53,6 +67,7 @@ MODES = {
     "canary": {"mode": "canary", "adoption.canary_share": 0.5},
     "observe": {"mode": "observe"},
 }
+OWN_LENGTH = 3
 STAY_STEPS = 60  #: at one batch size, where it changes
 WINDOW_S = 60.0
 
@@ -67,34 +82,81 @@ def rates(engine: ScriptedEngine, lengths: np.ndarray) -> tuple[float, float]:
     return float(((1 - a ** (lengths + 1)) / (1 - a)).sum()), seconds
 
 
-class Truth:
-    """Tokens, seconds and what other lengths would have brought in them, of the last steps."""
+class Expected(NamedTuple):
+    """What a step is expected to bring, by arm the tokens that it would have in the same time."""
+
+    tokens: float
+    seconds: float
+    otherwise: dict[Arm, float]
+
+    @classmethod
+    def of(cls, engine: ScriptedEngine, lengths: np.ndarray) -> Expected:
+        tokens, seconds = rates(engine, lengths)
+        otherwise = {}
+        for arm, length in ((Arm.NONE, 0), (Arm.OWN, OWN_LENGTH)):
+            other_tokens, other_s = rates(engine, np.full(len(lengths), length))
+            otherwise[arm] = seconds * other_tokens / other_s
+        return cls(tokens, seconds, otherwise)
+
+
+def log_gain(steps: Sequence[Expected], over: Arm) -> float:
+    tokens = sum(step.tokens for step in steps)
+    return math.log(tokens / sum(step.otherwise[over] for step in steps))
+
+
+class WatchedTally(Tally):
+    """A block's tally, beside what was to be expected of the steps in it."""
+
+    latest: ClassVar[Expected]  #: of the step that the loop is told of next
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[float, float, float, float]] = deque()
-        self._seconds = 0.0
+        super().__init__()
+        self.expected: list[Expected] = []
 
-    def add(self, engine: ScriptedEngine, lengths: np.ndarray) -> None:
-        tokens, seconds = rates(engine, lengths)
-        others = []
-        for length in (0, 3):
-            other_tokens, other_s = rates(engine, np.full(len(lengths), length))
-            others.append(seconds * other_tokens / other_s)
-        self._steps.append((tokens, seconds, *others))
-        self._seconds += seconds
-        while self._seconds > WINDOW_S:
-            self._seconds -= self._steps.popleft()[1]
-
-    def log_gains(self) -> dict[Arm, float]:
-        tokens, _, none, own = np.array(self._steps).sum(axis=0)
-        return {Arm.NONE: math.log(tokens / none), Arm.OWN: math.log(tokens / own)}
+    def add(
+        self, step_s: float, tokens: float, chosen: float, otherwise: Mapping[Arm, float]
+    ) -> None:
+        super().add(step_s, tokens, chosen, otherwise)
+        self.expected.append(WatchedTally.latest)
 
 
-def run(regime: str, mode: str, seconds: float, seed: int) -> dict[Arm, tuple[float, ...]]:
-    """(true, estimated, low, high) log gains over both alternatives, and (measured, low, high)."""
+class WatchedGains(GainEstimator):
+    """The estimator, beside what is true of the blocks that it is told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.true = {arm: Discounted(MEMORY_BLOCKS) for arm in ALTERNATIVES}
+        self.true_compared: dict[Arm, deque[float]] = {
+            arm: deque(maxlen=COMPARISONS_KEPT) for arm in ALTERNATIVES
+        }
+
+    def note_block(self, arm: Arm, tally: Tally, model_std: Mapping[Arm, float]) -> None:
+        super().note_block(arm, tally, model_std)
+        if arm is Arm.SMARTSPEC:
+            for other in ALTERNATIVES:
+                self.true[other].add(log_gain(tally.expected, other))
+
+    def note_comparison(self, alternative: Arm, smartspec: Tally, other: Tally) -> float:
+        self.true_compared[alternative].append(log_gain(smartspec.expected, alternative))
+        return super().note_comparison(alternative, smartspec, other)
+
+
+class Found(NamedTuple):
+    """Of one run, over one alternative: log gains, each as estimated between what and what."""
+
+    true: float
+    estimated: tuple[float, float, float]
+    compared: tuple[float, tuple[float, float, float]] | None  #: the true one too
+
+    @property
+    def held(self) -> bool:
+        return self.estimated[1] <= self.true <= self.estimated[2]
+
+
+def run(regime: str, mode: str, seconds: float, seed: int) -> dict[Arm, Found]:
     costs, (low, high), sizes = REGIMES[regime]
     rng = np.random.default_rng(seed)
-    clock, truth = Clock(), Truth()
+    clock = Clock()
     with ipc_endpoint() as endpoint:
         settings = load(None, {}, {"control.seed_sweep": True, **MODES[mode]})
         loop = ControlLoop(settings, Server(endpoint), NullBus(), clock)
@@ -112,13 +174,14 @@ def run(regime: str, mode: str, seconds: float, seed: int) -> dict[Arm, tuple[fl
         until(lambda: link.stats.num_connections, turn)
         turn()
         session: Session = next(iter(loop.sessions.by_name.values()))
-        planned: list[Decision] = []
+        gains = session.trial.gains = WatchedGains()
+        planned: deque[tuple[float, Expected]] = deque()
         decide = session.planner.decide
 
         def noted(arm: Arm) -> Decision | None:
             decision = decide(arm)
-            if decision is not None:
-                planned[:] = [decision]
+            if decision is not None and len(decision.lengths) == len(engine.ids):
+                planned.append((clock.now, Expected.of(engine, decision.lengths)))
             return decision
 
         session.planner.decide = noted  # type: ignore[method-assign]
@@ -129,26 +192,27 @@ def run(regime: str, mode: str, seconds: float, seed: int) -> dict[Arm, tuple[fl
             elif step % 8 == 0:
                 engine.replace(1, rng.uniform(low, high, 1))
             clock.now += engine.step().step_s
-            lengths = engine.choices[-1].lengths
-            arm = session.trial.current
+            WatchedTally.latest = Expected.of(engine, engine.choices[-1].lengths)
             loop.cycle(1.0)
-            if mode == "observe" and planned and len(planned[0].lengths) == len(lengths):
-                truth.add(engine, planned[0].lengths)
-            elif arm is Arm.SMARTSPEC and engine.choices[-1].source != "own":
-                truth.add(engine, lengths)
             step += 1
+        late = [expected for at, expected in planned if at > clock.now - WINDOW_S]
         found = {}
-        true = truth.log_gains()
-        for arm in (Arm.NONE, Arm.OWN):
-            over, compared = session.trial.gains.over(arm), session.trial.gains.comparisons[arm]
+        for arm in ALTERNATIVES:
+            over, compared = gains.over(arm), gains.comparisons[arm].interval()
             assert over is not None
-            logs = [math.log1p(max(x, -0.999)) for x in over]
-            measured = compared.interval()
-            more = [] if measured is None else [math.log1p(x) for x in measured]
-            found[arm] = (true[arm], *logs, *more)
+            found[arm] = Found(
+                log_gain(late, arm) if mode == "observe" else gains.true[arm].mean,
+                logs(over),
+                compared and (float(np.mean(gains.true_compared[arm])), logs(compared)),
+            )
         link.close()
         loop.close()
     return found
+
+
+def logs(interval: Interval) -> tuple[float, float, float]:
+    value, low, high = (math.log1p(max(x, -0.999)) for x in interval)
+    return value, low, high
 
 
 def main() -> None:
@@ -157,32 +221,31 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150.0, help="virtual, per run")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--regimes", default=",".join(REGIMES))
+    parser.add_argument("--modes", default=",".join(MODES))
     args = parser.parse_args()
+    trial.Tally = WatchedTally  # type: ignore[misc]
     figures: dict[str, float] = {}
-    for mode in MODES:
-        held: dict[Arm, list[bool]] = {Arm.NONE: [], Arm.OWN: []}
-        measured_held: list[bool] = []
+    for mode in args.modes.split(","):
+        held: dict[Arm, list[bool]] = {arm: [] for arm in ALTERNATIVES}
+        compared_held: list[bool] = []
         for regime in args.regimes.split(","):
-            errors: dict[Arm, list[float]] = {Arm.NONE: [], Arm.OWN: []}
-            widths: list[float] = []
-            for seed in range(args.seeds):
-                for arm, (true, value, low, high, *more) in run(
-                    regime, mode, args.seconds, seed
-                ).items():
-                    held[arm].append(low <= true <= high)
-                    errors[arm].append(abs(value - true))
-                    if arm is Arm.OWN:
-                        widths.append(high - low)
-                    if more:
-                        measured_held.append(more[1] <= true <= more[2])
+            runs = [run(regime, mode, args.seconds, seed) for seed in range(args.seeds)]
             for arm, name in ((Arm.NONE, "none"), (Arm.OWN, "static")):
-                figures[f"{mode}_{regime}_error_{name}"] = float(np.mean(errors[arm]))
+                found = [one[arm] for one in runs]
+                held[arm] += [one.held for one in found]
+                errors = [abs(one.estimated[0] - one.true) for one in found]
+                figures[f"{mode}_{regime}_error_{name}"] = float(np.mean(errors))
+                for one in found:
+                    if one.compared is not None:
+                        true, (_, low, high) = one.compared
+                        compared_held.append(low <= true <= high)
+            widths = [one[Arm.OWN].estimated[2] - one[Arm.OWN].estimated[1] for one in runs]
             figures[f"{mode}_{regime}_width_static"] = float(np.mean(widths))
             print(f"{mode} {regime}: done", flush=True)
-        figures[f"{mode}_coverage_none_pct"] = 100 * float(np.mean(held[Arm.NONE]))
-        figures[f"{mode}_coverage_static_pct"] = 100 * float(np.mean(held[Arm.OWN]))
-        if measured_held:
-            figures[f"{mode}_coverage_measured_pct"] = 100 * float(np.mean(measured_held))
+        for arm, name in ((Arm.NONE, "none"), (Arm.OWN, "static")):
+            figures[f"{mode}_coverage_{name}_pct"] = 100 * float(np.mean(held[arm]))
+        if compared_held:
+            figures[f"{mode}_coverage_compared_pct"] = 100 * float(np.mean(compared_held))
     record("counterfactual", figures, seed=0)
 
 

@@ -96,6 +96,11 @@ class Tally:
     def is_usable(self) -> bool:
         return min(self.tokens, self.chosen, *self.otherwise.values()) > 0.0
 
+    @property
+    def goodput(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
     def index(self, alternative: Arm) -> float:
         """log(measured / predicted of ``alternative``)."""
         return math.log(self.tokens / self.otherwise[alternative])
@@ -144,24 +149,30 @@ class Discounted:
 
 
 class Comparisons:
-    """Differences of log goodput between neighbouring blocks: SmartSpec's less an alternative's."""
+    """Differences of log goodput between neighbouring blocks: SmartSpec's less an alternative's.
+
+    Each is corrected by what the models say of the two blocks' loads. Which of the two came first
+    was drawn by lot, so that loads differ by nothing in the long run: what corrections come to on
+    average is as likely an error of the models, and the interval is widened by it.
+    """
 
     def __init__(self) -> None:
-        self._kept: deque[float] = deque(maxlen=COMPARISONS_KEPT)
+        self._kept: deque[tuple[float, float]] = deque(maxlen=COMPARISONS_KEPT)
         self.num_made = 0
 
-    def add(self, difference: float) -> None:
+    def add(self, difference: float, correction: float = 0.0) -> None:
+        """Take in a pair: its difference as corrected, and by how much it was."""
         self.num_made += 1
-        self._kept.append(difference)
+        self._kept.append((difference, correction))
 
     def interval(self) -> Interval | None:
         """The mean gain of those kept; None while there are too few."""
         n = len(self._kept)
         if n < LEAST_COMPARISONS:
             return None
-        mean = sum(self._kept) / n
-        variance = sum((x - mean) ** 2 for x in self._kept) / (n - 1)
-        return Interval.of_log(mean, student_95(n - 1) * math.sqrt(variance / n))
+        mean, corrected = (sum(values) / n for values in zip(*self._kept, strict=True))
+        variance = sum((x - mean) ** 2 for x, _ in self._kept) / (n - 1)
+        return Interval.of_log(mean, student_95(n - 1) * math.sqrt(variance / n + corrected**2))
 
 
 class GainEstimator:
@@ -204,8 +215,9 @@ class GainEstimator:
     def note_comparison(self, alternative: Arm, smartspec: Tally, other: Tally) -> float:
         """Take in two neighbouring blocks; returns the difference of log goodput."""
         difference = smartspec.index(alternative) - other.index(alternative)
+        correction = difference - math.log(smartspec.goodput / other.goodput)
         for arm in self._runs[alternative]:
-            self.comparisons[arm].add(difference)
+            self.comparisons[arm].add(difference, correction)
         return difference
 
     def over(self, alternative: Arm) -> Interval | None:

@@ -74,6 +74,20 @@ def test_interval_of_comparisons_holds_the_true_gain_in_95_percent() -> None:
     assert 0.92 <= held / 600 <= 0.98
 
 
+def test_comparisons_hold_the_true_gain_when_corrections_are_off_by_as_much_as_they_claim() -> None:
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(200):
+        comparisons = Comparisons()
+        # A model that takes the two blocks' loads for 2% apart, when they are alike.
+        for x in rng.normal(math.log(1.2), 0.02, size=30):
+            comparisons.add(float(x) - 0.02, -0.02)
+        interval = comparisons.interval()
+        assert interval is not None
+        held += interval.low <= 0.2 <= interval.high
+    assert held == 200
+
+
 def test_comparisons_are_not_judged_while_there_are_few_and_old_ones_are_dropped() -> None:
     comparisons = Comparisons()
     for count in range(1, COMPARISONS_KEPT + 11):
