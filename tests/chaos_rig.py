@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -66,6 +67,7 @@ class Engine:
         self.num_steps = 0
         self.num_errors = 0
         self.steered_at = -1.0  #: of the last step that was
+        self.pauses: list[list[float]] = []  #: from when until when it was stopped by us
         self.start()
 
     def start(self) -> None:
@@ -90,14 +92,32 @@ class Engine:
                 step = json.loads(line)
                 self.num_steps += 1
                 self.num_errors = max(self.num_errors, step["errors"])
-                self.slowest_s = max(self.slowest_s, step["took_s"])
+                if not self._was_stopped(step["at"] - step["took_s"], step["at"]):
+                    self.slowest_s = max(self.slowest_s, step["took_s"])
                 if step["source"] in STEERED:
                     self.steered_at = step["at"]
+
+    def _was_stopped(self, begin: float, end: float) -> bool:
+        return any(begin <= until and since <= end for since, until in self.pauses)
+
+    def pause(self, seconds: float) -> None:
+        self.pauses.append([time.monotonic(), math.inf])
+        stop_for(self.process.pid, seconds)
+        self.pauses[-1][1] = time.monotonic()
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
         self._reader.join()
+
+
+def stop_for(pid: int, seconds: float) -> None:
+    """Keep a process from running for a while."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 class Rig:
@@ -200,7 +220,7 @@ class Rig:
 
     def daemon_is_stopped(self) -> None:
         assert self.daemon is not None
-        self._pause(self.daemon.pid, 1.5)
+        stop_for(self.daemon.pid, 1.5)
 
     def telemetry_is_killed(self) -> None:
         for child in self.children():
@@ -208,7 +228,7 @@ class Rig:
 
     def telemetry_is_stopped(self) -> None:
         for child in self.children():
-            self._pause(child.pid, 1.5)
+            stop_for(child.pid, 1.5)
 
     def redis_is_killed(self) -> None:
         assert self.redis.pid is not None
@@ -218,14 +238,14 @@ class Rig:
 
     def redis_is_stopped(self) -> None:
         assert self.redis.pid is not None
-        self._pause(self.redis.pid, 3.0)
+        stop_for(self.redis.pid, 3.0)
 
     def engine_is_killed(self) -> None:
         self.engines[0].kill()
         self.engines[0].start()
 
     def engine_is_stopped(self) -> None:
-        self._pause(self.engines[1].process.pid, 1.5)
+        self.engines[1].pause(1.5)
 
     def network_is_bad(self) -> None:
         bad = self.folder / "bad-network"
@@ -261,13 +281,6 @@ class Rig:
             client.send(wire.encode(step_report(1)))
             client.close()
         context.term()
-
-    def _pause(self, pid: int, seconds: float) -> None:
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            time.sleep(seconds)
-        finally:
-            os.kill(pid, signal.SIGCONT)
 
     @property
     def faults(self) -> list[Callable[[], None]]:
