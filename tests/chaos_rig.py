@@ -207,9 +207,10 @@ class Rig:
                 child.send_signal(signal.SIGCONT)
 
     def children(self) -> list[psutil.Process]:
+        """Those that live: one that was just killed may still wait to be taken note of."""
         assert self.daemon is not None
-        found: list[psutil.Process] = psutil.Process(self.daemon.pid).children(recursive=True)
-        return found
+        found = psutil.Process(self.daemon.pid).children(recursive=True)
+        return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
 
     # -- faults: each begins and ends; recovery is timed from its return --
 
