@@ -2,7 +2,8 @@
 
 `docs/pictures/top.svg`: `smartspec top` beside a real daemon and three mock engines of known costs
 (tests/scripted_engine.py, no model). `docs/pictures/simulate.svg`: what `smartspec simulate`
-printed.
+printed. `docs/pictures/report.png`: the report that it wrote, by headless Chromium (Debian: the
+package `chromium`). One alone: give its name, `top`, `simulate` or `report`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import asyncio
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +33,7 @@ from smartspec.daemon.config import Settings
 
 OUT = Path(__file__).parent / "pictures"
 MAX_BYTES = 150_000
+REPORT_SIZE = "1000,1500"
 NUM_STEPS = 600  #: of each engine, before the picture is taken
 DEADLINE_S = 300.0
 ENGINES = {"chat-0": 0.85, "code-0": 0.6, "code-1": 0.55}  #: acceptance of a draft
@@ -85,6 +89,26 @@ def picture_of_simulate() -> str:
     return console.export_svg(title="smartspec simulate")
 
 
+def picture_of_report(out: Path) -> None:
+    """What ``simulate --out`` writes, as a browser shows it."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        raise SystemExit("chromium is not installed (Debian: apt-get install chromium)")
+    with tempfile.TemporaryDirectory(prefix="ss-") as folder:
+        command = [sys.executable, "-m", "smartspec.daemon.cli", *SIMULATE, "--out", folder]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+                *(f"--user-data-dir={folder}/browser", f"--window-size={REPORT_SIZE}"),
+                *(f"--screenshot={out}", f"file://{folder}/report.html"),
+            ],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+    print(f"{out}: {out.stat().st_size} bytes")
+
+
 def write(name: str, svg: str) -> None:
     """Without fonts from elsewhere: a reader's own serve."""
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
@@ -96,7 +120,10 @@ def write(name: str, svg: str) -> None:
 
 
 if __name__ == "__main__":
-    if "top" in sys.argv[1:] or len(sys.argv) == 1:
+    wanted = sys.argv[1:] or ["top", "simulate", "report"]
+    if "top" in wanted:
         write("top.svg", picture_of_top())
-    if "simulate" in sys.argv[1:] or len(sys.argv) == 1:
+    if "simulate" in wanted:
         write("simulate.svg", picture_of_simulate())
+    if "report" in wanted:
+        picture_of_report(OUT / "report.png")
