@@ -17,6 +17,7 @@ import numpy.typing as npt
 from smartspec.engine_adapter.base import FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE
 from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.draft_tree import (
+    MAX_NODES,
     NO_DRAFTS,
     ROOT,
     DraftTree,
@@ -123,6 +124,10 @@ class Draft(NamedTuple):
     confidences: list[float]  #: of its nodes, each given its parent, before calibration
     start: int  #: tokens that the sequence had
 
+    def first(self, size: int) -> Draft:
+        """Its ``size`` most probable nodes."""
+        return Draft(self.tree.first(size), self.confidences[:size], self.start)
+
 
 class TreeLookup:
     """Drafts trees of what followed the latest tokens before.
@@ -135,6 +140,7 @@ class TreeLookup:
     """
 
     name = "lookup-tree"
+    trees = True
     features: tuple[str, ...] = (FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE)
     caches: tuple[KvCache, ...] = ()
 
@@ -147,20 +153,21 @@ class TreeLookup:
     ) -> None:
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"need 1 <= min_ngram <= max_ngram, got {min_ngram} and {max_ngram}")
-        if not 1 <= max_length <= 255:
-            raise ValueError(f"max_length must be in [1, 255], got {max_length}")
+        if not 1 <= max_length <= MAX_NODES:
+            raise ValueError(f"max_length must be in [1, {MAX_NODES}], got {max_length}")
         if history_tokens < 0:
             raise ValueError(f"history_tokens must be >= 0, got {history_tokens}")
         self.max_length = max_length
         self._ngram = (min_ngram, max_ngram)
         self._history = AnswerHistory(history_tokens, min_ngram, max_ngram)
         self._indexes: dict[int, NgramIndex] = {}
-        self._found: dict[int, list[tuple[Match, list[int]]]] = {}  # with the text of the match
-        self._drafts: dict[int, Draft] = {}  # the last
+        self._drafts: dict[int, Draft] = {}  # the last; while lengths are chosen, the largest
         self._calibration = Calibration()
         self._rates = TokenAcceptance()
 
     def available(self, sequences: list[Sequence]) -> Availability:
+        """Builds the largest trees: lengths are chosen knowing how many nodes there are."""
+        self._drafts = {}
         longest = []
         for sequence in sequences:
             index = self._indexes.get(sequence.id)
@@ -170,12 +177,13 @@ class TreeLookup:
             texts = [Text(sequence.tokens, index), *self._history.texts]
             found = [(match, text.tokens) for match, text in self._occurrences(texts, sequence)]
             found.sort(key=lambda pair: -pair[0].length)
-            self._found[sequence.id] = found[:NUM_CONTINUATIONS]
+            if found:
+                self._drafts[sequence.id] = self._draft(sequence, found[:NUM_CONTINUATIONS])
             longest.append(found[0][0].length if found else 0)
-        lengths = np.array(longest, np.float32)
         rates = self._rates.rates([sequence.tokens[-1] for sequence in sequences])
-        ceiling = np.where(lengths > 0, self.max_length, 0).astype(np.uint8)
-        return Availability(ceiling, np.stack((lengths, rates)))
+        features = np.stack((np.array(longest, np.float32), rates))
+        ceiling = [self._drafts[s.id].tree.size if s.id in self._drafts else 0 for s in sequences]
+        return Availability(np.array(ceiling, np.uint8), features)
 
     @staticmethod
     def _occurrences(texts: list[Text], sequence: Sequence) -> Iterator[tuple[Match, Text]]:
@@ -184,17 +192,18 @@ class TreeLookup:
                 yield match, text
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
-        self._drafts = {}
+        known, self._drafts = self._drafts, {}
         for sequence, length in zip(sequences, lengths.tolist(), strict=True):
             if length:
-                self._drafts[sequence.id] = self._draft(sequence, length)
+                self._drafts[sequence.id] = known[sequence.id].first(length)
         trees = [self._drafts[s.id].tree if s.id in self._drafts else NO_DRAFTS for s in sequences]
         return Proposal(trees)
 
-    def _draft(self, sequence: Sequence, size: int) -> Draft:
-        """The best nodes of what has followed."""
+    def _draft(self, sequence: Sequence, found: list[tuple[Match, list[int]]]) -> Draft:
+        """The best nodes of what has followed the matches, each in its text."""
+        size = self.max_length
         merged = Continuations()
-        for match, text in self._found[sequence.id]:
+        for match, text in found:
             merged.add(continuation(text, match.end, size), WEIGHT_PER_TOKEN**match.length)
         own = merged.confidences()
         rates = self._calibration.rates(own).tolist()
@@ -218,7 +227,6 @@ class TreeLookup:
     def forget(self, sequence: Sequence) -> None:
         self._history.add(sequence.tokens[sequence.num_prompt :])
         self._indexes.pop(sequence.id, None)
-        self._found.pop(sequence.id, None)
         self._drafts.pop(sequence.id, None)
 
 
