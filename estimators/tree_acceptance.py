@@ -17,7 +17,7 @@ Requests differ: request i accepts the node of rank j with probability g ** c_i.
 probability is a product over its nodes; a request that accepts each of them with some h ** c
 accepts the path with the product to that power. c is learned as in acceptance.py, with every node
 a draft of exposure -log g. Nodes of a tree are not independent, though, and the unlikely ones tell
-little: they count for `NODE_WEIGHT` of what as many drafts of their own would.
+little: k of them count as sqrt(k) drafts.
 
 Trees are less deep than they have nodes. A draft model's forwards for trees of k nodes are taken to
 be k^e, with e fitted to the reports: one number, which says something of sizes never tried, and
@@ -41,7 +41,6 @@ from smartspec.estimators.acceptance import (
 from smartspec.estimators.base import F64, State, pack, unpack
 from smartspec.estimators.request_rows import Rows
 
-NODE_WEIGHT = 0.25
 EXPONENT = 0.7  #: of a draft model's forwards in the number of nodes, where nothing was seen
 EXPONENT_WEIGHT = 20.0  #: what that is worth, in squared logarithms of nodes: some 5 trees of 8
 FORWARDS_WINDOW = 500  #: trees that the exponent is remembered from
@@ -104,7 +103,8 @@ class TreeAcceptance(AcceptanceEstimator):
         hits, rejected = hits[:, :most], (self._tried(proposed) & ~hits)[:, :most]
         c = self._posterior(self._requests.counts[rows])[:, None]
         seen = np.where(hits, exposure, rejected * time_of_event(c, exposure)).sum(axis=1)
-        return NODE_WEIGHT * rejected.sum(axis=1), NODE_WEIGHT * seen
+        share = 1.0 / np.sqrt(proposed)
+        return share * rejected.sum(axis=1), share * seen
 
     def _histogram(
         self,
