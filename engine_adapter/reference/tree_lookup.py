@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.base import FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE
+from smartspec.engine_adapter.base import FEATURE_DRAFT_CONFIDENCE, FEATURE_MATCH_LENGTH
 from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.draft_tree import (
     MAX_NODES,
@@ -22,13 +22,11 @@ from smartspec.engine_adapter.reference.draft_tree import (
     ROOT,
     DraftTree,
     most_probable,
-    outcomes,
 )
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.prompt_lookup import Match, NgramIndex
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
-from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 NUM_CONTINUATIONS = (
     8  #: merged into one tree: those of the longest matches, among equals the latest
@@ -122,11 +120,14 @@ class Draft(NamedTuple):
 
     tree: DraftTree
     confidences: list[float]  #: of its nodes, each given its parent, before calibration
-    start: int  #: tokens that the sequence had
+    chance: float  #: of the most probable node, after calibration
 
     def first(self, size: int) -> Draft:
         """Its ``size`` most probable nodes."""
-        return Draft(self.tree.first(size), self.confidences[:size], self.start)
+        return Draft(self.tree.first(size), self.confidences[:size], self.chance)
+
+
+NOTHING = Draft(NO_DRAFTS, [], 0.0)
 
 
 class TreeLookup:
@@ -141,7 +142,7 @@ class TreeLookup:
 
     name = "lookup-tree"
     trees = True
-    features: tuple[str, ...] = (FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE)
+    features: tuple[str, ...] = (FEATURE_MATCH_LENGTH, FEATURE_DRAFT_CONFIDENCE)
     caches: tuple[KvCache, ...] = ()
 
     def __init__(
@@ -163,12 +164,11 @@ class TreeLookup:
         self._indexes: dict[int, NgramIndex] = {}
         self._drafts: dict[int, Draft] = {}  # the last; while lengths are chosen, the largest
         self._calibration = Calibration()
-        self._rates = TokenAcceptance()
 
     def available(self, sequences: list[Sequence]) -> Availability:
         """Builds the largest trees: lengths are chosen knowing how many nodes there are."""
         self._drafts = {}
-        longest = []
+        ceiling, length, chance = [], [], []
         for sequence in sequences:
             index = self._indexes.get(sequence.id)
             if index is None:
@@ -177,13 +177,12 @@ class TreeLookup:
             texts = [Text(sequence.tokens, index), *self._history.texts]
             found = [(match, text.tokens) for match, text in self._occurrences(texts, sequence)]
             found.sort(key=lambda pair: -pair[0].length)
-            if found:
-                self._drafts[sequence.id] = self._draft(sequence, found[:NUM_CONTINUATIONS])
-            longest.append(found[0][0].length if found else 0)
-        rates = self._rates.rates([sequence.tokens[-1] for sequence in sequences])
-        features = np.stack((np.array(longest, np.float32), rates))
-        ceiling = [self._drafts[s.id].tree.size if s.id in self._drafts else 0 for s in sequences]
-        return Availability(np.array(ceiling, np.uint8), features)
+            draft = self._draft(found[:NUM_CONTINUATIONS]) if found else NOTHING
+            self._drafts[sequence.id] = draft
+            ceiling.append(draft.tree.size)
+            length.append(found[0][0].length if found else 0)
+            chance.append(draft.chance)
+        return Availability(np.array(ceiling, np.uint8), np.array((length, chance), np.float32))
 
     @staticmethod
     def _occurrences(texts: list[Text], sequence: Sequence) -> Iterator[tuple[Match, Text]]:
@@ -199,7 +198,7 @@ class TreeLookup:
         trees = [self._drafts[s.id].tree if s.id in self._drafts else NO_DRAFTS for s in sequences]
         return Proposal(trees)
 
-    def _draft(self, sequence: Sequence, found: list[tuple[Match, list[int]]]) -> Draft:
+    def _draft(self, found: list[tuple[Match, list[int]]]) -> Draft:
         """The best nodes of what has followed the matches, each in its text."""
         size = self.max_length
         merged = Continuations()
@@ -211,18 +210,13 @@ class TreeLookup:
         for parent, rate in zip(merged.parents, rates, strict=True):
             chances.append(rate if parent == ROOT else rate * chances[parent])
         tree, best = most_probable(merged.tokens, merged.parents, chances, size)
-        return Draft(tree, [own[node] for node in best], sequence.num_tokens)
+        chance = chances[best[0]] if best else 0.0  # of a match at an answer's end nothing follows
+        return Draft(tree, [own[node] for node in best], chance)
 
     def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
-        before: list[int] = []
-        outcome: list[bool] = []
         for sequence, path in zip(sequences, paths, strict=True):
             if (last := self._drafts.get(sequence.id)) is not None:
                 self._calibration.learn(last.tree, last.confidences, path)
-                tried, right = outcomes(last.tree, path, sequence.tokens, last.start)
-                before += tried
-                outcome += right
-        self._rates.learn(before, outcome)
 
     def forget(self, sequence: Sequence) -> None:
         self._history.add(sequence.tokens[sequence.num_prompt :])
