@@ -124,6 +124,8 @@ class AcceptanceEstimator:
         ``num_buckets``. Empty: one axis
     """
 
+    #: where groups of depths begin that share their effects: the first depth, and the others
+    _group_starts: ClassVar[tuple[int, ...]] = (0, 1)
     _params: ClassVar[tuple[str, ...]] = (  # arguments, in the order of the state
         "num_buckets",
         "max_length",
@@ -190,9 +192,9 @@ class AcceptanceEstimator:
         self.max_requests = max_requests
         self.axis_sizes = axis_sizes
         self._sizes = sizes
-        self._num_groups = min(2, max_length)  # the first depth, and the others
-        self._group_of_depth = np.minimum(np.arange(max_length), 1)
-        self._effects: F64 = np.zeros((sum(sizes), self._num_groups))
+        self._groups = [first for first in self._group_starts if first < max_length]
+        self._group_of_depth = np.searchsorted(self._groups, np.arange(max_length), "right") - 1
+        self._effects: F64 = np.zeros((sum(sizes), len(self._groups)))
         self._turn = 0  # the axis fitted last
         self._fade = 0.5 ** (1.0 / np.array((request_half_life, recent_half_life)))
         self._presence_fade = 0.5 ** (1.0 / presence_half_life)
@@ -365,8 +367,7 @@ class AcceptanceEstimator:
 
     def _by_group(self, by_depth: F64) -> F64:
         """Sums [digits, groups] of [digits, max_length]."""
-        starts = range(self._num_groups)
-        sums: F64 = np.add.reduceat(by_depth, starts, axis=1)
+        sums: F64 = np.add.reduceat(by_depth, self._groups, axis=1)
         return sums
 
     def learn_presence(self, rows: Rows, available: npt.ArrayLike) -> None:

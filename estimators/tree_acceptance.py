@@ -59,6 +59,7 @@ class TreeAcceptance(AcceptanceEstimator):
         numbers of nodes
     """
 
+    _group_starts: ClassVar[tuple[int, ...]] = (0, 1, 3, 7, 15, 31)
     _params: ClassVar[tuple[str, ...]] = ("num_buckets", "max_length", "max_requests", "axis_sizes")
 
     def __init__(

@@ -98,9 +98,9 @@ def test_ceiling_is_the_number_of_nodes_that_there_are() -> None:
     history = TreeLookup(max_length=6, history_tokens=100)
     history.available([first := sequence_of([9], [1, 2, 3, 4])])
     history.forget(first)
-    assert history.available([sequence_of([1, 2], number=2)]).ceiling.tolist() == [
-        2
-    ]  # 3 4, no more
+    ends = [sequence_of(end, number=2) for end in ([1, 2], [3, 4])]
+    assert history.available(ends[:1]).ceiling.tolist() == [2]  # 3 4, no more
+    assert history.available(ends[1:]).ceiling.tolist() == [0]
 
 
 def test_smaller_trees_are_the_first_nodes_of_larger_ones() -> None:
