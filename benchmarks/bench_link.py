@@ -9,6 +9,7 @@ when it would change something, and one in 17 steps anyway; figures are over all
   between: what the code itself costs, with warm caches;
 * *moving* (``moving_*``): as *tight*, but every request's features are others at every step, as the
   match lengths of prompt lookup are, so that lengths are chosen anew at every step;
+* *trees* (``trees_*``, ``moving_trees_*``): as *tight* and *moving*, with trees of up to 64 nodes;
 * *warm* (``link_*``): daemon and engine take turns in this process;
 * *paused* (``paused_*``): the daemon is a process of its own, and the engine's thread is busy with
   other things between steps, so that caches have gone cold, as they have in an engine. What a fixed
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import zmq
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -47,21 +49,29 @@ from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, LengthSource, StepFacts
 from smartspec.engine_adapter.lengths import I64
 from smartspec.engine_adapter.link import EngineLink
+from smartspec.engine_adapter.messages import MAX_LENGTH
 
 
 class Steps:
-    """A batch that stays, and what its steps do; ``moving``: but for its features."""
+    """A batch that stays, and what its steps do; ``moving``: but for its features.
 
-    def __init__(self, size: int, moving: bool = False) -> None:
+    ``trees``: a draft is not reached through those before it, and is accepted the less often, the
+    later in rank.
+    """
+
+    def __init__(self, size: int, moving: bool = False, trees: bool = False) -> None:
         rng = np.random.default_rng(size)
         self._moving = moving
+        self._trees = trees
+        most = MAX_LENGTH if trees else 5
         self._features = rng.integers(0, 12, (64, 2, size)).astype(np.float32)
-        self._accepting = rng.beta(3, 2, size)
-        self._draws = rng.random((64, 5, size))
+        self._ranks = np.arange(most)[:, None]
+        self._accepting = rng.beta(3, 2, size) / (1 + self._ranks * trees)
+        self._draws = rng.random((64, most, size))
         self._step = 0
         self.batch = DecodeBatch(
             request_ids=np.arange(size, dtype=np.uint64),
-            ceiling=np.full(size, 5, np.uint8),
+            ceiling=np.full(size, most, np.uint8),
             features=np.full((2, size), 1.0, np.float32),
         )
 
@@ -70,7 +80,10 @@ class Steps:
         size = self.batch.size
         hit = self._draws[self._step % 64] < self._accepting
         self._step += 1
-        accepted = np.minimum(hit.cumprod(axis=0).sum(axis=0), lengths)
+        hit &= self._ranks < lengths
+        if not self._trees:
+            hit = np.logical_and.accumulate(hit)
+        accepted = hit.sum(axis=0)
         batch = self.batch
         if self._moving:
             self.batch = replace(batch, features=self._features[self._step % 64])
@@ -86,7 +99,14 @@ class Steps:
             draft_s=0.0001,
             context_tokens=300 * size,
             num_draft_tokens=num_drafts,
+            accepted_ranks=_ranks(hit) if self._trees else None,
         )
+
+
+def _ranks(hit: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint64]:
+    """Bits of each request's accepted nodes, [B], of ``hit`` [64, B]."""
+    packed = np.packbits(np.ascontiguousarray(hit.T), axis=1, bitorder="little")
+    return packed.view("<u8")[:, 0]
 
 
 def time_step(source: LengthSource, steps: Steps) -> float:
@@ -113,10 +133,11 @@ def time_steps(source: LengthSource, size: int, num_steps: int, pause_s: float) 
 
 
 def take_turns_and_play_back(
-    size: int, num_steps: int, names: tuple[str, str], moving: bool = False
+    size: int, num_steps: int, names: tuple[str, str], moving: bool = False, trees: bool = False
 ) -> dict[str, float]:
     """Two settings: taking turns with the daemon, and playing back what it sent in it."""
-    steps = Steps(size, moving)
+    steps = Steps(size, moving, trees)
+    greeting = hello("turns", size, max_length=MAX_LENGTH if trees else 5, trees=trees)
     warm: list[tuple[bool, float]] = []
     tight: list[tuple[bool, float]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +145,7 @@ def take_turns_and_play_back(
         server = RecordingServer(endpoint)
         settings = load(None, {"SMARTSPEC_RUNTIME_DIR": folder}, {})
         loop = ControlLoop(settings, server, NullBus())
-        link = EngineLink(endpoint, hello("turns", size))
+        link = EngineLink(endpoint, greeting)
         while not link.stats.num_connections:
             link.idle()
             loop.cycle(0.01)
@@ -188,6 +209,11 @@ def main() -> None:
     for size in (64, 256):
         figures |= take_turns_and_play_back(size, args.steps, ("link", "tight"))
         figures |= take_turns_and_play_back(size, args.steps, ("moving_warm", "moving"), True)
+    for moving in (False, True):
+        name = "moving_trees" if moving else "trees"
+        figures |= take_turns_and_play_back(
+            64, args.steps, (f"{name}_warm", name), moving, trees=True
+        )
     figures["fixed_length_us"] = float(np.median(time_steps(FixedLength(3), 256, 500, 0.0))) * 1e6
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {

@@ -370,12 +370,6 @@ def worker(
     drafting = proposer in (Proposer.draft, Proposer.draft_tree)
     if drafting and not (draft_model or draft_drop_layers):
         fail(f"--proposer {proposer.value}: give --draft-model or --draft-drop-layers")
-    trees = proposer in (Proposer.lookup_tree, Proposer.draft_tree)
-    if trees and speculation is Speculation.smartspec and not fetch_only:
-        fail(
-            f"--proposer {proposer.value}: trees are not steered by the daemon; give "
-            "--speculation static and --length, the nodes of a tree"
-        )
     if speculation is Speculation.static and length > max_length:
         fail(f"--length {length}: expected at most --max-length ({max_length})")
     try:

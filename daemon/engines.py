@@ -15,21 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from smartspec.daemon.learned import MAX_GRAPH_SIZES, Learned, ModelKey
-from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, bucket_index
+from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, DraftCost, bucket_index
 from smartspec.engine_adapter.messages import (
     MAX_BATCH,
+    MAX_LENGTH,
     MAX_STEP_S,
     Hello,
     MessageError,
     Roster,
     StepReport,
     align,
+    bits,
     require,
     unpack,
 )
 from smartspec.estimators.acceptance import AcceptanceEstimator
 from smartspec.estimators.request_rows import Rows
 from smartspec.estimators.step_cost import StepCost, StepShape
+from smartspec.estimators.tree_acceptance import TreeAcceptance
 
 U8 = npt.NDArray[np.uint8]
 MAX_TOKENS = 1 << 28  #: no step has more of anything
@@ -72,6 +75,7 @@ class Observation(NamedTuple):
     batch: Batch
     num_drafted: U8  #: [B]
     num_accepted: U8  #: [B]
+    accepted: npt.NDArray[Any]  #: for the estimator: `num_accepted`; of trees ranks, [B, K] bools
     num_available: U8  #: [B]
     num_emitted: int
     buckets: I64  #: [B]
@@ -201,6 +205,7 @@ class Engine:
         require(bool((accepted <= drafted).all()), "num_accepted: more than drafted")
         require(bool((drafted <= self.max_length).all()), "num_drafted: over limits.max_length")
         require(bool((emitted <= accepted + 1).all()), "num_emitted: more than accepted + 1")
+        outcome = self._accepted_ranks(report, drafted, accepted) if self.key.trees else accepted
         names = self.hello.limits.features
         features = unpack(report.features, "f32", (len(names), *size), "features", 0.0)
         columns = [features[row] for row in self._feature_rows]
@@ -210,8 +215,26 @@ class Engine:
         known = self._report_of_policy.get(report.policy_seq)
         staleness = None if known is None else report.seq - known
         return Observation(
-            report, batch, drafted, accepted, available, int(emitted.sum()), buckets, staleness
+            report,
+            batch,
+            drafted,
+            accepted,
+            outcome,
+            available,
+            int(emitted.sum()),
+            buckets,
+            staleness,
         )
+
+    def _accepted_ranks(
+        self, report: StepReport, drafted: U8, accepted: U8
+    ) -> npt.NDArray[np.bool_]:
+        column = unpack(report.accepted_ranks, "u64", drafted.shape, "accepted_ranks", 0)
+        ranks = bits(column)
+        beyond = ranks & (np.arange(MAX_LENGTH) >= drafted[:, None])
+        require(not beyond.any(), "accepted_ranks: one that was not drafted")
+        require(bool((ranks.sum(1) == accepted).all()), "accepted_ranks: not num_accepted of them")
+        return ranks[:, : self.max_length]
 
     def _follow(self, observation: Observation) -> None:
         batch = observation.batch
@@ -259,12 +282,15 @@ class Engine:
                     rows[tried],
                     observation.buckets[tried],
                     drafted[tried],
-                    observation.num_accepted[tried],
+                    observation.accepted[tried],
                 )
         num_draft_tokens = report.num_draft_tokens
-        if self.hello.limits.drafts_known_first:
-            # Found, not computed; but whatever they cost must be seen as theirs.
+        if self.hello.limits.drafts_known_first or self.key.trees:
+            # Found, or grown beside others; but whatever they cost must be seen as theirs.
             num_draft_tokens = max(num_draft_tokens, int(drafted.sum()))
+        if isinstance(self.acceptance, TreeAcceptance):
+            num_nodes = int(drafted.max(initial=0))
+            self.acceptance.learn_forwards(num_nodes, report.num_draft_forwards)
         size, num_drafts = len(batch.ids), int(drafted.sum())
         if report.mode == UNIFORM:  # as many are computed for all as for the longest
             num_drafts = size * int(drafted.max(initial=0))
@@ -282,6 +308,10 @@ class Engine:
             return None
         residual = self.step_cost.observe(shape, report.target_s, report.draft_s, report.step_s)
         return float(residual.predicted_s)
+
+    def draft_cost(self) -> DraftCost:
+        """What drafting costs, as far as it is known."""
+        return DraftCost(*self.step_cost.draft_cost(), self.acceptance.forwards_exponent())
 
     def is_dear(self, mode: str) -> bool:
         """Whether a step in this mode is ragged where the engine could have run it uniform."""

@@ -5,7 +5,9 @@
 (SmartSpec, arXiv 2406.14066, section 4, with the closed form for a constant acceptance rate
 replaced by survivals per depth.) For each depth D the best lengths with any given number of drafts
 are a prefix of the sorted ladder (engine_adapter/lengths.py says why, and under which conditions),
-so scanning all prefixes for all D, and every uniform length, visits an optimum.
+so scanning all prefixes for all D, and every uniform length, visits an optimum. Beyond
+`EVERY_DEPTH`, where one forward more or less is little of what they cost together (trees of up to
+64 nodes), every D a quarter above the last is: the forwards paid for may be so many too many.
 
 The *value of time*, lambda, is what the lengths of a step are chosen by: the best have the greatest
 gain - lambda T. Where a step stands for all that follow, lambda is the greatest goodput itself
@@ -34,6 +36,8 @@ from smartspec.engine_adapter.lengths import (
     choose_lengths,
     step_seconds,
 )
+
+EVERY_DEPTH = 16  #: up to which the optimum over depth is exact
 
 
 class Optimum(NamedTuple):
@@ -89,6 +93,18 @@ def at_price(
     return Optimum(choice.gain / choice.seconds, value_of_time, depth, choice)
 
 
+def depths_tried(deepest: int) -> list[int]:
+    """All up to `EVERY_DEPTH`, and beyond that each a quarter more than the one before.
+
+    >>> depths_tried(64)[-8:]
+    [16, 20, 25, 31, 38, 47, 58, 64]
+    """
+    depths = list(range(min(deepest, EVERY_DEPTH) + 1))
+    while depths[-1] < deepest:
+        depths.append(min(depths[-1] * 5 // 4, deepest))
+    return depths
+
+
 def _best(
     ladder: Ladder,
     curves: Sequence[CostCurve],
@@ -99,7 +115,7 @@ def _best(
     """The greatest ``worth(gain, seconds)`` that any lengths have, and the depth of those."""
     # Without a price per forward a smaller depth only takes candidates away.
     deepest = ladder.max_length
-    depths = range(deepest + 1) if draft.per_forward_s > 0 else (deepest,)
+    depths = depths_tried(deepest) if draft.per_forward_s > 0 else [deepest]
     best, best_depth = -np.inf, 0
     _, most_drafts = ladder.prefixes(deepest)
     for curve in curves:
@@ -149,7 +165,7 @@ def best_by_batch(
     tokens = 1.0 + presence * np.concatenate([[0.0], np.cumsum(survival)])
     drafts = batches[:, None] * lengths * presence
     num_tokens = batches[:, None] + drafts
-    speculating = draft.fixed_s + draft.per_forward_s * lengths + draft.per_token_s * drafts
+    speculating = draft.by_depth(lengths) + draft.per_token_s * drafts
     seconds = curve.at(num_tokens) + np.where(lengths > 0, speculating, 0.0)
     best: I64 = np.argmax(batches[:, None] * tokens / seconds, axis=1)
     return best

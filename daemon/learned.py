@@ -37,6 +37,7 @@ from smartspec.engine_adapter.messages import (
 from smartspec.estimators.acceptance import AcceptanceEstimator
 from smartspec.estimators.features import BUCKET_EDGES
 from smartspec.estimators.step_cost import StepCost, StepShape
+from smartspec.estimators.tree_acceptance import TreeAcceptance
 
 FORMAT = "smartspec-learned"
 VERSION = 1
@@ -64,6 +65,7 @@ class ModelKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
     graph_sizes: tuple[UInt, ...] = ()
     drafts_known_first: bool = False
     axes: tuple[BucketAxis, ...] = ()
+    trees: bool = False
 
     @classmethod
     def of(cls, hello: Hello) -> Self:
@@ -79,6 +81,7 @@ class ModelKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
                 for name in limits.features
                 if name in BUCKET_EDGES
             ),
+            trees=limits.trees,
         )
 
     @property
@@ -109,7 +112,7 @@ class ModelKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """What differs in shape, as people would say it: ``max_length 5, now 8``."""
         return ", ".join(
             f"{name} {_shown(getattr(self, name))}, now {_shown(getattr(other, name))}"
-            for name in ("max_length", "graph_sizes", "drafts_known_first", "axes")
+            for name in ("max_length", "graph_sizes", "drafts_known_first", "axes", "trees")
             if getattr(self, name) != getattr(other, name)
         )
 
@@ -148,6 +151,10 @@ class Checkpoint(Struct, frozen=True, kw_only=True, omit_defaults=True):
     release: Text = ""  #: of SmartSpec, that wrote it
 
 
+def _acceptance_of(key: ModelKey) -> type[AcceptanceEstimator]:
+    return TreeAcceptance if key.trees else AcceptanceEstimator
+
+
 class Learned:
     """The models of one kind of engine, and how much they have seen."""
 
@@ -168,9 +175,10 @@ class Learned:
     @classmethod
     def new(cls, key: ModelKey) -> Self:
         """Models that have seen nothing."""
+        kind = _acceptance_of(key)
         return cls(
             key,
-            AcceptanceEstimator(key.num_buckets, max(1, key.max_length), axis_sizes=key.axis_sizes),
+            kind(key.num_buckets, max(1, key.max_length), axis_sizes=key.axis_sizes),
             StepCost(
                 knots=COST_KNOTS,
                 graph_sizes=key.graph_sizes,
@@ -275,7 +283,7 @@ def restore(checkpoint: Checkpoint) -> Learned:
         _same_params("step_cost", checkpoint.step_cost, fresh.step_cost)
         return Learned(
             checkpoint.key,
-            AcceptanceEstimator.from_state(checkpoint.acceptance),
+            _acceptance_of(checkpoint.key).from_state(checkpoint.acceptance),
             StepCost.from_state(checkpoint.step_cost),
             checkpoint.num_steps,
             checkpoint.num_steered,
@@ -338,6 +346,5 @@ def _try_out(learned: Learned) -> None:
             raise RefusedState("acceptance: survivals are not probabilities")
         if not (costs >= 0.0).all() or not (costs <= MAX_STEP_S).all() or seconds.min() <= 0.0:
             raise RefusedState(f"step_cost: not within 0 to {MAX_STEP_S:.0f} seconds")
-        column = np.array([min(most, 1)])
-        acceptance.learn_many(acceptance.rows([1]), np.array([0]), column, column)
+        acceptance.learn_one({"request_id": 1, "drafted": min(most, 1)}, min(most, 1))
         cost.observe(StepShape(1, 1 + min(most, 1)), None, None, float(seconds[0]))

@@ -154,7 +154,7 @@ class Planner:
             context_tokens=observation.report.context_tokens,
         )
         curves = self._curves(shape)
-        draft = DraftCost(*engine.step_cost.draft_cost())
+        draft = engine.draft_cost()
         # Prompts come in rows: what the last step carried is the best guess for the next.
         other = observation.report.num_prefill_tokens
         beside_s = engine.step_cost.prefill_cost() * other
@@ -231,6 +231,7 @@ class Planner:
             draft_fixed_s=draft.fixed_s,
             draft_per_forward_s=draft.per_forward_s,
             draft_per_token_s=draft.per_token_s,
+            draft_forwards_exponent=draft.forwards_exponent,
             roster_version=batch.version,
             correction=pack(correction, "f32"),
             probe_length=probe_length,
@@ -356,13 +357,18 @@ class Planner:
         return found
 
     def _influence(self, ladder: Ladder, lengths: I64, shape: StepShape) -> tuple[F64, StepShape]:
-        """d log tokens / d log hazard by depth, [K], at ``lengths``; and the step's shape."""
+        """d log tokens / d log hazard by depth or rank, [K]; and the shape of such a step."""
         presence = 1.0 if ladder.presence is None else ladder.presence
         taken = np.arange(ladder.max_length)[:, None] < lengths
         by_depth = (ladder.worth * taken * presence).sum(axis=1, dtype=np.float64)
-        beyond: F64 = by_depth[::-1].cumsum()[::-1]  # a hazard is a factor of all that follow
+        beyond: F64 = by_depth
+        if not self.engine.key.trees:  # where a hazard is a factor of all that follow
+            beyond = by_depth[::-1].cumsum()[::-1]
         drafts = float((lengths * presence).sum())
-        forwards = 0 if self.engine.hello.limits.drafts_known_first else int(lengths.max(initial=0))
+        forwards = 0.0
+        if not self.engine.hello.limits.drafts_known_first:
+            exponent = self.engine.acceptance.forwards_exponent()
+            forwards = float(lengths.max(initial=0)) ** exponent
         return beyond / (ladder.weight_sum + float(by_depth.sum())), shape._replace(
             verify_tokens=ladder.size + drafts, draft_forwards=forwards, draft_tokens=drafts
         )

@@ -75,6 +75,7 @@ class StepFacts:
     num_waiting: int = 0  #: requests queued, not yet running
     kv_usage: float = 0.0  #: share of the KV room in use, 0 to 1
     mode: str = "ragged"  #: execution mode of the target's pass
+    accepted_ranks: U64 | None = None  #: [B], of trees: bit j is set when node j was accepted
     #: what was chosen for this step, where the engine has asked for a later one's lengths since
     choice: Choice | None = None
 

@@ -24,6 +24,14 @@ takes its items in advance, a ceiling removes items: both keep the prefixes.
 
 Uniform execution (one length for all, padded) is max_length + 1 more candidates with a cost curve
 of their own.
+
+Trees
+-----
+Where drafts are a tree, its nodes are ranked by the probability of being on the accepted path; a
+length is a number of nodes, and ``S_i(j)`` the probability of rank j. Every node on the path is a
+token, so the expected gain of k nodes is the same sum, and the ranking makes it fall with j. Since
+no node is likelier than its parent, the first k ranks are a tree: the best one of k nodes. All of
+the above holds as it is; only, a drafter's forwards are fewer than nodes (`DraftCost`).
 """
 
 from __future__ import annotations
@@ -85,11 +93,23 @@ class CostCurve:
 
 
 class DraftCost(NamedTuple):
-    """Seconds of drafting: ``fixed_s + per_forward_s * D + per_token_s * sum(k)``; 0 at k = 0."""
+    """Seconds of drafting, 0 at k = 0: ``fixed_s + per_forward_s * D^e + per_token_s * sum(k)``.
+
+    D is the greatest length. A chain of D drafts takes D forwards; a tree of D nodes as many as it
+    is deep, which is less.
+
+    >>> DraftCost(0.0, 1.0, 0.0, forwards_exponent=0.5).by_depth(16)
+    4.0
+    """
 
     fixed_s: float = 0.0
     per_forward_s: float = 0.0
     per_token_s: float = 0.0
+    forwards_exponent: float = 1.0  #: e, in [0, 1]
+
+    def by_depth(self, depth: Any) -> Any:
+        """The part that ``depth`` decides, of steps that draft (any shape)."""
+        return self.fixed_s + self.per_forward_s * depth**self.forwards_exponent
 
 
 class Choice(NamedTuple):
@@ -242,7 +262,7 @@ class Ladder:
 
     def add_depth(self, seconds: F64, draft: DraftCost, depth: int, drafts: F64) -> F64:
         """All seconds: with what drafting to ``depth``, or to the deepest floor, costs."""
-        by_depth = draft.fixed_s + draft.per_forward_s * max(depth, self.deepest_floor)
+        by_depth = float(draft.by_depth(max(depth, self.deepest_floor)))
         if not by_depth:
             return seconds
         total = seconds + by_depth
@@ -279,7 +299,7 @@ def step_seconds(
     curve: CostCurve, draft: DraftCost, num_tokens: npt.ArrayLike, drafts: F64, depth: int
 ) -> F64:
     """Seconds of steps that verify ``num_tokens``, ``drafts`` of them drafted, to ``depth``."""
-    speculating = draft.fixed_s + draft.per_forward_s * depth + draft.per_token_s * drafts
+    speculating = draft.by_depth(depth) + draft.per_token_s * drafts
     return curve.at(num_tokens) + np.where(drafts > 0, speculating, 0.0)
 
 

@@ -369,6 +369,9 @@ class EngineLink:
             policy_seq=policy_seq,
             source=source,
             num_dropped=self.stats.num_reports_dropped,
+            accepted_ranks=b""
+            if facts.accepted_ranks is None
+            else pack(facts.accepted_ranks, "u64"),
         )
         self._socket.send(messages.encode(report), zmq.NOBLOCK)
         self._roster_sent = True

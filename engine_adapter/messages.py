@@ -25,7 +25,7 @@ from msgspec import Meta, Struct
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20  #: larger frames are refused unread
 MAX_BATCH = 4096  #: requests in one report
-MAX_LENGTH = 64  #: speculation length
+MAX_LENGTH = 64  #: speculation length; a tree's ranks are the bits of a u64
 LARGEST = 1e12  #: of any number: products of two stay finite, in f32 too
 MAX_STEP_S = 600.0  #: a step that claims to have taken longer is a fault of the clock
 
@@ -71,6 +71,7 @@ class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     graph_sizes: tuple[UInt, ...] = ()  #: token counts that passes are padded to, rising
     drafts_known_first: bool = False  #: drafts exist before lengths are chosen (prompt lookup)
     drafter_runs_at_zero: bool = False  #: a step without drafts still costs a pass of the drafter
+    trees: bool = False  #: a length is a number of nodes of a tree, the most probable first
 
 
 class Hello(Message, frozen=True, tag="hello"):
@@ -118,6 +119,7 @@ class StepReport(Message, frozen=True, tag="step"):
     policy_seq: UInt = 0  #: the policy that chose these lengths; 0: none did
     source: Text = "own"  #: who chose: "policy", "probe", "fallback", "own"
     num_dropped: UInt = 0  #: reports not sent since the epoch began
+    accepted_ranks: bytes = b""  #: u64 [B], of trees: bit j is set when node j was accepted
 
 
 class Goodbye(Message, frozen=True, tag="goodbye"):
@@ -175,6 +177,7 @@ class Policy(Message, frozen=True, tag="policy"):
     predicted_goodput: float = 0.0  #: tokens per second
     reason: Annotated[str, Meta(max_length=1024)] = ""
     meet_targets: bool = False  #: requests' token time targets are to be kept (targets.py)
+    draft_forwards_exponent: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0  #: lengths.DraftCost
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
@@ -300,6 +303,16 @@ def unpack(
     if dtype == "f32" and size and not (low <= array.min() and array.max() <= high):
         raise MessageError(f"{name}: holds a value that is not a number in {low:g} to {high:g}")
     return array if len(shape) == 1 else array.reshape(shape)
+
+
+def bits(column: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """A u64 column [B] bit by bit, the lowest first: [B, 64].
+
+    >>> bits(np.array([5], "<u8"))[0, :4].tolist()
+    [True, False, True, False]
+    """
+    of_bytes = column.view(np.uint8).reshape(len(column), 8)
+    return np.unpackbits(of_bytes, axis=1, bitorder="little").view(np.bool_)
 
 
 def align(known: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> npt.NDArray[np.intp]:

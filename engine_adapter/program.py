@@ -71,7 +71,10 @@ class Program:
         self.policy = policy
         self.value_of_time = policy.value_of_time
         self.draft = DraftCost(
-            policy.draft_fixed_s, policy.draft_per_forward_s, policy.draft_per_token_s
+            policy.draft_fixed_s,
+            policy.draft_per_forward_s,
+            policy.draft_per_token_s,
+            policy.draft_forwards_exponent,
         )
         require(1 <= len(policy.curves) <= MAX_CURVES, f"curves: {len(policy.curves)} given")
         self.curves = [_curve(curve) for curve in policy.curves]

@@ -47,7 +47,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,13 @@ def _joined(mine: F64, other: F64, of: int) -> F64:
     return joined
 
 
+def time_of_event(c: F64, exposure: F64) -> F64:
+    """E[t | t < L] of an event at rate c within ``exposure`` L."""
+    most = np.maximum(exposure, 1e-9)
+    expected: F64 = 1.0 / c - most / np.expm1(c * most)
+    return expected
+
+
 def _whole(name: str, value: Any) -> int:
     number = non_negative(name, value)
     if number != int(number):
@@ -116,6 +123,24 @@ class AcceptanceEstimator:
     axis_sizes : digits per axis of a bucket's index, the first axis slowest; their product is
         ``num_buckets``. Empty: one axis
     """
+
+    #: where groups of depths begin that share their effects: the first depth, and the others
+    _group_starts: ClassVar[tuple[int, ...]] = (0, 1)
+    _params: ClassVar[tuple[str, ...]] = (  # arguments, in the order of the state
+        "num_buckets",
+        "max_length",
+        "window",
+        "prior",
+        "prior_weight",
+        "bucket_weight",
+        "request_half_life",
+        "recent_half_life",
+        "request_strength",
+        "recent_strength",
+        "presence_half_life",
+        "max_requests",
+        "axis_sizes",
+    )
 
     def __init__(
         self,
@@ -167,9 +192,9 @@ class AcceptanceEstimator:
         self.max_requests = max_requests
         self.axis_sizes = axis_sizes
         self._sizes = sizes
-        self._num_groups = min(2, max_length)  # the first depth, and the others
-        self._group_of_depth = np.minimum(np.arange(max_length), 1)
-        self._effects: F64 = np.zeros((sum(sizes), self._num_groups))
+        self._groups = [first for first in self._group_starts if first < max_length]
+        self._group_of_depth = np.searchsorted(self._groups, np.arange(max_length), "right") - 1
+        self._effects: F64 = np.zeros((sum(sizes), len(self._groups)))
         self._turn = 0  # the axis fitted last
         self._fade = 0.5 ** (1.0 / np.array((request_half_life, recent_half_life)))
         self._presence_fade = 0.5 ** (1.0 / presence_half_life)
@@ -207,23 +232,28 @@ class AcceptanceEstimator:
         if not some.all():
             rows, bucket, proposed, passed = rows[some], bucket[some], proposed[some], passed[some]
         if len(rows):
-            self._watch(rows, bucket, passed)
-            self._learn_requests(rows, bucket, proposed, passed)
-            self._learn_table(bucket, proposed, passed)
+            self._watch(rows, bucket, self._first(passed))
+            self._learn_requests(rows, *self._events(rows, bucket, proposed, passed))
+            self._learn_table(self._histogram(bucket, proposed, passed))
 
     @property
     def num_changes(self) -> int:
         """Times that acceptance was found to have changed for good, since the start."""
         return self._changes.num_alarms
 
+    def _first(self, passed: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+        """Whether the first draft was accepted."""
+        first: npt.NDArray[np.bool_] = passed > 0
+        return first
+
     def _watch(
-        self, rows: Rows, bucket: npt.NDArray[np.intp], passed: npt.NDArray[np.intp]
+        self, rows: Rows, bucket: npt.NDArray[np.intp], first: npt.NDArray[np.bool_]
     ) -> None:
         """Compare first drafts with what was expected of them; forget when it is another world."""
         self._refresh()
         c = self._posterior(self._requests.counts[rows])
         expected = np.exp(-c * self._cumulative[bucket, 1])
-        surprise = float(np.count_nonzero(passed) - expected.sum())
+        surprise = float(np.count_nonzero(first) - expected.sum())
         variance = float(expected @ (1.0 - expected)) + (SMALL_CHANGE * len(rows)) ** 2
         z = surprise / math.sqrt(variance)
         self._changes.update(min(max(z, -MAX_SURPRISE), MAX_SURPRISE))
@@ -249,34 +279,38 @@ class AcceptanceEstimator:
             raise ValueError("more drafts accepted than drafted")
         return checked
 
-    def _learn_requests(
+    def _events(
         self,
         rows: Rows,
         bucket: npt.NDArray[np.intp],
         proposed: npt.NDArray[np.intp],
         passed: npt.NDArray[np.intp],
-    ) -> None:
+    ) -> tuple[F64, F64]:
+        """Rejections, and exposure to them, of each request's drafts: both [B]."""
         self._refresh()
         rejected = passed < proposed
         # Column 0 of the cumulative hazards is depth 0; clipped, since depth passed + 1 may not be.
         before = self._cumulative[bucket, passed]
         after = self._cumulative[bucket, np.minimum(passed + 1, self.max_length)]
+        c = self._posterior(self._requests.counts[rows])
+        exposure = before + rejected * time_of_event(c, after - before)
+        return rejected.astype(np.float64), exposure
+
+    def _learn_requests(self, rows: Rows, events: F64, exposure: F64) -> None:
         counts = self._requests.counts[rows]
-        c = self._posterior(counts)
-        last = np.maximum(after - before, 1e-9)
-        exposure = before + rejected * (1.0 / c - last / np.expm1(c * last))
         counts[:, _EVENTS:_EXPOSURE] *= self._fade
-        counts[:, _EVENTS:_EXPOSURE] += rejected[:, None]
+        counts[:, _EVENTS:_EXPOSURE] += events[:, None]
         counts[:, _EXPOSURE:_HITS] *= self._fade
         counts[:, _EXPOSURE:_HITS] += exposure[:, None]
         self._requests.counts[rows] = counts
 
-    def _learn_table(
+    def _histogram(
         self,
         bucket: npt.NDArray[np.intp],
         proposed: npt.NDArray[np.intp],
         passed: npt.NDArray[np.intp],
-    ) -> None:
+    ) -> F64:
+        """A step's counts, shaped as the table's: [reached, accepted], the last row pooled."""
         width = self.max_length + 1
         cells = self.num_buckets * width
         reached = np.minimum(passed + 1, proposed)
@@ -287,6 +321,9 @@ class AcceptanceEstimator:
             # Requests whose depth is at least j, for j = 1 ... max_length.
             new[i, :-1] = histogram[:, :0:-1].cumsum(axis=1)[:, ::-1]
         new[:, -1] = new[:, :-1].sum(axis=1)
+        return new
+
+    def _learn_table(self, new: F64) -> None:
         # m observations at once: what was there fades by (1 - 1 / window)^m, and they bring what
         # they would have brought one by one, so that counts never exceed the window.
         fade = (1.0 - 1.0 / self.window) ** new[0] if self.window > 1 else (new[0] == 0.0) * 1.0
@@ -330,8 +367,7 @@ class AcceptanceEstimator:
 
     def _by_group(self, by_depth: F64) -> F64:
         """Sums [digits, groups] of [digits, max_length]."""
-        starts = range(self._num_groups)
-        sums: F64 = np.add.reduceat(by_depth, starts, axis=1)
+        sums: F64 = np.add.reduceat(by_depth, self._groups, axis=1)
         return sums
 
     def learn_presence(self, rows: Rows, available: npt.ArrayLike) -> None:
@@ -376,9 +412,18 @@ class AcceptanceEstimator:
         )
         self._hazard = np.clip(hazard, *HAZARD_RANGE)
         self._cumulative = np.zeros((self.num_buckets + 1, self.max_length + 1))
-        np.cumsum(-np.log(self._hazard), axis=1, out=self._cumulative[:, 1:])
+        self._cumulative[:, 1:] = self._cumulate(self._hazard)
         self._log_survival = -self._cumulative[:-1, 1:].astype(np.float32)
         self._log_survival.flags.writeable = False
+
+    def _cumulate(self, hazard: F64) -> F64:
+        """-log of the survivals that these hazards make, in the same shape; rising."""
+        cumulative: F64 = np.cumsum(-np.log(hazard), axis=1)
+        return cumulative
+
+    def forwards_exponent(self) -> float:
+        """Forwards of a draft model for drafts of length k: k to this power."""
+        return 1.0
 
     def log_survival(self) -> F32:
         """log P(at least j drafts are accepted), [num_buckets, max_length]; finite, falling.
@@ -457,11 +502,16 @@ class AcceptanceEstimator:
         accepted = _whole("accepted", y)
         if accepted > drafted:
             raise ValueError(f"{accepted} of {drafted} drafts accepted")
-        column = [np.array([value], np.intp) for value in (bucket, drafted, accepted)]
+        column = [np.array([value], np.intp) for value in (bucket, drafted)]
+        column.append(self._outcome(accepted))
         if request is not None:
             self.learn_many(self.rows(np.array([request], np.uint64)), *column)
         elif drafted:
-            self._learn_table(*column)
+            self._learn_table(self._histogram(*column))
+
+    def _outcome(self, accepted: int) -> npt.NDArray[Any]:
+        """``accepted`` of one request as `learn_many` takes it."""
+        return np.array([accepted], np.intp)
 
     def _survival(self, x: Mapping[Any, Any]) -> F64:
         request, bucket, drafted = self._one(x)
@@ -489,21 +539,8 @@ class AcceptanceEstimator:
         """The table and, if wanted, the ``requests``, which end with their engine's epoch."""
         return {
             "kind": type(self).__name__,
-            "params": {
-                "num_buckets": self.num_buckets,
-                "max_length": self.max_length,
-                "window": self.window,
-                "prior": self.prior,
-                "prior_weight": self.prior_weight,
-                "bucket_weight": self.bucket_weight,
-                "request_half_life": self.request_half_life,
-                "recent_half_life": self.recent_half_life,
-                "request_strength": self.request_strength,
-                "recent_strength": self.recent_strength,
-                "presence_half_life": self.presence_half_life,
-                "max_requests": self.max_requests,
-                "axis_sizes": list(self.axis_sizes),
-            },
+            "params": {name: getattr(self, name) for name in self._params}
+            | {"axis_sizes": list(self.axis_sizes)},
             "effects": pack(self._effects),
             "turn": self._turn,
             "counts": pack(self._counts),

@@ -304,6 +304,9 @@ class Steering:
             mode=facts.mode,
             policy_seq=self._chosen[0],
             source=self._chosen[1],
+            accepted_ranks=b""
+            if facts.accepted_ranks is None
+            else wire.pack(facts.accepted_ranks, "u64"),
         )
         if report.roster is not None:
             report = msgspec.structs.replace(

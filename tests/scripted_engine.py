@@ -41,6 +41,7 @@ def hello(
     *,
     max_length: int = 5,
     lookup: bool = True,
+    trees: bool = False,
     static_length: int = 3,
     max_num_running: int = 512,
     modes: tuple[str, ...] = (RAGGED,),
@@ -58,6 +59,7 @@ def hello(
             else (FEATURE_LAST_SHARE,),
             drafts_known_first=lookup,
             modes=modes,
+            trees=trees,
         ),
     )
 
@@ -77,6 +79,8 @@ class ScriptedEngine:
     seed: int = 0
     weight: np.ndarray | None = None  #: [B]
     token_time_target_s: np.ndarray | None = None  #: [B], 0: none
+    #: [B, max_length], falling: drafts are trees, whose nodes are accepted so often by their rank
+    gains: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
@@ -121,14 +125,22 @@ class ScriptedEngine:
             num_prefill_tokens=self.num_prefill_tokens,
         )
 
+    def forwards(self, length: int) -> int:
+        """Of a draft model, for drafts up to this length."""
+        return length if self.gains is None else round(length**0.6)
+
     def step(self) -> StepFacts:
         batch = self.batch()
         choice = self.source.choose(batch)
         lengths = np.minimum(choice.lengths, batch.ceiling)
         size = batch.size
-        passed = self.rng.random((size, self.max_length)) < self.acceptance[:, None]
-        run = np.cumprod(passed, axis=1).sum(axis=1)
-        accepted = np.minimum(run, lengths)
+        chance = self.acceptance[:, None] if self.gains is None else self.gains
+        passed = self.rng.random((size, self.max_length)) < chance
+        passed &= np.arange(self.max_length) < lengths[:, None]
+        if self.gains is None:
+            passed = np.logical_and.accumulate(passed, axis=1)
+        accepted = passed.sum(axis=1)
+        ranks = (passed * 2.0 ** np.arange(self.max_length)).sum(axis=1).astype(np.uint64)
         drafted = lengths > 0
         self.last_share[drafted] = (accepted[drafted] / lengths[drafted]).astype(np.float32)
         total, depth = int(lengths.sum()), int(lengths.max(initial=0))
@@ -138,7 +150,8 @@ class ScriptedEngine:
         target = c.base_s + c.token_s * num_tokens + c.beyond_s * max(0, num_tokens - c.knee)
         uniform = c.ragged_s > 0 and int(lengths.min(initial=depth)) == depth
         target += 0.0 if uniform else c.ragged_s
-        draft = 0.0 if self.lookup else c.draft_forward_s * depth + c.draft_token_s * total
+        forwards = 0 if self.lookup else self.forwards(depth)
+        draft = 0.0 if self.lookup else c.draft_forward_s * forwards + c.draft_token_s * total
         target_s, draft_s = target * noise[0], draft * noise[1]
         facts = StepFacts(
             batch=batch,
@@ -149,10 +162,11 @@ class ScriptedEngine:
             target_s=target_s,
             draft_s=draft_s,
             context_tokens=200 * size,
-            num_draft_forwards=0 if self.lookup else depth,
+            num_draft_forwards=forwards,
             num_draft_tokens=0 if self.lookup else total,
             num_waiting=self.num_waiting,
             mode=UNIFORM if uniform else RAGGED,
+            accepted_ranks=None if self.gains is None else ranks,
         )
         self.tokens += int(accepted.sum()) + size
         self.seconds += facts.step_s

@@ -107,6 +107,7 @@ class RandomProposer:
     """Proposes anything, and sometimes less than it promised."""
 
     name = "random"
+    trees = False
     features: tuple[str, ...] = ()
     caches = ()
 
@@ -140,6 +141,7 @@ class RandomTrees(RandomProposer):
     """
 
     name = "random_trees"
+    trees = True
 
     def __init__(
         self, max_length: int, seed: int, expected: Mapping[tuple[int, ...], tuple[int, ...]]

@@ -60,6 +60,7 @@ class DraftModel:
     """
 
     name = "draft"
+    trees = False
     features: tuple[str, ...] = (FEATURE_TOKEN_ACCEPTANCE, FEATURE_DRAFT_CONFIDENCE)
 
     def __init__(

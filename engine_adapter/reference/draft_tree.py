@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+MAX_NODES = 64  #: of a tree: which of them were accepted is reported as the bits of a u64
 ROOT = -1  #: as a parent: the last known token
 
 
@@ -40,6 +41,10 @@ class DraftTree(NamedTuple):
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
         return depths
+
+    def first(self, size: int) -> DraftTree:
+        """The tree of the first ``size`` nodes."""
+        return DraftTree(self.tokens[:size], self.parents[:size])
 
 
 NO_DRAFTS = DraftTree([], [])

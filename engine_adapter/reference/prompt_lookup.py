@@ -123,6 +123,7 @@ class PromptLookup:
     """
 
     name = "lookup"
+    trees = False
     features: tuple[str, ...] = (FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE)
     caches: tuple[KvCache, ...] = ()
 

@@ -43,6 +43,7 @@ class Proposer(Protocol):
 
     name: str
     max_length: int  #: longest speculation length
+    trees: bool  #: drafts are trees, whose nodes come in falling order of probability
     features: tuple[str, ...]  #: names of the feature rows
     caches: tuple[KvCache, ...]  #: row caches that move with the sequences
 
@@ -63,6 +64,7 @@ class NoProposer:
 
     name = "none"
     max_length = 0
+    trees = False
     features: tuple[str, ...] = ()
     caches: tuple[KvCache, ...] = ()
 

@@ -26,8 +26,8 @@ from smartspec.engine_adapter.reference.worker import Worker
 
 ProposerName: TypeAlias = Literal["lookup", "draft", "lookup-tree", "draft-tree", "none"]
 
-#: A policy's survivals are those of chains, of which every draft is reached through the one before.
-NOT_STEERED = ("lookup-tree", "draft-tree")
+KNOWN_FIRST = (PromptLookup.name, TreeLookup.name)  #: drafts exist before lengths are chosen
+TREES = (TreeLookup.name, TreeDraftModel.name)
 
 
 def make_proposer(
@@ -69,8 +69,6 @@ def link_to(endpoint: str, engine: str, keys: EngineKeys | None = None) -> LinkF
     """Makes links to the daemon at ``endpoint`` for an engine of this name."""
 
     def connect(facts: WorkerFacts) -> EngineLink:
-        if facts.proposer in NOT_STEERED:
-            raise ValueError(f"{facts.proposer} is not steered by a daemon; use static or own")
         fingerprint = Fingerprint(
             target=facts.model,
             proposer=facts.proposer,
@@ -85,7 +83,8 @@ def link_to(endpoint: str, engine: str, keys: EngineKeys | None = None) -> LinkF
             max_num_running=facts.max_num_running,
             static_length=facts.own_length,
             features=facts.features,
-            drafts_known_first=facts.proposer == "lookup",
+            drafts_known_first=facts.proposer in KNOWN_FIRST,
+            trees=facts.proposer in TREES,
         )
         # The epoch is the one place where the time of day is right: it must differ after a reboot.
         epoch = time.time_ns()

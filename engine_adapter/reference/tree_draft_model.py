@@ -18,6 +18,7 @@ from smartspec.engine_adapter.base import F32
 from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.draft_tree import (
+    MAX_NODES,
     NO_DRAFTS,
     ROOT,
     DraftTree,
@@ -113,10 +114,13 @@ class TreeDraftModel(DraftModel):
     """
 
     name = "draft-tree"
+    trees = True
 
     def __init__(
         self, runner: ModelRunner, max_length: int = 16, max_pass_tokens: int = 512
     ) -> None:
+        if not 1 <= max_length <= MAX_NODES:
+            raise ValueError(f"max_length must be in [1, {MAX_NODES}], got {max_length}")
         super().__init__(runner, max_length, max_pass_tokens)
         self._calibration = Calibration()
         self._openings: dict[int, Children] = {}  # first levels known before lengths are chosen

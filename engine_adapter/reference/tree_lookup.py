@@ -14,20 +14,19 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.base import FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE
+from smartspec.engine_adapter.base import FEATURE_DRAFT_CONFIDENCE, FEATURE_MATCH_LENGTH
 from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.draft_tree import (
+    MAX_NODES,
     NO_DRAFTS,
     ROOT,
     DraftTree,
     most_probable,
-    outcomes,
 )
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.prompt_lookup import Match, NgramIndex
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
-from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 NUM_CONTINUATIONS = (
     8  #: merged into one tree: those of the longest matches, among equals the latest
@@ -121,7 +120,14 @@ class Draft(NamedTuple):
 
     tree: DraftTree
     confidences: list[float]  #: of its nodes, each given its parent, before calibration
-    start: int  #: tokens that the sequence had
+    chance: float  #: of the most probable node, after calibration
+
+    def first(self, size: int) -> Draft:
+        """Its ``size`` most probable nodes."""
+        return Draft(self.tree.first(size), self.confidences[:size], self.chance)
+
+
+NOTHING = Draft(NO_DRAFTS, [], 0.0)
 
 
 class TreeLookup:
@@ -135,7 +141,8 @@ class TreeLookup:
     """
 
     name = "lookup-tree"
-    features: tuple[str, ...] = (FEATURE_MATCH_LENGTH, FEATURE_TOKEN_ACCEPTANCE)
+    trees = True
+    features: tuple[str, ...] = (FEATURE_MATCH_LENGTH, FEATURE_DRAFT_CONFIDENCE)
     caches: tuple[KvCache, ...] = ()
 
     def __init__(
@@ -147,21 +154,21 @@ class TreeLookup:
     ) -> None:
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"need 1 <= min_ngram <= max_ngram, got {min_ngram} and {max_ngram}")
-        if not 1 <= max_length <= 255:
-            raise ValueError(f"max_length must be in [1, 255], got {max_length}")
+        if not 1 <= max_length <= MAX_NODES:
+            raise ValueError(f"max_length must be in [1, {MAX_NODES}], got {max_length}")
         if history_tokens < 0:
             raise ValueError(f"history_tokens must be >= 0, got {history_tokens}")
         self.max_length = max_length
         self._ngram = (min_ngram, max_ngram)
         self._history = AnswerHistory(history_tokens, min_ngram, max_ngram)
         self._indexes: dict[int, NgramIndex] = {}
-        self._found: dict[int, list[tuple[Match, list[int]]]] = {}  # with the text of the match
-        self._drafts: dict[int, Draft] = {}  # the last
+        self._drafts: dict[int, Draft] = {}  # the last; while lengths are chosen, the largest
         self._calibration = Calibration()
-        self._rates = TokenAcceptance()
 
     def available(self, sequences: list[Sequence]) -> Availability:
-        longest = []
+        """Builds the largest trees: lengths are chosen knowing how many nodes there are."""
+        self._drafts = {}
+        ceiling, length, chance = [], [], []
         for sequence in sequences:
             index = self._indexes.get(sequence.id)
             if index is None:
@@ -170,12 +177,12 @@ class TreeLookup:
             texts = [Text(sequence.tokens, index), *self._history.texts]
             found = [(match, text.tokens) for match, text in self._occurrences(texts, sequence)]
             found.sort(key=lambda pair: -pair[0].length)
-            self._found[sequence.id] = found[:NUM_CONTINUATIONS]
-            longest.append(found[0][0].length if found else 0)
-        lengths = np.array(longest, np.float32)
-        rates = self._rates.rates([sequence.tokens[-1] for sequence in sequences])
-        ceiling = np.where(lengths > 0, self.max_length, 0).astype(np.uint8)
-        return Availability(ceiling, np.stack((lengths, rates)))
+            draft = self._draft(found[:NUM_CONTINUATIONS]) if found else NOTHING
+            self._drafts[sequence.id] = draft
+            ceiling.append(draft.tree.size)
+            length.append(found[0][0].length if found else 0)
+            chance.append(draft.chance)
+        return Availability(np.array(ceiling, np.uint8), np.array((length, chance), np.float32))
 
     @staticmethod
     def _occurrences(texts: list[Text], sequence: Sequence) -> Iterator[tuple[Match, Text]]:
@@ -184,17 +191,18 @@ class TreeLookup:
                 yield match, text
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
-        self._drafts = {}
+        known, self._drafts = self._drafts, {}
         for sequence, length in zip(sequences, lengths.tolist(), strict=True):
             if length:
-                self._drafts[sequence.id] = self._draft(sequence, length)
+                self._drafts[sequence.id] = known[sequence.id].first(length)
         trees = [self._drafts[s.id].tree if s.id in self._drafts else NO_DRAFTS for s in sequences]
         return Proposal(trees)
 
-    def _draft(self, sequence: Sequence, size: int) -> Draft:
-        """The best nodes of what has followed."""
+    def _draft(self, found: list[tuple[Match, list[int]]]) -> Draft:
+        """The best nodes of what has followed the matches, each in its text."""
+        size = self.max_length
         merged = Continuations()
-        for match, text in self._found[sequence.id]:
+        for match, text in found:
             merged.add(continuation(text, match.end, size), WEIGHT_PER_TOKEN**match.length)
         own = merged.confidences()
         rates = self._calibration.rates(own).tolist()
@@ -202,23 +210,17 @@ class TreeLookup:
         for parent, rate in zip(merged.parents, rates, strict=True):
             chances.append(rate if parent == ROOT else rate * chances[parent])
         tree, best = most_probable(merged.tokens, merged.parents, chances, size)
-        return Draft(tree, [own[node] for node in best], sequence.num_tokens)
+        chance = chances[best[0]] if best else 0.0  # of a match at an answer's end nothing follows
+        return Draft(tree, [own[node] for node in best], chance)
 
     def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
-        before: list[int] = []
-        outcome: list[bool] = []
         for sequence, path in zip(sequences, paths, strict=True):
             if (last := self._drafts.get(sequence.id)) is not None:
                 self._calibration.learn(last.tree, last.confidences, path)
-                tried, right = outcomes(last.tree, path, sequence.tokens, last.start)
-                before += tried
-                outcome += right
-        self._rates.learn(before, outcome)
 
     def forget(self, sequence: Sequence) -> None:
         self._history.add(sequence.tokens[sequence.num_prompt :])
         self._indexes.pop(sequence.id, None)
-        self._found.pop(sequence.id, None)
         self._drafts.pop(sequence.id, None)
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from smartspec.engine_adapter.base import (
     FEATURE_LAST_SHARE,
+    U64,
     DecodeBatch,
     FixedLength,
     LengthSource,
@@ -180,6 +181,7 @@ class Worker:
             num_catch_up_tokens=proposal.num_catch_up_tokens,
             num_waiting=self.num_waiting,
             kv_usage=self.scheduler.kv_usage,
+            accepted_ranks=_ranks(paths) if self.proposer.trees else None,
         )
         self.length_source.report(facts)
         return StepOutput(events, facts, lengths, choice.source)
@@ -339,3 +341,8 @@ class Worker:
             now - sequence.added_s,
             (now - first) / num_later if first is not None and num_later > 0 else None,
         )
+
+
+def _ranks(paths: list[list[int]]) -> U64:
+    """Accepted nodes as bits: a node's place in its tree is its rank."""
+    return np.array([sum(1 << node for node in path) for path in paths], np.uint64)

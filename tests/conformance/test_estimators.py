@@ -19,6 +19,7 @@ from river.checks import common
 from smartspec.estimators.acceptance import AcceptanceEstimator
 from smartspec.estimators.base import OnlineEstimator, predict_interval
 from smartspec.estimators.step_cost import StepCost
+from smartspec.estimators.tree_acceptance import TreeAcceptance
 
 Observation = tuple[dict[str, Any], float]
 
@@ -51,6 +52,18 @@ def cost_stream(seed: int) -> Iterator[Observation]:
         yield x, y * math.exp(0.03 * rng.normal())
 
 
+def tree_stream(seed: int) -> Iterator[Observation]:
+    rng = np.random.default_rng(seed)
+    while True:
+        drafted = int(rng.integers(1, 7))
+        x = {
+            "request_id": int(rng.integers(0, 40)),
+            "bucket": int(rng.integers(0, 3)),
+            "drafted": drafted,
+        }
+        yield x, int((rng.random() < 0.85 / np.arange(1, drafted + 1)).sum())
+
+
 class Case(NamedTuple):
     make: Callable[[], OnlineEstimator]
     stream: Callable[[int], Iterator[Observation]]
@@ -60,6 +73,9 @@ CASES = {
     "AcceptanceEstimator": Case(
         lambda: AcceptanceEstimator(num_buckets=3, max_length=6, max_requests=32),
         acceptance_stream,
+    ),
+    "TreeAcceptance": Case(
+        lambda: TreeAcceptance(num_buckets=3, max_length=6, max_requests=32), tree_stream
     ),
     "StepCost": Case(lambda: StepCost(graph_sizes=(8, 16)), cost_stream),
 }

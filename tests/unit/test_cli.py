@@ -104,7 +104,6 @@ def test_settings_in_force_are_shown_when_file_and_flags_are_given(tmp_path: Pat
         (["worker", "--speculation", "static", "--length", "9"], "--length 9"),
         (["worker", "--draft-drop-layers", "a"], "--draft-drop-layers a"),
         (["worker", "--proposer", "draft-tree"], "--proposer draft-tree: give --draft-model"),
-        (["worker", "--proposer", "lookup-tree"], "--speculation static"),
         (["demo", "--arms", ","], "--arms"),
     ],
 )

@@ -88,6 +88,64 @@ def test_report_is_refused_whole_when_a_field_cannot_be_true(message: str) -> No
     new.observe(step_report(1))  # the same engine, now honest
 
 
+RANKS = {
+    "num_drafted": column(4, 5, 0),
+    "num_accepted": column(2, 0, 0),
+    "num_emitted": column(3, 1, 1),
+}
+BAD_RANKS: dict[str, list[int]] = {
+    "accepted_ranks: 8 bytes": [1],
+    "accepted_ranks: one that was not drafted": [17, 0, 0],
+    "accepted_ranks: one that": [5, 0, 1 << 63],
+    "accepted_ranks: not num_accepted": [1, 0, 0],
+    "accepted_ranks: not": [],
+}
+
+
+@pytest.mark.parametrize("message", BAD_RANKS)
+def test_report_is_refused_when_its_ranks_cannot_be_true(message: str) -> None:
+    new = engine(trees=True)
+    ranks = wire.pack(BAD_RANKS[message], "u64")
+    with pytest.raises(wire.MessageError, match=message):
+        new.observe(step_report(1, **RANKS, accepted_ranks=ranks))
+    new.observe(step_report(1, **RANKS, accepted_ranks=wire.pack([9, 0, 0], "u64")))
+
+
+def test_ranks_are_learned_of_trees_and_nothing_of_them_of_chains() -> None:
+    trees, chains = engine(trees=True), engine()
+    assert trees.key.id != chains.key.id
+    for seq in range(1, 300):
+        report = step_report(
+            seq,
+            num_drafted=column(4, 4, 4),
+            num_accepted=column(1, 1, 1),
+            num_emitted=column(2, 2, 2),
+            accepted_ranks=wire.pack([2, 2, 2], "u64"),  # always the second node
+        )
+        for one in (trees, chains):
+            one.learn(one.observe(report))
+    assert trees.acceptance.pooled_hazards().argmax() == 1
+    assert chains.acceptance.pooled_hazards().argmax() == 0
+
+
+def test_exponent_of_forwards_is_learned_of_trees_alone() -> None:
+    for trees, expected in ((True, 0.5), (False, 1.0)):
+        one = engine(trees=trees, drafts_known_first=False)
+        for seq in range(1, 300):
+            one.learn(
+                one.observe(
+                    step_report(
+                        seq,
+                        num_drafted=column(4, 1, 0),
+                        num_accepted=column(0, 0, 0),
+                        num_emitted=column(1, 1, 1),
+                        num_draft_forwards=2,
+                    )
+                )
+            )
+        assert one.draft_cost().forwards_exponent == pytest.approx(expected, abs=0.02)
+
+
 BAD_HELLOS: dict[str, dict[str, Any]] = {
     "graph_sizes: must rise": {"graph_sizes": (8, 4)},
     "graph_sizes: must rise, from": {"graph_sizes": (0, 4)},

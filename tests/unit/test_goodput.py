@@ -60,7 +60,8 @@ def brute_force(
         k = np.array(lengths)
         gain = sum(weight[i] * (1 + survival[i, : k[i]].sum()) for i in range(size))
         depth, total = k.max(), k.sum()
-        speculating = draft.fixed_s + draft.per_forward_s * depth + draft.per_token_s * total
+        forwards = depth**draft.forwards_exponent
+        speculating = draft.fixed_s + draft.per_forward_s * forwards + draft.per_token_s * total
         for curve in curves:
             if curve.mode == RAGGED:
                 seconds = curve.seconds[size + total + other]
@@ -90,7 +91,8 @@ def test_solve_equals_brute_force_when_batches_are_small(block: int) -> None:
         curves = [random_curve(rng, most)]
         if rng.random() < 0.4:
             curves.append(random_curve(rng, most, UNIFORM))
-        draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)))
+        exponent = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
+        draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)), exponent)
         ladder = Ladder(survival.T, weight, floor, ceiling)
         optimum = solve(ladder, curves, draft, other)
         expected = brute_force(survival, weight, floor, ceiling, curves, draft, other)
@@ -115,6 +117,39 @@ def test_solve_equals_brute_force_when_batches_are_small(block: int) -> None:
         assert value == pytest.approx(expected, rel=1e-9, abs=1e-9), f"case {case}"
         assert priced.goodput == pytest.approx(priced.choice.gain / priced.choice.seconds)
         assert priced.value_of_time == price
+
+
+def subtrees(parents: list[int]) -> list[list[int]]:
+    """All sets of nodes that hold every node's parent; ``parents`` -1: the root."""
+    sets: list[list[int]] = [[]]
+    for node, parent in enumerate(parents):
+        sets += [[*kept, node] for kept in sets if parent < 0 or parent in kept]
+    return sets
+
+
+def test_ranks_of_trees_equal_brute_force_over_all_subtrees() -> None:
+    rng = np.random.default_rng(11)
+    for case in range(300):
+        size, most = int(rng.integers(1, 3)), 5
+        chances = np.zeros((size, most))
+        candidates = []
+        for i in range(size):
+            parents = [int(rng.integers(-1, node)) for node in range(most)]
+            for node, parent in enumerate(parents):
+                chances[i, node] = rng.uniform() * (1.0 if parent < 0 else chances[i, parent])
+            candidates.append(subtrees(parents))
+        ranked = -np.sort(-chances, axis=1)
+        curve = random_curve(rng, size * (1 + most))
+        draft = DraftCost(*rng.uniform(0, 0.1, 3), forwards_exponent=float(rng.uniform()))
+        best = -np.inf
+        for chosen in itertools.product(*candidates):
+            total, longest = sum(map(len, chosen)), max(map(len, chosen))
+            gain = size + sum(chances[i, nodes].sum() for i, nodes in enumerate(chosen))
+            seconds = curve.seconds[size + total]
+            if total:
+                seconds += draft.by_depth(longest) + draft.per_token_s * total
+            best = max(best, gain / seconds)
+        assert solve(Ladder(ranked.T), [curve], draft).goodput == pytest.approx(best), case
 
 
 def test_engine_and_daemon_choose_alike_when_nothing_has_changed() -> None:

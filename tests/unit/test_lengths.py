@@ -40,7 +40,8 @@ def value_of(
     seconds = seconds_at[num_tokens + other]
     if total:
         paid = int(lengths.max()) if padded else depth
-        seconds += draft.fixed_s + draft.per_forward_s * paid + draft.per_token_s * total
+        forwards = paid**draft.forwards_exponent
+        seconds += draft.fixed_s + draft.per_forward_s * forwards + draft.per_token_s * total
     return float(gain - value_of_time * seconds)
 
 
@@ -61,7 +62,8 @@ def test_choice_equals_brute_force_when_batches_are_small() -> None:
         curves = [CostCurve(RAGGED, n, ragged_s)]
         if with_uniform:
             curves.append(CostCurve(UNIFORM, n, uniform_s))
-        draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)))
+        exponent = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
+        draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)), exponent)
         price = float(rng.uniform(0, 4))
         paid = max(depth, int(low.max()))
         ladder = Ladder(survival.T, weight, floor, ceiling)

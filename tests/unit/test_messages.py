@@ -69,6 +69,15 @@ POLICY = wire.Policy(
     fallback_length=(3, 0),
     reason="2 running: lengths 0-5",
 )
+TREES = {  # of an engine whose drafts are trees
+    "hello_trees": msgspec.structs.replace(
+        HELLO, limits=msgspec.structs.replace(HELLO.limits, max_length=64, trees=True)
+    ),
+    "step_trees": msgspec.structs.replace(
+        STEP, num_drafted=wire.pack([5, 64], "u8"), accepted_ranks=wire.pack([9, 1 << 63], "u64")
+    ),
+    "policy_trees": msgspec.structs.replace(POLICY, draft_forwards_exponent=0.625),
+}
 MESSAGES: dict[str, wire.Message] = {
     "hello": HELLO,
     "step": STEP,
@@ -77,8 +86,9 @@ MESSAGES: dict[str, wire.Message] = {
     "heartbeat": wire.Heartbeat(daemon_epoch=99),
     "resync": wire.Resync(daemon_epoch=99, reason="no roster"),
     "refused": wire.Refused(daemon_epoch=99, reason="full"),
+    **TREES,
 }
-UP = ("hello", "step", "goodbye")
+UP = ("hello", "step", "goodbye", "hello_trees", "step_trees")
 
 
 def decode(name: str, frame: bytes) -> Any:
@@ -136,6 +146,14 @@ def test_column_is_refused_when_its_size_or_values_are_wrong() -> None:
 def test_columns_are_little_endian_when_packed() -> None:
     assert wire.pack([1], "u64") == b"\x01" + bytes(7)
     assert wire.pack([1.0], "f32") == b"\0\0\x80\x3f"
+
+
+def test_bits_are_those_of_the_numbers() -> None:
+    numbers = [0, 1, 9, 1 << 63, (1 << 64) - 1]
+    column = wire.unpack(wire.pack(numbers, "u64"), "u64", (5,), "accepted_ranks")
+    found = wire.bits(column)
+    assert found.shape == (5, 64)
+    assert [sum(1 << int(j) for j in np.flatnonzero(row)) for row in found] == numbers
 
 
 def test_align_finds_the_place_of_each_id() -> None:

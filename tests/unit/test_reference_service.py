@@ -1,4 +1,4 @@
-"""Proposers by their names, and which of them a daemon steers."""
+"""Proposers by their names, and what a daemon is told of them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ def test_draft_model_is_needed_to_draft(name: ProposerName) -> None:
         make_proposer(name, 6, target, max_num_running=2, max_model_len=32)
 
 
-@pytest.mark.parametrize("name", ["lookup-tree", "draft-tree"])
-def test_trees_are_not_steered(name: str) -> None:
-    connect = link_to("ipc:///nowhere.sock", "worker-0")
-    chains = connect(FACTS)
-    assert isinstance(chains, EngineLink)
-    chains.close()
-    with pytest.raises(ValueError, match=f"{name} is not steered"):
-        connect(replace(FACTS, proposer=name))
+@pytest.mark.parametrize(
+    ("name", "known_first", "trees"),
+    [("lookup", True, False), ("draft", False, False), ("lookup-tree", True, True),
+     ("draft-tree", False, True)],
+)  # fmt: skip
+def test_daemon_is_told_what_lengths_mean(name: str, known_first: bool, trees: bool) -> None:
+    link = link_to("ipc:///nowhere.sock", "worker-0")(replace(FACTS, proposer=name))
+    assert isinstance(link, EngineLink)
+    limits = link.hello.limits
+    link.close()
+    assert (limits.drafts_known_first, limits.trees) == (known_first, trees)

@@ -86,6 +86,33 @@ def test_confidence_follows_what_became_of_drafts() -> None:
     assert after.tokens[0] == 6
 
 
+def test_ceiling_is_the_number_of_nodes_that_there_are() -> None:
+    proposer = TreeLookup(max_length=6, history_tokens=0)
+    few = sequence_of([7, 3, 1, 2, 5, 1, 2])  # 5 1 2, and on into itself
+    many = sequence_of([1, 2, 5, 6, 9, 4, 1, 2, 5, 7, 3, 1, 2], number=2)
+    none = sequence_of([1, 2, 3], number=3)
+    for sequence in (few, many, none):
+        [ceiling] = proposer.available([sequence]).ceiling.tolist()
+        tree = proposer.propose([sequence], np.array([ceiling])).drafts[0]
+        assert tree.size == ceiling
+    history = TreeLookup(max_length=6, history_tokens=100)
+    history.available([first := sequence_of([9], [1, 2, 3, 4])])
+    history.forget(first)
+    ends = [sequence_of(end, number=2) for end in ([1, 2], [3, 4])]
+    assert history.available(ends[:1]).ceiling.tolist() == [2]  # 3 4, no more
+    assert history.available(ends[1:]).ceiling.tolist() == [0]
+
+
+def test_smaller_trees_are_the_first_nodes_of_larger_ones() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        proposer = TreeLookup(max_length=12, min_ngram=1, history_tokens=0)
+        sequence = sequence_of(rng.integers(0, 4, 40).tolist())
+        whole = drafted(proposer, sequence, 12)
+        for size in range(whole.size + 1):
+            assert drafted(proposer, sequence, size) == whole.first(size)
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"max_length": 0}, {"max_length": 256}, {"min_ngram": 0}, {"min_ngram": 9},

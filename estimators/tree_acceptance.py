@@ -1,0 +1,171 @@
+"""How likely the nodes of draft trees are to be accepted: gains per bucket and rank.
+
+The nodes of a tree are ranked by how probable their drafter holds them to be. What a tree of k
+nodes is expected to bring is the sum of the first k gains
+
+    g[b, j] = P(the node of rank j is on the accepted path | bucket b)
+
+Every node that is verified is seen to be accepted or not, so nothing is censored: the gain of a
+rank is estimated from hits among tries, discounted, and shrunk as in acceptance.py, whose table,
+additive model and memory these are. Two things differ. An untried rank is expected to bring
+(j - 1) / j of the one before it: on recorded answers the gains of a draft model's trees fall about
+as 1 / j. And gains are put in falling order, since ranks that are seen seldom may happen to have
+hit more often than those before them. Sorted, an estimate of a falling sequence is never further
+from it (Chernozhukov, Fernandez-Val and Galichon, Biometrika 96, 2009, 559), and its sum is kept.
+
+Requests differ: request i accepts the node of rank j with probability g ** c_i. A path's
+probability is a product over its nodes; a request that accepts each of them with some h ** c
+accepts the path with the product to that power. c is learned as in acceptance.py, with every node
+a draft of exposure -log g. They are not independent, though, and the unlikely ones tell little:
+all nodes of a tree together count as one draft, which on recorded answers predicts better than if
+each counted, and as well as anything in between.
+
+Trees are less deep than they have nodes. A draft model's forwards for trees of k nodes are taken to
+be k^e, with e fitted to the reports: one number, which says something of sizes never tried, and
+makes the forwards of larger trees cheaper per node, as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from smartspec.estimators.acceptance import (
+    HAZARD_RANGE,
+    AcceptanceEstimator,
+    time_of_event,
+)
+from smartspec.estimators.base import F64, State, pack, unpack
+from smartspec.estimators.request_rows import Rows
+
+EXPONENT = 0.7  #: of a draft model's forwards in the number of nodes, where nothing was seen
+EXPONENT_WEIGHT = 20.0  #: what that is worth, in squared logarithms of nodes: some 5 trees of 8
+FORWARDS_WINDOW = 500  #: trees that the exponent is remembered from
+
+
+class TreeAcceptance(AcceptanceEstimator):
+    """Gains per bucket and rank, corrections and match rates per request, depth of trees.
+
+    The interface is `AcceptanceEstimator`'s, with ranks for depths: "survival" and "hazard" are the
+    gain of a rank, and ``accepted`` says which ranks were accepted, [B, max_length] bools.
+
+    Parameters
+    ----------
+    num_buckets, max_length, axis_sizes, max_requests : as of `AcceptanceEstimator`; lengths are
+        numbers of nodes
+    """
+
+    _group_starts: ClassVar[tuple[int, ...]] = (0, 1, 3, 7, 15, 31)
+    _params: ClassVar[tuple[str, ...]] = ("num_buckets", "max_length", "max_requests", "axis_sizes")
+
+    def __init__(
+        self,
+        num_buckets: int = 1,
+        max_length: int = 16,
+        max_requests: int = 4096,
+        axis_sizes: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(num_buckets, max_length, max_requests=max_requests, axis_sizes=axis_sizes)
+        self._forwards = np.zeros(2)  # discounted sums: log k log D, and log k squared
+
+    def _outcomes(self, *columns: npt.ArrayLike) -> list[npt.NDArray[Any]]:
+        buckets, drafted, accepted = columns
+        hits = np.asarray(accepted)
+        if hits.dtype != np.bool_ or hits.ndim != 2 or hits.shape[1] != self.max_length:
+            raise ValueError(f"accepted must be bools [B, {self.max_length}]")
+        count: npt.NDArray[np.intp] = np.count_nonzero(hits, axis=1)
+        bucket, proposed, _ = super()._outcomes(buckets, drafted, count)
+        if len(proposed) == len(hits) and (hits & ~self._tried(proposed)).any():
+            raise ValueError("nodes accepted that were not drafted")
+        return [bucket, proposed, hits]
+
+    def _tried(self, drafted: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+        """[B, max_length], which ranks trees of ``drafted`` nodes have."""
+        tried: npt.NDArray[np.bool_] = np.arange(self.max_length) < drafted[:, None]
+        return tried
+
+    def _first(self, hits: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        first: npt.NDArray[np.bool_] = hits[:, 0]
+        return first
+
+    def _events(
+        self,
+        rows: Rows,
+        bucket: npt.NDArray[np.intp],
+        proposed: npt.NDArray[np.intp],
+        hits: npt.NDArray[Any],
+    ) -> tuple[F64, F64]:
+        self._refresh()
+        most = int(proposed.max())
+        exposure = self._cumulative[bucket, 1 : most + 1]
+        hits, rejected = hits[:, :most], (self._tried(proposed) & ~hits)[:, :most]
+        c = self._posterior(self._requests.counts[rows])[:, None]
+        seen = np.where(hits, exposure, rejected * time_of_event(c, exposure)).sum(axis=1)
+        return rejected.sum(axis=1) / proposed, seen / proposed
+
+    def _histogram(
+        self,
+        bucket: npt.NDArray[np.intp],
+        proposed: npt.NDArray[np.intp],
+        hits: npt.NDArray[Any],
+    ) -> F64:
+        new = np.zeros((2, self.num_buckets + 1, self.max_length))
+        np.add.at(new[0], bucket, self._tried(proposed))
+        np.add.at(new[1], bucket, hits)
+        new[:, -1] = new[:, :-1].sum(axis=1)
+        return new
+
+    def _pooled(self) -> F64:
+        tried, hit = self._counts[:, -1].tolist()
+        expected, pooled = self.prior, []
+        for rank, (tries, hits) in enumerate(zip(tried, hit, strict=True), 1):
+            rate = (hits + self.prior_weight * expected) / (tries + self.prior_weight)
+            pooled.append(rate)
+            expected = rate * rank / (rank + 1)
+        clipped: F64 = np.clip(np.array(pooled), *HAZARD_RANGE)
+        return clipped
+
+    def _cumulate(self, hazard: F64) -> F64:
+        falling: F64 = -np.log(np.sort(hazard, axis=1)[:, ::-1])
+        return falling
+
+    def _outcome(self, accepted: int) -> npt.NDArray[Any]:
+        """The first ``accepted`` ranks: which they were a number does not say."""
+        return self._tried(np.array([accepted], np.intp))
+
+    def learn_forwards(self, num_nodes: int, num_forwards: int) -> None:
+        """Take in that a draft model's trees of up to ``num_nodes`` took so many forwards."""
+        if num_nodes > 1 and num_forwards > 0:
+            size, depth = math.log(num_nodes), math.log(num_forwards)
+            self._forwards *= 1.0 - 1.0 / FORWARDS_WINDOW
+            self._forwards += (size * min(depth, size), size * size)
+
+    def forwards_exponent(self) -> float:
+        product, square = self._forwards.tolist()
+        return float((product + EXPONENT * EXPONENT_WEIGHT) / (square + EXPONENT_WEIGHT))
+
+    def merge(self, other: Self) -> None:
+        super().merge(other)
+        if other._forwards[1] > self._forwards[1]:
+            self._forwards = other._forwards.copy()
+
+    def state(self, *, requests: bool = True) -> State:
+        return super().state(requests=requests) | {"forwards": pack(self._forwards)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        model = super().from_state(state)
+        forwards = unpack(state, "forwards", (2,))
+        if (
+            not 0.0
+            <= forwards[0]
+            <= forwards[1]
+            <= FORWARDS_WINDOW * math.log(model.max_length) ** 2
+        ):
+            raise ValueError("forwards are not of trees")
+        model._forwards = forwards
+        return model
