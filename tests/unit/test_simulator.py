@@ -157,7 +157,8 @@ def test_smartspec_steers_by_policies_over_the_wire() -> None:
 def test_profiles_rise_with_work_and_name_their_sources(name: str) -> None:
     gpu = profile.load(name)
     assert gpu.fit_error_mean < 0.05
-    assert {one.label for one in gpu.sources} <= {"measured", "scaled", "datasheet"}
+    labels = {one.label for one in gpu.sources}
+    assert labels <= {"measured", "scaled", "extrapolated", "datasheet"}
     base = gpu.target_seconds(8, 8, 4000)
     assert 0.001 < base < 0.2
     assert gpu.target_seconds(64, 64 * 6, 32_000) > base
@@ -167,6 +168,28 @@ def test_profiles_rise_with_work_and_name_their_sources(name: str) -> None:
         assert 0 < cost.per_forward_s < base
     with pytest.raises(ValueError, match="no draft"):
         gpu.draft("7b")
+
+
+@pytest.mark.parametrize("name", profile.shipped())
+def test_passes_beyond_the_source_cost_what_its_last_slope_says(name: str) -> None:
+    gpu = profile.load(name)
+    last = gpu.dense_tokens[-1]
+    slope = (gpu.dense_s[-1] - gpu.dense_s[-2]) / (last - gpu.dense_tokens[-2])
+    assert slope > 0
+    for beyond in (1, 300, last, 7 * last):
+        assert gpu.dense(last + beyond) - gpu.dense(last) == pytest.approx(slope * beyond)
+    # Measured tables dip by a few percent here and there; beyond that, twice the tokens is no less.
+    assert all(gpu.dense(2 * n) > 0.97 * gpu.dense(n) for n in range(1, 2 * last))
+    told = next((one for one in gpu.sources if one.label == "extrapolated"), None)
+    assert told.note.startswith(f"passes beyond {last:,}") if told else name == "h100x2_moe"
+
+
+@pytest.mark.parametrize("low", [8, 600])
+def test_a_curve_bends_where_the_table_does_beyond_the_padded_sizes(low: int) -> None:
+    gpu = profile.load("h100_8b")
+    curve = gpu.curve(low, 2000, (), 2560)
+    for tokens in (700, 1024, 1536, 2300, 2560):
+        assert float(curve.at(tokens)) == pytest.approx(gpu.target_seconds(low, tokens, 2000))
 
 
 def test_a_mixture_of_experts_verifies_at_concave_cost() -> None:
