@@ -19,6 +19,7 @@ from smartspec.engine_adapter.simulator.events.step_begin import StepBegin
 from smartspec.engine_adapter.simulator.events.step_end import StepEnd
 from smartspec.engine_adapter.simulator.requests import Traffic
 from smartspec.lab.simulation import experiment, policies, workload
+from smartspec.lab.simulation.static_table import ListedLengths
 from smartspec.lab.simulation.world import Cell, Fleet, rival, simulate
 
 DATA = os.environ.get("SMARTSPEC_DATA")
@@ -265,6 +266,30 @@ def test_a_trace_is_sped_up_to_the_load_and_sliced(tmp_path: Path) -> None:
         workload.Workload(trace=str(path), trace_begin_s=1e6).check()
 
 
+def test_a_trace_that_cannot_fill_its_time_is_refused_before_anything_is_played(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "trace.csv"
+
+    def refused(times: list[float], **more: object) -> str:
+        rows = [f"{at},100,20" for at in times]
+        path.write_text("\n".join(["timestamp,input_tokens,output_tokens", *rows]))
+        workload._read.cache_clear()
+        wanted = {"trace": str(path), "policies": ("none",), "loads": (0.01, 0.5), **more}
+        with pytest.raises(ValueError) as told:
+            experiment.check(experiment.Experiment(**wanted))  # type: ignore[arg-type]
+        return str(told.value)
+
+    steady = [0.5 * i for i in range(400)]
+    words = refused(steady, duration_s=60.0)
+    assert "at load 0.5" in words and "duration_s: 60" in words
+    lasts_s = float(words.split("lasts ")[1].split(" s")[0])
+    workload.Workload(trace=str(path), duration_s=lasts_s).traffic(0.5, seed=0)
+    assert "come at once" in refused([3.0] * 40)
+    assert "come at once" in refused([0.0, 3.0, 3.0], trace_begin_s=2.0)
+    assert "fewer than 2" in refused([0.0, 3.0], trace_begin_s=2.0)
+
+
 def test_arrivals_of_a_workload_are_as_named() -> None:
     def times(**more: object) -> np.ndarray:
         wanted = workload.Workload(duration_s=400.0, **more)  # type: ignore[arg-type]
@@ -348,10 +373,23 @@ def test_switch_off_is_for_ever() -> None:
     assert rule.at(2) == 0
 
 
-def test_table_falls_with_the_batch() -> None:
-    table = policies.Table(profile.load("h100_8b"), "eagle", 0.7, 5)
-    assert table.at(1) > table.at(64) >= table.at(256)
-    assert table.at(10_000) == table.at(256)
+def test_table_falls_with_the_batch_and_with_what_it_is_tuned_for() -> None:
+    def lengths(**more: object) -> list[int]:
+        table = rival("table", replace(cell(), **more))  # type: ignore[arg-type]
+        assert isinstance(table, ListedLengths)
+        return [table.at(size) for size in (*range(1, 257), 10_000)]
+
+    usual = lengths()
+    assert usual[0] > usual[63] >= usual[255] == usual[-1]
+    a100 = {"profile": profile.load("a100_7b"), "draft": "160m"}
+    for change in ({"acceptance": 0.5}, {"concentration": 200.0}):
+        assert sum(lengths(**a100, **change)) < sum(lengths(**a100)), change
+    # Drafts that are there for few fill up a pass less.
+    assert sum(lengths(**a100, presence=0.3)) > sum(lengths(**a100))
+    # Long contexts make a pass dearer, and a draft's share of it smaller.
+    traffic = cell().traffic
+    longer = Traffic(traffic.arrival_s, 10 * traffic.num_prompt, traffic.num_output)
+    assert sum(lengths(**a100, traffic=longer)) > sum(lengths(**a100))
 
 
 def test_unknown_names_are_refused_with_those_that_are_known() -> None:
