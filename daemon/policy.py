@@ -317,12 +317,10 @@ class Planner:
         limits = self.engine.hello.limits
         most = min(2 * round(shape.batch) + 8, limits.max_num_running) * (1 + limits.max_length)
         most += self.engine.most_prefill_tokens
-        num_tokens = self.engine.step_cost.breakpoints(1, most)
-        tokens = tuple(num_tokens.astype(np.float64).tolist())
         curves = []
         for mode in sorted(limits.modes, key=lambda mode: mode == UNIFORM):
             shape = shape._replace(ragged=float(self.engine.is_dear(mode)))
-            seconds = self.engine.step_cost.target_curve(shape, num_tokens)
+            tokens, seconds = self.engine.step_cost.whole_curve(shape, 1, most)
             curves.append(CostCurve(mode, tokens, tuple(seconds.tolist())))
         return curves
 
