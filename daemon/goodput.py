@@ -97,24 +97,13 @@ def _best(
     worth: Callable[[Any, Any], Any],
 ) -> tuple[float, int]:
     """The greatest ``worth(gain, seconds)`` that any lengths have, and the depth of those."""
-    # Without a price per forward a smaller depth only takes candidates away.
     deepest = ladder.max_length
-    depths = range(deepest + 1) if draft.per_forward_s > 0 else (deepest,)
     best, best_depth = -np.inf, 0
-    _, most_drafts = ladder.prefixes(deepest)
     for curve in curves:
         if curve.mode == UNIFORM:
             continue
-        all_seconds = ladder.seconds_by_drafts(curve, draft, most_drafts, num_other_tokens)
-        if not all_seconds.min() > 0:
-            raise ValueError("a step must take time: cost curve <= 0")
-        for depth in depths:
-            gains, drafts = ladder.prefixes(depth)
-            # Drafts are counted 0, 1, 2, ... at every depth: their cost was looked up once.
-            seconds = all_seconds[: len(drafts)]
-            if ladder.presence is not None and depth < deepest:
-                seconds = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
-            found = float(worth(gains, ladder.add_depth(seconds, draft, depth, drafts)).max())
+        given = ladder, curve, draft, num_other_tokens, worth
+        for depth, found in _by_depth(*given):
             if found > best + 1e-12:
                 best, best_depth = found, depth
     for curve in curves:
@@ -131,6 +120,43 @@ def _best(
             if found > best + 1e-12:
                 best, best_depth = found, length
     return best, best_depth
+
+
+def _by_depth(
+    ladder: Ladder,
+    curve: CostCurve,
+    draft: DraftCost,
+    num_other_tokens: int,
+    worth: Callable[[Any, Any], Any],
+) -> list[tuple[int, float]]:
+    """The greatest worth of ragged lengths within each depth that is worth a look."""
+    deepest = ladder.max_length
+    # Without a price per forward a smaller depth only takes candidates away.
+    depths = range(deepest + 1) if draft.per_forward_s > 0 else range(deepest, deepest + 1)
+    if len(depths) > 1 and ladder.presence is None:
+        gains, drafts = ladder.every_depth()
+        by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
+        forwards = np.maximum(depths, ladder.deepest_floor)[:, None]
+        seconds = by_drafts + (draft.fixed_s + draft.per_forward_s * forwards)
+        if drafts[0] == 0:
+            seconds[:, 0] = by_drafts[0]
+        return list(enumerate(worth(gains, seconds).max(axis=1).tolist()))
+    found = []
+    for depth in depths:
+        gain, drafts = ladder.prefixes(depth)
+        by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
+        seconds = ladder.add_depth(by_drafts, draft, depth, drafts)
+        found.append((depth, float(worth(gain, seconds).max())))
+    return found
+
+
+def _seconds(
+    ladder: Ladder, curve: CostCurve, draft: DraftCost, drafts: F64, num_other_tokens: int
+) -> F64:
+    seconds = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
+    if not seconds.min() > 0:
+        raise ValueError("a step must take time: cost curve <= 0")
+    return seconds
 
 
 def by_length(

@@ -293,8 +293,9 @@ class StepCost(Regressor):
     @staticmethod
     def _check(shape: StepShape) -> None:
         # By hand: a call per field would take longer than the features. NaN fails every comparison.
-        if not all(0.0 <= count <= LARGEST for count in shape):
-            raise ValueError(f"counts of a step must be finite and >= 0, got {shape}")
+        for count in shape:
+            if not 0.0 <= count <= LARGEST:
+                raise ValueError(f"counts of a step must be finite and >= 0, got {shape}")
         if shape.verify_tokens + shape.prefill_tokens < 1.0:
             raise ValueError(f"a step has at least one token, got {shape}")
 
