@@ -17,7 +17,7 @@ BENCHMARKS = $(if $(NAME),$(foreach name,$(NAME),benchmarks/bench_$(name).py),$(
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help audit data install-systemd setup model demo test test-all test-vllm check bench format clean
+.PHONY: help audit data install-systemd setup model demo test test-all test-vllm check bench format clean clean-all
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -97,6 +97,11 @@ format: $(STAMP)  ## format the code and apply safe fixes
 install-systemd:  ## install the systemd units: DESTDIR=, LAYOUT=debian|rhel, BINDIR=/usr/bin
 	@DESTDIR="$(DESTDIR)" LAYOUT="$(LAYOUT)" BINDIR="$(BINDIR)" sh systemd/install.sh
 
-clean:  ## remove what was built, but not the environment or the model
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+# What took long to come by stays: data that were fetched, and results that a benchmark goes on from.
+clean:  ## remove what was built, but not data, results of long benchmarks, environment or model
+	@[ ! -d build ] || find build -mindepth 1 -maxdepth 1 ! -name data ! -name figures ! -name paper -exec rm -rf {} +
+	@rm -rf dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find daemon estimators engine_adapter lab tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean  ## the same with data and results of benchmarks
+	@rm -rf build

@@ -11,7 +11,6 @@ engine and for 64 that one loop steers, each serving its own requests at half of
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 from figures import record
 
 from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
+from smartspec.lab.public_data import data_folder
 from smartspec.lab.simulation.workload import Workload
 from smartspec.lab.simulation.world import Cell, Fleet, simulate
 
@@ -68,13 +68,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of the fleet's arrivals")
     options = parser.parse_args()
     figures: dict[str, float] = {}
-    data = os.environ.get("SMARTSPEC_DATA")
-    if data is None:
-        print("SMARTSPEC_DATA is not set: the Azure hour is left out")
+    trace = data_folder() / "traces" / "azure2023_conv.csv"
+    if not trace.is_file():
+        print(f"no {trace}: the Azure hour is left out (make data, or SMARTSPEC_DATA)")
     else:
         walls = []
         for policy in options.policies:
-            found = hour(policy, Path(data) / "traces/azure2023_conv.csv", options.requests)
+            found = hour(policy, trace, options.requests)
             walls.append(found["wall_s"])
             figures |= {f"azure_conv_{policy}_{name}": value for name, value in found.items()}
             print(policy, {name: round(value, 2) for name, value in found.items()}, flush=True)

@@ -7,7 +7,7 @@ paper.
 
 Settings that were run are kept in build/paper and not run again, unless the grid or the code has
 changed since; `--keep` takes them whatever the code. `--quick`: two settings, two seeds, recorded
-as `paper_quick`. Tables and pictures are written beside them.
+as `paper_quick`; `--settings`: these alone. Tables and pictures are written beside them.
 """
 
 from __future__ import annotations
@@ -97,8 +97,11 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="take what other code has given too")
     parser.add_argument("--so-far", action="store_true", help="report what was run; run nothing")
     parser.add_argument("--workers", type=int, default=1)
+    grid = paper_grid.read().settings()
+    names = [setting.name for setting in grid]
+    parser.add_argument("--settings", nargs="*", default=names, choices=names, metavar="NAME")
     options = parser.parse_args()
-    settings = paper_grid.read().settings()
+    settings = [setting for setting in grid if setting.name in options.settings]
     if options.quick:
         settings = [
             msgspec.structs.replace(setting, num_seeds=2)

@@ -40,6 +40,7 @@ LOADS = (0.05, 0.5, 0.9, 0.1, 0.9, 0.05)
 ACCEPTANCE = (0.9, 0.7, 0.4, 0.8, 0.5, 0.9)
 DEARER_FROM_PHASE = 4
 LENGTHS = 600.0, 200.0
+PRESENCE = 0.6  #: how often a lookup finds a draft
 SETTINGS = {
     "h100_eagle": ("h100_8b", "eagle"),
     "a100_160m": ("a100_7b", "160m"),
@@ -75,7 +76,7 @@ def set_up(
         traffic.num_output,
         max_length=5,
         seed=seed,
-        presence=0.6 if draft == "lookup" else None,
+        presence=PRESENCE if draft == "lookup" else None,
     )
     cell = Cell(
         gpu,
@@ -83,6 +84,7 @@ def set_up(
         traffic,
         outcomes,
         acceptance=float(np.mean(ACCEPTANCE)),
+        presence=PRESENCE if draft == "lookup" else 1.0,
         max_num_running=limit,
         seed=seed,
         cost_factor=lambda now_s: dearer(now_s, phase_s),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from figures import ROOT, record
+from figures import record
 from rich.console import Console
 from rich.table import Table
 from river import base, drift, ensemble, forest, linear_model, optim, preprocessing, tree
@@ -34,6 +33,7 @@ from smartspec.estimators.drift import CumulativeSum
 from smartspec.estimators.least_squares import ResidualFilter
 from smartspec.estimators.step_cost import StepCost, StepShape
 from smartspec.lab.profiles.machines import MACHINES, Machine, Step
+from smartspec.lab.public_data import data_folder
 
 BEFORE = 300  #: steps after the sweep that are not counted
 STEADY = 1500  #: steps after these that are
@@ -295,10 +295,6 @@ def few_steps(make: Callable[[Machine], Estimator], seed: int) -> dict[str, floa
 def machines(folder: Path) -> list[Machine]:
     """The machines whose profiles are in ``folder``."""
     return [make(folder / "profiles") for make in MACHINES]
-
-
-def data_folder() -> Path:
-    return Path(os.environ.get("SMARTSPEC_DATA") or ROOT.parent / "shared" / "data")
 
 
 def _mean(values: Iterable[float]) -> tuple[float, float]:

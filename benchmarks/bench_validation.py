@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from figures import record
 from smartspec.engine_adapter.simulator import acceptance, profile
 from smartspec.engine_adapter.simulator.profile import Profile
 from smartspec.engine_adapter.simulator.requests import F64, Traffic
+from smartspec.lab.public_data import data_folder
 from smartspec.lab.simulation.world import Cell, simulate
 
 RUN = "serving_runs/llmservingsim_rtx4090_llama-3.1-8b_vllm_requests.jsonl"
@@ -98,9 +98,9 @@ def simulated(base: Profile, engine: Engine, traffic: Traffic, half: slice) -> F
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    path = Path(os.environ.get("SMARTSPEC_DATA", "")) / RUN
-    if "SMARTSPEC_DATA" not in os.environ or not path.is_file():
-        print(f"left out: SMARTSPEC_DATA names no folder with {RUN}")
+    path = data_folder() / RUN
+    if not path.is_file():
+        print(f"left out: no {path}; set SMARTSPEC_DATA to the folder of data")
         sys.exit(0)
     run, base = read(path), profile.load("rtx4090_8b")
     first, second = slice(0, NUM_CALIBRATED), slice(NUM_CALIBRATED, None)

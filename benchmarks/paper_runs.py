@@ -13,10 +13,10 @@ from paper_grid import FULL, Setting
 
 from smartspec.daemon.learned import Checkpoint, decode
 from smartspec.daemon.library import Library
-from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
+from smartspec.engine_adapter.simulator import arrivals
 from smartspec.engine_adapter.simulator.engine import Engine
 from smartspec.engine_adapter.simulator.requests import F64
-from smartspec.lab.simulation.workload import capacity, middle_rate
+from smartspec.lab.simulation.workload import Workload, middle_rate
 from smartspec.lab.simulation.world import Cell, Fleet, simulate
 
 COLD, WARM = "smartspec_cold", "smartspec"
@@ -76,31 +76,24 @@ def steer(cell: Cell, before: Checkpoint | None = None) -> tuple[Engine, Checkpo
 def make_cell(setting: Setting, load: float, seed: int) -> Cell:
     """The requests of a load and seed, and their luck."""
     pair, asked = setting.pair, setting.requests
-    gpu = profile.load(pair.profile)
-    lengths = asked.mean_prompt, asked.mean_output
+    workload = Workload(
+        profile=pair.profile,
+        draft=pair.draft,
+        acceptance=asked.acceptance,
+        concentration=setting.concentration,
+        presence=asked.presence,
+        max_length=setting.max_length,
+        max_num_running=pair.max_num_running,
+        duration_s=pair.duration_s,
+        mean_prompt=asked.mean_prompt,
+        mean_output=asked.mean_output,
+    )
     rng = np.random.default_rng((seed, 5))
     times: F64 = np.zeros(QUEUES * pair.max_num_running)
     if load != FULL:
-        rate = load * capacity(gpu, pair.max_num_running, *lengths)
-        times = arrivals.poisson(rate, pair.duration_s, rng)
-    traffic = arrivals.exponential_lengths(times, *lengths, rng)
-    outcomes = acceptance.draw(
-        acceptance.BetaOverRequests(asked.acceptance, setting.concentration),
-        traffic.num_output,
-        max_length=setting.max_length,
-        seed=seed,
-        presence=asked.presence if pair.draft == "lookup" else None,
-    )
-    return Cell(
-        gpu,
-        pair.draft,
-        traffic,
-        outcomes,
-        acceptance=asked.acceptance,
-        max_length=setting.max_length,
-        max_num_running=pair.max_num_running,
-        seed=seed,
-    )
+        times = arrivals.poisson(workload.rate(load), pair.duration_s, rng)
+    lengths = asked.mean_prompt, asked.mean_output
+    return workload.cell_of(arrivals.exponential_lengths(times, *lengths, rng), seed)
 
 
 def run_of(load: float, policy: str, seed: int, engine: Engine) -> Run:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
+
+from smartspec.lab.public_data import data_folder
 
 TASKS = ("chat", "translation", "summarization", "qa", "math_reasoning", "rag")
 FILE = Path("prompts", "spec_bench_question.jsonl")
@@ -23,25 +24,16 @@ class DataNotAvailable(RuntimeError):
     """The recorded data is not on this machine."""
 
 
-def data_folder() -> Path:
-    """Where recorded data lies: $SMARTSPEC_DATA, or ``shared/data`` beside the checkout.
-
-    Raises `DataNotAvailable`.
-    """
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("SMARTSPEC_DATA") or beside)
-    if not (folder / FILE).is_file():
-        raise DataNotAvailable(f"no {FILE} in {folder}: point SMARTSPEC_DATA at the data's folder")
-    return folder
-
-
 def prompts() -> list[Prompt]:
     """All 480, task after task in turn, every second of each task before the others.
 
     So the beginning of a recording that was cut short is balanced. Raises `DataNotAvailable`.
     """
     by_task: dict[str, list[Prompt]] = {task: [] for task in TASKS}
-    for line in (data_folder() / FILE).read_text().splitlines():
+    path = data_folder() / FILE
+    if not path.is_file():
+        raise DataNotAvailable(f"no {path}: point SMARTSPEC_DATA at the data's folder")
+    for line in path.read_text().splitlines():
         question = json.loads(line)
         task = question["category"] if question["category"] in TASKS else "chat"
         by_task[task].append(Prompt(question["question_id"], task, question["turns"][0]))

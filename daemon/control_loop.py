@@ -252,18 +252,18 @@ class ControlLoop:
     ) -> None:
         """Tell of a decision, and take steps into the comparison with what could have been."""
         now = self._clock()
-        static = decision.goodput_static()
+        compared = decision.compared()
         if self._is_heard:
             times = session.decide_s, session.learn_s, self._wall()
-            self._bus.publish(narration.decision_event(session.engine, decision, static, *times))
-        otherwise = {Arm.NONE: decision.goodput_none, Arm.OWN: static}
+            self._bus.publish(narration.decision_event(session.engine, decision, *times))
+        otherwise = {arm: compared[arm] for arm in (Arm.NONE, Arm.OWN)}
         for observation in observations:
             if not len(observation.batch.ids):
                 continue
             step = Step(
                 step_s=observation.report.step_s,
-                tokens=observation.weighted_tokens,
-                chosen=decision.goodput,
+                tokens=observation.weighted_tokens + decision.prompts,
+                chosen=compared[Arm.SMARTSPEC],
                 otherwise=otherwise,
                 model_std=decision.gain_std,
                 # Of several steps an earlier one may have ended the block.

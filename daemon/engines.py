@@ -363,7 +363,7 @@ def _read_roster(roster: Roster, max_num_running: int) -> Batch:
     allowed = min(MAX_BATCH, max_num_running)
     require(size <= allowed, f"request_ids: {size} requests, at most {allowed} were announced")
     ids = unpack(roster.request_ids, "u64", (size,), "request_ids")
-    require(len(np.unique(ids)) == size, "request_ids: not unique")
+    require(len(set(ids.tolist())) == size, "request_ids: not unique")
     weight: Any = None
     if roster.weight:
         weight = unpack(roster.weight, "f32", (size,), "weight")

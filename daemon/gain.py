@@ -7,9 +7,11 @@ of steps, some seconds long, each alternative a has the index
     x_a = log(tokens emitted / sum over steps of seconds * goodput predicted of a)
 
 that is, what was measured over what the model expects of a *for the same batches*: load cancels,
-as far as the model knows what load does. In blocks that SmartSpec steered, x_a is its gain over a
-if the model is right about a. In the few blocks in which the engine really ran a (trial.py), x_a is
-how wrong the model is about a: its *bias*. The estimate is the difference of the two,
+as far as the model knows what load does. A step's prompts count as the tokens that their seconds
+are worth (`Decision.prompts`): who drafts long gets more tokens out of a step, and fewer prompts
+done. In blocks that SmartSpec steered, x_a is its gain over a if the model is right about a. In
+the few blocks in which the engine really ran a (trial.py), x_a is how wrong the model is about a:
+its *bias*. The estimate is the difference of the two,
 
     log gain = mean of x_a over blocks of SmartSpec - mean of x_a over blocks of a
 

@@ -113,24 +113,13 @@ def _best(
     worth: Callable[[Any, Any], Any],
 ) -> tuple[float, int]:
     """The greatest ``worth(gain, seconds)`` that any lengths have, and the depth of those."""
-    # Without a price per forward a smaller depth only takes candidates away.
     deepest = ladder.max_length
-    depths = depths_tried(deepest) if draft.per_forward_s > 0 else [deepest]
     best, best_depth = -np.inf, 0
-    _, most_drafts = ladder.prefixes(deepest)
     for curve in curves:
         if curve.mode == UNIFORM:
             continue
-        all_seconds = ladder.seconds_by_drafts(curve, draft, most_drafts, num_other_tokens)
-        if not all_seconds.min() > 0:
-            raise ValueError("a step must take time: cost curve <= 0")
-        for depth in depths:
-            gains, drafts = ladder.prefixes(depth)
-            # Drafts are counted 0, 1, 2, ... at every depth: their cost was looked up once.
-            seconds = all_seconds[: len(drafts)]
-            if ladder.presence is not None and depth < deepest:
-                seconds = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
-            found = float(worth(gains, ladder.add_depth(seconds, draft, depth, drafts)).max())
+        given = ladder, curve, draft, num_other_tokens, worth
+        for depth, found in _by_depth(*given):
             if found > best + 1e-12:
                 best, best_depth = found, depth
     for curve in curves:
@@ -149,17 +138,49 @@ def _best(
     return best, best_depth
 
 
-def best_by_batch(
+def _by_depth(
+    ladder: Ladder,
+    curve: CostCurve,
+    draft: DraftCost,
+    num_other_tokens: int,
+    worth: Callable[[Any, Any], Any],
+) -> list[tuple[int, float]]:
+    """The greatest worth of ragged lengths within each depth that is worth a look."""
+    deepest = ladder.max_length
+    # Without a price per forward a smaller depth only takes candidates away.
+    depths = depths_tried(deepest) if draft.per_forward_s > 0 else [deepest]
+    if 1 < len(depths) == deepest + 1 and ladder.presence is None:
+        gains, drafts = ladder.every_depth()
+        by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
+        deep = np.maximum(depths, ladder.deepest_floor)[:, None]
+        seconds = by_drafts + draft.by_depth(deep)
+        if drafts[0] == 0:
+            seconds[:, 0] = by_drafts[0]
+        return list(enumerate(worth(gains, seconds).max(axis=1).tolist()))
+    found = []
+    for depth in depths:
+        gain, drafts = ladder.prefixes(depth)
+        by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
+        seconds = ladder.add_depth(by_drafts, draft, depth, drafts)
+        found.append((depth, float(worth(gain, seconds).max())))
+    return found
+
+
+def _seconds(
+    ladder: Ladder, curve: CostCurve, draft: DraftCost, drafts: F64, num_other_tokens: int
+) -> F64:
+    seconds = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
+    if not seconds.min() > 0:
+        raise ValueError("a step must take time: cost curve <= 0")
+    return seconds
+
+
+def by_length(
     survival: F64, presence: float, batches: I64, curve: CostCurve, draft: DraftCost
-) -> I64:
-    """The best single length for each batch size, for requests that are all alike.
+) -> F64:
+    """Goodput at each length for all, for requests that are all alike: [M, K + 1].
 
-    What an engine falls back to when the daemon is gone: survivals of an average request [K],
-    the probability that drafts exist, batch sizes [M] -> lengths [M].
-
-    >>> curve = CostCurve("ragged", [1.0, 8.0, 64.0], [1.0, 1.0, 8.0])
-    >>> best_by_batch(np.array([0.8, 0.5]), 1.0, np.array([1, 4, 32]), curve, DraftCost()).tolist()
-    [2, 1, 0]
+    Survivals of an average request [K], the probability that drafts exist, batch sizes [M].
     """
     lengths = np.arange(len(survival) + 1)
     tokens = 1.0 + presence * np.concatenate([[0.0], np.cumsum(survival)])
@@ -167,5 +188,20 @@ def best_by_batch(
     num_tokens = batches[:, None] + drafts
     speculating = draft.by_depth(lengths) + draft.per_token_s * drafts
     seconds = curve.at(num_tokens) + np.where(lengths > 0, speculating, 0.0)
-    best: I64 = np.argmax(batches[:, None] * tokens / seconds, axis=1)
+    found: F64 = batches[:, None] * tokens / seconds
+    return found
+
+
+def best_by_batch(
+    survival: F64, presence: float, batches: I64, curve: CostCurve, draft: DraftCost
+) -> I64:
+    """The best single length for each batch size, as `by_length` has it: [M].
+
+    What an engine falls back to when the daemon is gone.
+
+    >>> curve = CostCurve("ragged", [1.0, 8.0, 64.0], [1.0, 1.0, 8.0])
+    >>> best_by_batch(np.array([0.8, 0.5]), 1.0, np.array([1, 4, 32]), curve, DraftCost()).tolist()
+    [2, 1, 0]
+    """
+    best: I64 = np.argmax(by_length(survival, presence, batches, curve, draft), axis=1)
     return best

@@ -75,9 +75,9 @@ def step_event(
 
 
 def decision_event(
-    engine: Engine, decision: Decision, static: float, decide_s: float, learn_s: float, t_s: float
+    engine: Engine, decision: Decision, decide_s: float, learn_s: float, t_s: float
 ) -> DecisionEvent:
-    """A policy, why, and what it and the alternatives should bring (``static``: the own length)."""
+    """A policy, why, and what it and the alternatives should bring."""
     policy = decision.policy
     counts = [0] * (engine.max_length + 1)
     for length in decision.lengths.tolist():
@@ -94,8 +94,8 @@ def decision_event(
         mode=decision.mode,
         length_counts=tuple(counts),
         predicted_goodput=decision.goodput,
-        predicted_goodput_none=decision.goodput_none,
-        predicted_goodput_static=static,
+        predicted_goodput_none=decision.none.goodput,
+        predicted_goodput_static=decision.static().goodput,
         acceptance=tuple(engine.acceptance.pooled_hazards().tolist()),
         num_probes=policy.num_probes,
         decide_s=decide_s,

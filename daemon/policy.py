@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TypedDict
+from functools import cache, partial
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -49,15 +49,26 @@ class Arm(enum.StrEnum):
     NONE = "none"  #: no speculation
 
 
+class Expected(NamedTuple):
+    """What a step should bring."""
+
+    tokens: float  #: weighted
+    seconds: float
+
+    @property
+    def goodput(self) -> float:
+        return self.tokens / self.seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A policy and what was expected of the alternatives, in tokens per second."""
+    """A policy and what was expected of it and of the alternatives."""
 
     policy: Policy
     lengths: I64  #: [B], what it means for the batch last reported
-    goodput: float
-    goodput_none: float  #: length 0 for all
-    goodput_static: Callable[[], float]  #: the engine's own length for all; worked out when asked
+    chosen: Expected
+    none: Expected  #: length 0 for all
+    static: Callable[[], Expected]  #: the engine's own length for all; worked out when asked
     gain_std: Callable[[], dict[Arm, float]]  #: of log(goodput / alternative's), as models know it
     mode: str = RAGGED  #: execution mode chosen
     num_targets: int = 0  #: requests that ask for a time per token
@@ -65,6 +76,20 @@ class Decision:
     is_news: bool = True  #: False: the policy in force does as well, and need not be sent
     arm: Arm = Arm.SMARTSPEC
     is_comparable: bool = True  #: False: lengths are bent by targets, or the models being seeded
+    prompts: float = 0.0  #: tokens that the seconds of the step's prompts would be worth
+
+    @property
+    def goodput(self) -> float:
+        return self.chosen.goodput
+
+    def compared(self) -> dict[Arm, float]:
+        """Tokens per second of each arm, the prompts that a step takes along counted.
+
+        At what their seconds are worth (docs/adr/0005-price-of-time.md): by tokens of answers alone
+        long drafts look good that keep prompts waiting.
+        """
+        arms = {Arm.SMARTSPEC: self.chosen, Arm.NONE: self.none, Arm.OWN: self.static()}
+        return {arm: (one.tokens + self.prompts) / one.seconds for arm, one in arms.items()}
 
 
 class PlannerSettings(TypedDict):
@@ -159,13 +184,17 @@ class Planner:
         other = observation.report.num_prefill_tokens
         beside_s = engine.step_cost.prefill_cost() * other
         optimum = goodput.solve(ladder, curves, draft)
+        chosen_s = optimum.choice.seconds
         if other:
             # What a second is worth the batch shows alone (docs/adr/0005-price-of-time.md).
             optimum = goodput.at_price(ladder, optimum.value_of_time, curves, draft, other)
-            seconds = optimum.choice.seconds + beside_s
-            optimum = optimum._replace(goodput=optimum.choice.gain / seconds)
+            chosen_s = optimum.choice.seconds + beside_s
+            optimum = optimum._replace(goodput=optimum.choice.gain / chosen_s)
+        chosen = Expected(optimum.choice.gain, chosen_s)
         even = curves[-1]  # of single lengths, such as 0
-        none = ladder.weight_sum / (float(even.at(ladder.size + other)) + beside_s)
+        alone_s, none_s = even.at((ladder.size, ladder.size + other)).tolist()
+        none = Expected(ladder.weight_sum, none_s + beside_s)
+        prompts = optimum.value_of_time * max(none.seconds - alone_s, 0.0)
         probe_length = num_probes = 0
         if steering:
             probe_length, num_probes = self.prober.plan(
@@ -175,7 +204,7 @@ class Planner:
         if self._num_decisions and self._num_decisions % every == 0:
             self._fallback = self._fallback_table(ladder, even, draft)
         self._num_decisions += 1
-        reason = self._reason(optimum, none, num_probes, probe_length)
+        reason = self._reason(optimum, none.goodput, num_probes, probe_length)
         num_targets = num_out_of_reach = 0
         if self._meet_targets and batch.target is not None:
             tokens = expected_tokens(survival if presence is None else survival * presence)
@@ -248,9 +277,9 @@ class Planner:
         return Decision(
             policy,
             optimum.choice.lengths,
-            optimum.goodput,
+            chosen,
             none,
-            partial(self._goodput_static, ladder, even, draft, other, beside_s),
+            cache(partial(self._static, ladder, even, draft, other, beside_s)),
             partial(self._gain_std, ladder, optimum.choice.lengths, shape),
             optimum.choice.mode,
             num_targets,
@@ -258,6 +287,7 @@ class Planner:
             is_news,
             arm,
             not steering or not (binding or self.is_learning),
+            prompts,
         )
 
     @property
@@ -318,25 +348,23 @@ class Planner:
         limits = self.engine.hello.limits
         most = min(2 * round(shape.batch) + 8, limits.max_num_running) * (1 + limits.max_length)
         most += self.engine.most_prefill_tokens
-        num_tokens = self.engine.step_cost.breakpoints(1, most)
-        tokens = tuple(num_tokens.astype(np.float64).tolist())
         curves = []
         for mode in sorted(limits.modes, key=lambda mode: mode == UNIFORM):
             shape = shape._replace(ragged=float(self.engine.is_dear(mode)))
-            seconds = self.engine.step_cost.target_curve(shape, num_tokens)
+            tokens, seconds = self.engine.step_cost.whole_curve(shape, 1, most)
             curves.append(CostCurve(mode, tokens, tuple(seconds.tolist())))
         return curves
 
-    def _goodput_static(
+    def _static(
         self, ladder: Ladder, curve: CostCurve, draft: DraftCost, other: int, beside_s: float
-    ) -> float:
+    ) -> Expected:
         static = self.engine.hello.limits.static_length
         lengths, gain = ladder.at(static)
         presence = 1.0 if ladder.presence is None else ladder.presence
         drafts = np.array(float((lengths * presence).sum()))
         depth = int(lengths.max(initial=0))
         static_s = float(step_seconds(curve, draft, ladder.size + other + drafts, drafts, depth))
-        return gain / (static_s + beside_s)
+        return Expected(gain, static_s + beside_s)
 
     def _gain_std(self, ladder: Ladder, lengths: I64, shape: StepShape) -> dict[Arm, float]:
         """Deviation of log(goodput at ``lengths`` / goodput otherwise), by the delta method.

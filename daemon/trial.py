@@ -108,7 +108,7 @@ class Step(NamedTuple):
     """What a trial needs to know of a step."""
 
     step_s: float
-    tokens: float  #: emitted, by the requests' weights
+    tokens: float  #: emitted, by the requests' weights; and those that its prompts stand for
     chosen: float  #: goodput predicted of the optimum, tokens per second
     otherwise: Mapping[Arm, float]  #: and of the alternatives
     model_std: Callable[[], Mapping[Arm, float]]  #: deviation of log predicted gain over them

@@ -223,6 +223,31 @@ class Ladder:
         """
         return self._scan(depth)[:2]
 
+    def every_depth(self) -> tuple[F64, F64]:
+        """`prefixes` within every depth 0, 1, ..., `max_length`, sorted and summed at once.
+
+        Returns gains [max_length + 1, max_length * B + 1], -inf where a depth has fewer items, and
+        drafted tokens [max_length * B + 1]. Without presences only: with them drafts differ by
+        depth.
+        """
+        size, depths = self.size, range(1, self.max_length + 1)
+        num_items = self.max_length * size
+        items = np.full((self.max_length, num_items), -np.inf, self._free.dtype)
+        flat = self._free.ravel()
+        for depth in depths:
+            row = items[depth - 1, : depth * size]
+            row[::-1] = np.sort(flat[: depth * size])
+        gain = np.zeros((self.max_length + 1, num_items + 1))
+        gain[0, 1:] = -np.inf
+        items.cumsum(axis=1, out=gain[1:, 1:])
+        gain += self.weight_sum + self._forced_gain
+        drafts = np.arange(self._forced_drafts, self._forced_drafts + num_items + 0.5)
+        for depth in depths:
+            last = depth * size
+            scan = gain[depth, : last + 1], drafts[: last + 1], items[depth - 1, :last]
+            self._scans[depth] = scan
+        return gain, drafts
+
     def _scan(self, depth: int) -> tuple[F64, F64, Worth]:
         """Prefixes, and the worth of the items in falling order: of one depth, once."""
         scan = self._scans.get(depth)

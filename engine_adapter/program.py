@@ -7,6 +7,7 @@ step depends on nothing but its own arrays.
 from __future__ import annotations
 
 import math
+import operator
 from itertools import pairwise
 from typing import Any
 
@@ -36,7 +37,7 @@ def _curve(curve: Curve) -> CostCurve:
     tokens, seconds = curve.num_tokens, curve.seconds
     require(1 <= len(tokens) <= MAX_BREAKPOINTS, f"curves: {len(tokens)} breakpoints")
     require(len(tokens) == len(seconds), "curves: seconds must be as many as num_tokens")
-    require(all(a < b for a, b in pairwise(tokens)), "curves: num_tokens must rise")
+    require(all(map(operator.lt, tokens, tokens[1:])), "curves: num_tokens must rise")
     return CostCurve(curve.mode, tokens, seconds)
 
 

@@ -81,6 +81,12 @@ KEPT_AFTER_CHANGE = 4.0  #: observations that the counts of a depth are worth af
 _EVENTS, _RECENT_EVENTS, _EXPOSURE, _RECENT_EXPOSURE, _HITS, _TRIES = range(6)
 
 
+def _clipped(values: F64, limits: tuple[float, float]) -> F64:
+    """As np.clip, which takes four times as long for few values."""
+    clipped: F64 = np.minimum(np.maximum(values, limits[0]), limits[1])
+    return clipped
+
+
 def _joined(mine: F64, other: F64, of: int) -> F64:
     """Two tables' counts, of which row ``of`` counts tries, cell by cell."""
     shares = shares_of_rivals(mine[of], other[of])
@@ -196,6 +202,13 @@ class AcceptanceEstimator:
         self._group_of_depth = np.searchsorted(self._groups, np.arange(max_length), "right") - 1
         self._effects: F64 = np.zeros((sum(sizes), len(self._groups)))
         self._turn = 0  # the axis fitted last
+        ends = np.cumsum(sizes).tolist()
+        # Rows of the effects that belong to each axis, and the shape that lays them along it.
+        self._axes = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self._along = [
+            (*(1,) * place, size, *(1,) * (len(sizes) - place - 1), max_length)
+            for place, size in enumerate(sizes)
+        ]
         self._fade = 0.5 ** (1.0 / np.array((request_half_life, recent_half_life)))
         self._presence_fade = 0.5 ** (1.0 / presence_half_life)
         # [reached, accepted]; the last row of the middle axis pools the buckets.
@@ -232,8 +245,11 @@ class AcceptanceEstimator:
         if not some.all():
             rows, bucket, proposed, passed = rows[some], bucket[some], proposed[some], passed[some]
         if len(rows):
-            self._watch(rows, bucket, self._first(passed))
-            self._learn_requests(rows, *self._events(rows, bucket, proposed, passed))
+            self._refresh()
+            counts = self._requests.counts[rows]
+            c = self._posterior(counts)
+            self._watch(c, bucket, self._first(passed))
+            self._learn_requests(rows, counts, *self._events(c, bucket, proposed, passed))
             self._learn_table(self._histogram(bucket, proposed, passed))
 
     @property
@@ -246,15 +262,11 @@ class AcceptanceEstimator:
         first: npt.NDArray[np.bool_] = passed > 0
         return first
 
-    def _watch(
-        self, rows: Rows, bucket: npt.NDArray[np.intp], first: npt.NDArray[np.bool_]
-    ) -> None:
+    def _watch(self, c: F64, bucket: npt.NDArray[np.intp], first: npt.NDArray[np.bool_]) -> None:
         """Compare first drafts with what was expected of them; forget when it is another world."""
-        self._refresh()
-        c = self._posterior(self._requests.counts[rows])
         expected = np.exp(-c * self._cumulative[bucket, 1])
         surprise = float(np.count_nonzero(first) - expected.sum())
-        variance = float(expected @ (1.0 - expected)) + (SMALL_CHANGE * len(rows)) ** 2
+        variance = float(expected @ (1.0 - expected)) + (SMALL_CHANGE * len(c)) ** 2
         z = surprise / math.sqrt(variance)
         self._changes.update(min(max(z, -MAX_SURPRISE), MAX_SURPRISE))
         if self._changes.drift_detected:
@@ -281,23 +293,24 @@ class AcceptanceEstimator:
 
     def _events(
         self,
-        rows: Rows,
+        c: F64,
         bucket: npt.NDArray[np.intp],
         proposed: npt.NDArray[np.intp],
         passed: npt.NDArray[np.intp],
     ) -> tuple[F64, F64]:
-        """Rejections, and exposure to them, of each request's drafts: both [B]."""
+        """Rejections, and exposure to them, of each request's drafts: both [B].
+
+        ``c``: their corrections.
+        """
         self._refresh()
         rejected = passed < proposed
         # Column 0 of the cumulative hazards is depth 0; clipped, since depth passed + 1 may not be.
         before = self._cumulative[bucket, passed]
         after = self._cumulative[bucket, np.minimum(passed + 1, self.max_length)]
-        c = self._posterior(self._requests.counts[rows])
         exposure = before + rejected * time_of_event(c, after - before)
         return rejected.astype(np.float64), exposure
 
-    def _learn_requests(self, rows: Rows, events: F64, exposure: F64) -> None:
-        counts = self._requests.counts[rows]
+    def _learn_requests(self, rows: Rows, counts: F64, events: F64, exposure: F64) -> None:
         counts[:, _EVENTS:_EXPOSURE] *= self._fade
         counts[:, _EVENTS:_EXPOSURE] += events[:, None]
         counts[:, _EXPOSURE:_HITS] *= self._fade
@@ -333,20 +346,12 @@ class AcceptanceEstimator:
         self._fit_effects()
         self._log_survival = None
 
-    def _axes(self) -> list[slice]:
-        """Rows of the effects that belong to each axis."""
-        ends = np.cumsum(self._sizes).tolist()
-        return [slice(end - size, end) for end, size in zip(ends, self._sizes, strict=True)]
-
     def _logits(self, pooled: F64) -> F64:
         """The additive model, [*axis sizes, max_length]."""
-        num_axes = len(self._sizes)
-        logit: F64 = np.log(pooled / (1.0 - pooled)).reshape((1,) * num_axes + (-1,))
-        for place, rows in enumerate(self._axes()):
-            effects = self._effects[rows][:, self._group_of_depth]
-            shape = [1] * num_axes + [self.max_length]
-            shape[place] = len(effects)
-            logit = logit + effects.reshape(shape)
+        logit: F64 = np.log(pooled / (1.0 - pooled))
+        effects = self._effects.take(self._group_of_depth, 1)
+        for rows, along in zip(self._axes, self._along, strict=True):
+            logit = logit + effects[rows].reshape(along)
         return logit
 
     def _fit_effects(self) -> None:
@@ -360,10 +365,10 @@ class AcceptanceEstimator:
         expected = reached * mean
         slope = self._by_group((accepted - expected).sum(axis=others))
         curvature = self._by_group((expected * (1.0 - mean)).sum(axis=others))
-        effects = self._effects[self._axes()[place]]
+        effects = self._effects[self._axes[place]]
         step = (slope - EFFECT_RIDGE * effects) / (curvature + EFFECT_RIDGE)
-        effects += np.minimum(np.maximum(step, -MAX_EFFECT_STEP), MAX_EFFECT_STEP)
-        np.clip(effects, -MAX_EFFECT, MAX_EFFECT, out=effects)
+        effects += _clipped(step, (-MAX_EFFECT_STEP, MAX_EFFECT_STEP))
+        effects[:] = _clipped(effects, (-MAX_EFFECT, MAX_EFFECT))
 
     def _by_group(self, by_depth: F64) -> F64:
         """Sums [digits, groups] of [digits, max_length]."""
@@ -395,8 +400,7 @@ class AcceptanceEstimator:
         for tried, passed in zip(reached, accepted, strict=True):
             expected = (passed + weight * expected) / (tried + weight)
             pooled.append(expected)
-        clipped: F64 = np.clip(np.array(pooled), *HAZARD_RANGE)
-        return clipped
+        return _clipped(np.array(pooled), HAZARD_RANGE)
 
     def _refresh(self) -> None:
         if self._log_survival is not None:
@@ -410,7 +414,7 @@ class AcceptanceEstimator:
         hazard[:-1] = (accepted[:-1] + self.bucket_weight * hazard[:-1]) / (
             reached[:-1] + self.bucket_weight
         )
-        self._hazard = np.clip(hazard, *HAZARD_RANGE)
+        self._hazard = _clipped(hazard, HAZARD_RANGE)
         self._cumulative = np.zeros((self.num_buckets + 1, self.max_length + 1))
         self._cumulative[:, 1:] = self._cumulate(self._hazard)
         self._log_survival = -self._cumulative[:-1, 1:].astype(np.float32)
@@ -460,8 +464,7 @@ class AcceptanceEstimator:
         alpha, recent = self.request_strength, self.recent_strength
         c: F64 = (alpha + counts[:, _EVENTS]) / (alpha + counts[:, _EXPOSURE])
         c *= (recent + counts[:, _RECENT_EVENTS]) / (recent + c * counts[:, _RECENT_EXPOSURE])
-        clipped: F64 = np.minimum(np.maximum(c, CORRECTION_RANGE[0]), CORRECTION_RANGE[1])
-        return clipped
+        return _clipped(c, CORRECTION_RANGE)
 
     def corrections(self, rows: Rows) -> F32:
         """c of each request, [B]: its survivals are its bucket's to this power; 1 when unknown."""

@@ -74,6 +74,14 @@ class Coverage(NamedTuple):
     enough: npt.NDArray[np.bool_]  #: [num_bands, 2]
 
 
+class _Grid(NamedTuple):
+    """Breakpoints of curves over one range of tokens, [M]."""
+
+    num_tokens: tuple[float, ...]
+    tokens: F64
+    segments: F64  #: [M, num_segments], units in each segment
+
+
 class _Term(NamedTuple):
     scale: float  #: counts that make one unit of the feature
     prior: float  #: expected contribution of a unit, as a share of the prior's fixed cost
@@ -98,6 +106,7 @@ _SEGMENT = _Term(16.0, 0.12)
 _FIXED, _BATCH, _VERIFY, _CONTEXT, _PREFILL, _EAGER, _RAGGED = range(7)
 _DRAFTING, _FORWARDS, _TOKENS, _CATCH_UP = range(7, 11)
 _SEGMENTS = 11  # and onwards: one per segment
+MAX_GRIDS = 128  #: ranges of tokens whose breakpoints are kept
 _NOISE = 0.1  # relative deviation of an observation that the prior's precision is in units of
 
 
@@ -168,6 +177,8 @@ class StepCost(Regressor):
         self._low = np.array([0.0, *knots])
         self._width = np.array([*np.diff(self._low), math.inf])
         self._graphs = np.array(graph_sizes or (), np.float64)
+        self._full = (self._width[:-1] / _SEGMENT.scale).tolist()  # units of whole segments
+        self._grids: dict[tuple[int, int], _Grid] = {}
         mean, precision = _prior(self._width, prior_fixed_s)
         if not draft_forwards:
             mean[_FORWARDS] = 0.0
@@ -220,11 +231,11 @@ class StepCost(Regressor):
             tokens / _DRAFT_TERMS["tokens"].scale,
             catch_up / _DRAFT_TERMS["catch_up"].scale,
         ]
-        below = 0
-        for knot in self.knots:
-            row.append(min(max(num_tokens - below, 0.0), knot - below) / _SEGMENT.scale)
-            below = knot
-        row.append(max(num_tokens - below, 0.0) / _SEGMENT.scale)
+        within = bisect_left(self.knots, num_tokens)
+        below = self.knots[within - 1] if within else 0
+        row += self._full[:within]
+        row.append((num_tokens - below) / _SEGMENT.scale)
+        row += [0.0] * (len(self.knots) - within)
         return np.array(row)
 
     # -- learning ---------------------------------------------------------------------------
@@ -282,8 +293,9 @@ class StepCost(Regressor):
     @staticmethod
     def _check(shape: StepShape) -> None:
         # By hand: a call per field would take longer than the features. NaN fails every comparison.
-        if not all(0.0 <= count <= LARGEST for count in shape):
-            raise ValueError(f"counts of a step must be finite and >= 0, got {shape}")
+        for count in shape:
+            if not 0.0 <= count <= LARGEST:
+                raise ValueError(f"counts of a step must be finite and >= 0, got {shape}")
         if shape.verify_tokens + shape.prefill_tokens < 1.0:
             raise ValueError(f"a step has at least one token, got {shape}")
 
@@ -341,8 +353,11 @@ class StepCost(Regressor):
 
         Returns seconds [M] > 0, overhead included, never falling with N.
         """
-        coef = self._solver.coef
         tokens = np.asarray(num_tokens, np.float64)
+        return self._curve(shape, tokens, self._segments(self._padded(tokens)))
+
+    def _curve(self, shape: StepShape, tokens: F64, segments: F64) -> F64:
+        coef = self._solver.coef
         fixed = (
             self._overhead.value
             + coef[_FIXED]
@@ -350,7 +365,7 @@ class StepCost(Regressor):
             + coef[_CONTEXT] * shape.context_tokens / _TARGET_TERMS["context"].scale
             + coef[_RAGGED] * shape.ragged
         )
-        curve = self._segments(self._padded(tokens)) @ coef[_SEGMENTS:]
+        curve: F64 = segments @ coef[_SEGMENTS:]
         curve += fixed
         curve += tokens * (coef[_VERIFY] / _TARGET_TERMS["verify"].scale)
         if len(self._graphs):
@@ -365,6 +380,20 @@ class StepCost(Regressor):
         inner = np.concatenate((self._low, self._graphs, self._graphs + 1.0))
         inner = inner[(inner > lo) & (inner < hi)]
         return np.unique(np.concatenate(([lo], inner, [hi])).astype(np.int64))
+
+    def whole_curve(self, shape: StepShape, lo: int, hi: int) -> tuple[tuple[float, ...], F64]:
+        """`target_curve` at its `breakpoints` in [lo, hi]: token counts, and seconds.
+
+        What does not depend on what was learned is worked out once for a range.
+        """
+        grid = self._grids.get((lo, hi))
+        if grid is None:
+            if len(self._grids) >= MAX_GRIDS:
+                self._grids.clear()
+            tokens = self.breakpoints(lo, hi).astype(np.float64)
+            grid = _Grid(tuple(tokens.tolist()), tokens, self._segments(self._padded(tokens)))
+            self._grids[lo, hi] = grid
+        return grid.num_tokens, self._curve(shape, grid.tokens, grid.segments)
 
     def prefill_cost(self) -> float:
         """Seconds by which a token of a prompt is dearer than a verified one; may be negative."""

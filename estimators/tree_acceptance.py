@@ -40,7 +40,6 @@ from smartspec.estimators.acceptance import (
     time_of_event,
 )
 from smartspec.estimators.base import F64, State, pack, unpack
-from smartspec.estimators.request_rows import Rows
 
 EXPONENT = 0.7  #: of a draft model's forwards in the number of nodes, where nothing was seen
 EXPONENT_WEIGHT = 20.0  #: what that is worth, in squared logarithms of nodes: some 5 trees of 8
@@ -94,7 +93,7 @@ class TreeAcceptance(AcceptanceEstimator):
 
     def _events(
         self,
-        rows: Rows,
+        c: F64,
         bucket: npt.NDArray[np.intp],
         proposed: npt.NDArray[np.intp],
         hits: npt.NDArray[Any],
@@ -103,8 +102,8 @@ class TreeAcceptance(AcceptanceEstimator):
         most = int(proposed.max())
         exposure = self._cumulative[bucket, 1 : most + 1]
         hits, rejected = hits[:, :most], (self._tried(proposed) & ~hits)[:, :most]
-        c = self._posterior(self._requests.counts[rows])[:, None]
-        seen = np.where(hits, exposure, rejected * time_of_event(c, exposure)).sum(axis=1)
+        happened = rejected * time_of_event(c[:, None], exposure)
+        seen = np.where(hits, exposure, happened).sum(axis=1)
         return rejected.sum(axis=1) / proposed, seen / proposed
 
     def _histogram(

@@ -98,9 +98,14 @@ def fetch(
     return num_failed
 
 
+def data_folder() -> Path:
+    """Where public data lie: ``$SMARTSPEC_DATA``, or ``build/data`` under the working directory."""
+    return Path(os.environ.get("SMARTSPEC_DATA") or "build/data")
+
+
 def main() -> None:
     """Entry point of ``python -m smartspec.lab.public_data``."""
-    folder = Path(os.environ.get("SMARTSPEC_DATA") or "build/data")
+    folder = data_folder()
     num_failed = fetch(folder)
     print(f"export SMARTSPEC_DATA={folder.resolve()}")
     sys.exit(1 if num_failed else 0)

@@ -25,7 +25,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a term comes from."""
 
     term: str
-    label: str  #: "measured", "scaled" or "datasheet"
+    label: str  #: "measured", "scaled", "extrapolated" or "datasheet"
     note: str
 
 
@@ -41,7 +41,8 @@ class Draft(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """Seconds of a step are the sum of
 
-    * dense layers, by tokens in the pass padded to ``graph_sizes`` (if any): a table;
+    * dense layers, by tokens in the pass padded to ``graph_sizes`` (if any): a table, and beyond it
+      the slope of its last two entries;
     * attention of decoding: ``fixed + request * B + context * entries``;
     * attention of each chunk: ``fixed + token * n + pair * n * (before + n / 2)``;
     * output rows (``row_s`` each) and the host (``host_s``, ``host_request_s`` per request).
@@ -71,22 +72,30 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
     sources: tuple[Source, ...]
 
     def __post_init__(self) -> None:
-        curve = CostCurve(RAGGED, self.dense_tokens, self.dense_s)
-        counts = np.arange(8193)
+        counts = np.arange(max(self.dense_tokens[-1], *self.graph_sizes, 0) + 1)
         sizes = np.array(self.graph_sizes)
         padded = counts
         if len(sizes):
             at = np.searchsorted(sizes, counts)
             padded = np.where(at < len(sizes), sizes[np.minimum(at, len(sizes) - 1)], counts)
-        self.__dict__["_curve"] = curve
-        self.__dict__["_dense"] = curve.at(padded).tolist()
+        seconds = np.interp(padded, self.dense_tokens, self.dense_s)
+        beyond = np.maximum(padded - self.dense_tokens[-1], 0)
+        self.__dict__["_dense"] = (seconds + self.last_slope * beyond).tolist()
+
+    @property
+    def last_slope(self) -> float:
+        """Seconds of a token more in passes beyond the table."""
+        if len(self.dense_tokens) < 2:
+            return 0.0
+        (n, last), (s, last_s) = self.dense_tokens[-2:], self.dense_s[-2:]
+        return max(last_s - s, 0.0) / (last - n)
 
     def dense(self, num_tokens: int) -> float:
         """Seconds of the dense layers."""
         table: list[float] = self.__dict__["_dense"]
         if num_tokens < len(table):
             return table[num_tokens]
-        return float(self.__dict__["_curve"].at(num_tokens))
+        return table[-1] + self.last_slope * (num_tokens - len(table) + 1)
 
     def beside(
         self, num_decoding: int, context_tokens: int, chunks: tuple[Chunk, ...] = ()
@@ -137,8 +146,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
             points |= {size, size + 1}
             if size >= most:
                 break
-        if not sizes:  # nothing is padded: the curve bends where the table does
-            points |= {n for n in self.dense_tokens if low < n < most}
+        # What is not padded bends where the table does.
+        unpadded = max(low, sizes[-1] if sizes else 0)
+        points |= {n for n in self.dense_tokens if unpadded < n < most}
         points.add(max(most, low + 1))
         tokens = sorted(points)
         other = self.beside(num_decoding, context_tokens, chunks)

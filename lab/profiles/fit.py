@@ -1,13 +1,13 @@
 """Make the simulator's profiles: ``SMARTSPEC_DATA=... python -m smartspec.lab.profiles.fit``.
 
-Dense layers become a table at the sizes that passes are padded to; attention a few coefficients,
-fitted by least squares of the relative error. The error told is that of whole steps, over random
-steps that the fit has not seen.
+Dense layers become a table at the sizes that passes are padded to, as far as their source goes:
+beyond it the last slope goes on, and the profile says from where (label "extrapolated"). Attention
+becomes a few coefficients, fitted by least squares of the relative error. The error told is that of
+whole steps, over random steps that the fit has not seen.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from smartspec.engine_adapter.simulator import profile
 from smartspec.engine_adapter.simulator.profile import Draft, Profile, Source
 from smartspec.lab.profiles import machines
 from smartspec.lab.profiles.machines import Chunk, Machine, Step
+from smartspec.lab.public_data import data_folder
 
 TABLE = (1, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 TABLE_BEYOND = (640, 768, 1024, 1536, 2048, 4096)
@@ -87,7 +88,8 @@ def fit(
     """The profile of ``machine``."""
     rng = np.random.default_rng(seed)
     term = {one.name: one for one in machine.terms}
-    table = TABLE + TABLE_BEYOND
+    last = term["dense"].measured_to or TABLE_BEYOND[-1]
+    table = tuple(n for n in TABLE + TABLE_BEYOND if n <= last)
     dense_s = [term["dense"].seconds(Step(0, n)) for n in table]
     if "all_reduce" in term:
         dense_s = [
@@ -117,6 +119,11 @@ def fit(
         host_request = max((high - low) / (many - 1), 0.0)
         host = low - host_request
     sources = [Source(one.name, one.source, one.note) for one in machine.terms]
+    sources += [
+        Source(one.name, "extrapolated", f"passes beyond {one.measured_to:,}: the last slope")
+        for one in machine.terms
+        if one.measured_to is not None
+    ]
     made = Profile(
         name=machine.name,
         target=target,
@@ -194,7 +201,7 @@ MADE: tuple[tuple[Callable[[Path], Machine], str, str, tuple[float, float]], ...
 
 def main() -> None:
     """Write all profiles into the package."""
-    data = Path(os.environ["SMARTSPEC_DATA"]) / "profiles"
+    data = data_folder() / "profiles"
     profile.FOLDER.mkdir(exist_ok=True)
     made = [fit(make(data), target, gpu, drafts(*sheet)) for make, target, gpu, sheet in MADE]
     for one in [*made, mixture_of_experts()]:

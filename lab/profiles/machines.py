@@ -47,6 +47,7 @@ class Term(NamedTuple):
     source: str  #: "measured", "scaled", "datasheet" or "made up"
     note: str
     seconds: Callable[[Step], float]
+    measured_to: int | None = None  #: the largest size that the source has timed; None: a formula
 
 
 class Machine(NamedTuple):
@@ -77,7 +78,7 @@ def _dense(line: Line, note: str) -> Term:
     def seconds(step: Step) -> float:
         return line(_padded(step.num_verify_tokens + step.num_prefill_tokens))
 
-    return Term("dense", "measured", f"{note}, at the padded size", seconds)
+    return Term("dense", "measured", f"{note}, at the padded size", seconds, line.last)
 
 
 def _decode(surface: Surface, source: str, note: str, factor: float = 1.0) -> Term:
@@ -103,11 +104,11 @@ def _prefill(line: Line, note: str) -> Term:
     return Term("prefill_attention", "scaled", note, seconds)
 
 
-def _logits(line: Callable[[float], float], source: str, note: str) -> Term:
+def _logits(line: Line | Callable[[float], float], source: str, note: str) -> Term:
     def seconds(step: Step) -> float:
         return line(step.num_verify_tokens + len(step.chunks))
 
-    return Term("lm_head", source, note, seconds)
+    return Term("lm_head", source, note, seconds, line.last if isinstance(line, Line) else None)
 
 
 def _draft(bandwidth: float, weight_bytes: float, num_layers: int, flops: float) -> Term:
@@ -188,7 +189,11 @@ def h100_llama31_8b(data: Path) -> Machine:
     head = llmservingsim.whole_model(layers, 32, only=("lm_head",))
     terms = (
         _dense(dense, "LLMServingSim"),
-        _decode(aiconfigurator.decode_attention(attention, 32, 8, 32), "measured", "vLLM 0.24"),
+        _decode(
+            aiconfigurator.decode_attention(attention, 32, 8, 32),
+            "measured",
+            "vLLM 0.24, 256 requests to 1,024 entries each and straight on",
+        ),
         _prefill(aiconfigurator.prefill_attention(context, 32, 8, 32), "vLLM 0.24"),
         _logits(head, "measured", "LLMServingSim"),
         _draft(H100_BANDWIDTH, 0.32e9, 12, H100_FLOPS),

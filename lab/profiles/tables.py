@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 
 
 class Line:
-    """y over x: straight between measured points, and on beyond the outermost two.
+    """y over x: straight between measured points, and on beyond them.
+
+    Below the first point, the slope of the first two; above the last, that of the upper half of
+    what was measured, since neighbouring points may differ by their noise alone.
 
     >>> Line({1: 10.0, 3: 20.0})(2)
     15.0
@@ -24,9 +27,14 @@ class Line:
         if len(xs) == 1:
             return ys[0]
         i = min(max(bisect_right(xs, x), 1), len(xs) - 1)
-        slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
-        # Noise of the last two points must not turn a cost negative far outside.
-        return max(ys[i - 1] + slope * (x - xs[i - 1]), 0.0)
+        at = i - 1 if x <= xs[-1] else max(bisect_right(xs, xs[-1] / 2) - 1, 0)
+        slope = (ys[i] - ys[at]) / (xs[i] - xs[at])
+        return max(ys[i] + slope * (x - xs[i]), 0.0)
+
+    @property
+    def last(self) -> int:
+        """The largest x that was measured."""
+        return self._x[-1]
 
 
 class Surface:

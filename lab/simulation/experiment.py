@@ -46,7 +46,7 @@ class Run(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def check(experiment: Experiment) -> None:
-    """Raises ValueError, naming what is known, for a profile, draft or policy that is not."""
+    """Raises ValueError for what cannot be played: a profile, draft, policy or load."""
     experiment.check()
     gpu = experiment.load_profile()
     empty = Traffic(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
@@ -54,6 +54,8 @@ def check(experiment: Experiment) -> None:
     for name in experiment.policies:
         if name != "smartspec":
             rival(name, Cell(gpu, experiment.draft, empty, drawn, max_length=1))
+    for load in experiment.loads:
+        experiment.traffic(load, seed=0)  # what cannot be played is told before anything is
 
 
 def play(experiment: Experiment, policy: str, load: float, seed: int, watched: bool = False) -> Run:

@@ -45,7 +45,7 @@ td.best { color: #14692f; }
 i.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%;
   margin-right: 8px; }
 .tag { border-radius: 10px; padding: 1px 8px; font-size: 12.5px; background: #ddf4e4; }
-.tag.scaled { background: #fff3cd; } .tag.datasheet { background: #ffe2dc; }
+.tag.scaled, .tag.extrapolated { background: #fff3cd; } .tag.datasheet { background: #ffe2dc; }
 code { background: #eff2f5; border-radius: 4px; padding: 1px 5px; font-size: 13px; }
 footer { font-size: 13px; margin-top: 24px; }
 """

@@ -34,26 +34,6 @@ class BatchLength(FixedLength):
         return super().choose(batch)
 
 
-class Table(BatchLength):
-    """vLLM's table of lengths by batch size, tuned offline for a profile and a mean acceptance."""
-
-    def __init__(
-        self, profile: Profile, draft: str, acceptance: float, max_length: int, context: int = 700
-    ) -> None:
-        super().__init__()
-        survival = acceptance ** np.arange(1.0, max_length + 1)
-        cost = profile.draft(draft)
-        lengths = [0]
-        for size in range(1, profile.max_num_running + 1):
-            curve = profile.curve(size, size * context, (), size * (1 + max_length))
-            best = goodput.best_by_batch(survival, 1.0, np.array([size]), curve, cost)
-            lengths.append(int(best[0]))
-        self.table = lengths
-
-    def at(self, num_running: int) -> int:
-        return self.table[min(num_running, len(self.table) - 1)]
-
-
 class AdaptiveTiers(BatchLength):
     """SGLang's adaptive speculation with its default tiers.
 

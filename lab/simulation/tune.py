@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,16 +19,13 @@ from smartspec.daemon import learned
 from smartspec.daemon.library import Library
 from smartspec.daemon.state_directory import StateDirectory
 from smartspec.engine_adapter.simulator.profile import Profile
-from smartspec.engine_adapter.simulator.requests import F64
 from smartspec.lab.profiles import observed
 from smartspec.lab.simulation.experiment import interval
-from smartspec.lab.simulation.policies import BatchLength
+from smartspec.lab.simulation.static_table import Entry, Ground, ListedLengths, beta_survival
 from smartspec.lab.simulation.workload import Count, Positive, Workload
 from smartspec.lab.simulation.world import Fleet, serve, simulate
 
 WARM_SEED = 1_000_003  #: of the requests that SmartSpec has served before
-
-WITHIN = 0.005
 
 
 class Tuning(Workload, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,14 +39,6 @@ class Tuning(Workload, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return (
             _learned(self.state, self.max_num_running)[0] if self.state else super().load_profile()
         )
-
-
-class Entry(msgspec.Struct, frozen=True):
-    """A length for a range of batch sizes, both ends among them."""
-
-    low: int
-    high: int
-    length: int
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -79,57 +67,31 @@ class Tuned(msgspec.Struct, frozen=True):
     comparisons: tuple[Comparison, ...]
 
 
-class ListedLengths(BatchLength):
-    """A table as an engine would run it."""
+def ground(tuning: Tuning) -> tuple[Tuning, Ground]:
+    """What to tune for, as far as ``state`` says it, and what tuning stands on.
 
-    def __init__(self, table: Sequence[Entry]) -> None:
-        super().__init__()
-        self._by_size = [0, *(e.length for e in table for _ in range(e.low, e.high + 1))]
-
-    def at(self, num_running: int) -> int:
-        return self._by_size[min(num_running, len(self._by_size) - 1)]
-
-
-class Ground(NamedTuple):
-    """What tuning stands on: a profile and survivals of an average request."""
-
-    tuning: Tuning
-    gpu: Profile
-    survival: F64  #: [max_length]
-    presence: float
-
-
-def beta_survival(mean: float, concentration: float, max_length: int) -> F64:
-    """P(at least j drafts are accepted) of a Beta over requests: its moments, [max_length].
-
-    >>> beta_survival(0.5, 2.0, 2).round(3).tolist()
-    [0.5, 0.333]
+    Raises ValueError for a profile or state that is not, or cannot be used.
     """
-    j = np.arange(max_length, dtype=np.float64)
-    return np.cumprod((mean * concentration + j) / (concentration + j), dtype=np.float64)
-
-
-def ground(tuning: Tuning) -> Ground:
-    """Raises ValueError for a profile or state that is not, or cannot be used."""
-    if not tuning.state:
+    survival = beta_survival(tuning.acceptance, tuning.concentration, tuning.max_length)
+    if tuning.state:
+        models = _learned(tuning.state, tuning.max_num_running)[1]
+        found = observed.acceptance_of_learned(models)
+        tuning = msgspec.structs.replace(
+            tuning,
+            draft="lookup" if models.key.drafts_known_first else "own",
+            acceptance=found.acceptance,
+            concentration=found.concentration,
+            presence=found.presence,
+            max_length=max(1, min(tuning.max_length, models.key.max_length)),
+        )
+        learned_survival = np.cumprod(models.acceptance.pooled_hazards(), dtype=np.float64)
+        survival = tuple(learned_survival[: tuning.max_length].tolist())
+    else:
         tuning.check()
-        survival = beta_survival(tuning.acceptance, tuning.concentration, tuning.max_length)
-        presence = tuning.presence if tuning.draft == "lookup" else 1.0
-        return Ground(tuning, tuning.load_profile(), survival, presence)
-    gpu, models = _learned(tuning.state, tuning.max_num_running)
-    found = observed.acceptance_of_learned(models)
-    is_lookup = models.key.drafts_known_first
-    tuning = msgspec.structs.replace(
-        tuning,
-        draft="lookup" if is_lookup else "own",
-        acceptance=found.acceptance,
-        concentration=found.concentration,
-        presence=found.presence,
-        max_length=max(1, min(tuning.max_length, models.key.max_length)),
-    )
-    survival = np.cumprod(models.acceptance.pooled_hazards(), dtype=np.float64)
-    presence = found.presence if is_lookup else 1.0
-    return Ground(tuning, gpu, survival[: tuning.max_length], presence)
+    prompt, output = tuning.mean_lengths()
+    presence = tuning.presence if tuning.draft == "lookup" else 1.0
+    on = Ground(tuning.load_profile(), tuning.draft, survival, presence, prompt + output / 2)
+    return tuning, on
 
 
 @lru_cache(maxsize=4)
@@ -152,36 +114,6 @@ def _learned(state: str, max_num_running: int) -> tuple[Profile, learned.Learned
     models = learned.restore(checkpoint)
     seen = observed.of_learned(models, max_num_running)
     return observed.fit(seen, path.stem, source="as the daemon's model has them"), models
-
-
-def goodput_by_length(on: Ground, size: int, context: float) -> F64:
-    """Tokens per second of a batch of ``size`` at each length for all, [max_length + 1]."""
-    lengths = np.arange(len(on.survival) + 1)
-    tokens = size * (1.0 + on.presence * np.concatenate([[0.0], np.cumsum(on.survival)]))
-    drafts = size * lengths * on.presence
-    curve = on.gpu.curve(size, int(size * context), (), size * len(lengths))
-    cost = on.gpu.draft(on.tuning.draft)
-    drafting = cost.fixed_s + cost.per_forward_s * lengths + cost.per_token_s * drafts
-    found: F64 = tokens / (curve.at(size + drafts) + np.where(lengths > 0, drafting, 0.0))
-    return found
-
-
-def table(on: Ground) -> tuple[Entry, ...]:
-    """The best single length for every batch size, as ranges.
-
-    A length is kept on while it is within `WITHIN` of the best: graph sizes make the best one
-    jump to and fro for nothing.
-    """
-    prompt, output = on.tuning.mean_lengths()
-    entries: list[Entry] = []
-    for size in range(1, on.tuning.max_num_running + 1):
-        by_length = goodput_by_length(on, size, prompt + output / 2)
-        last = entries[-1] if entries else None
-        if last and by_length[last.length] >= (1 - WITHIN) * by_length.max():
-            entries[-1] = Entry(last.low, size, last.length)
-        else:
-            entries.append(Entry(size, size, int(np.argmax(by_length))))
-    return tuple(entries)
 
 
 def as_vllm(entries: Sequence[Entry]) -> dict[str, object]:
@@ -212,10 +144,9 @@ def as_sglang(entries: Sequence[Entry]) -> dict[str, list[int]]:
 
 
 def compare(
-    on: Ground, entries: Sequence[Entry], load: float, note: Callable[[], None] = lambda: None
+    tuning: Tuning, entries: Sequence[Entry], load: float, note: Callable[[], None] = lambda: None
 ) -> Comparison:
     """Play the table, SmartSpec and no speculation; ``note`` is called after each seed."""
-    tuning = on.tuning
     before = Fleet([tuning.cell(load, WARM_SEED)])
     before.run()
     library = Library()
@@ -237,14 +168,16 @@ def compare(
 
 def tune(tuning: Tuning, note: Callable[[], None] = lambda: None) -> Tuned:
     """Find the table and play it. Raises ValueError for what cannot be used."""
-    on = ground(tuning)
-    entries = table(on)
+    tuning, on = ground(tuning)
+    for load in tuning.loads:
+        tuning.traffic(load, seed=0)  # what cannot be played is told before anything is
+    entries = on.table(tuning.max_num_running)
     return Tuned(
         entries,
         as_vllm(entries),
         as_tensorrt_llm(entries),
         as_sglang(entries),
-        tuple(compare(on, entries, load, note) for load in tuning.loads),
+        tuple(compare(tuning, entries, load, note) for load in tuning.loads),
     )
 
 

@@ -64,15 +64,19 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def cell(self, load: float, seed: int) -> Cell:
         """Requests at ``load`` and their luck; the same arguments give the same cell.
 
-        Raises ValueError when there are no requests.
+        Raises ValueError where `traffic` does.
         """
-        traffic = self.traffic(load, seed)
+        return self.cell_of(self.traffic(load, seed), seed)
+
+    def cell_of(self, traffic: Traffic, seed: int) -> Cell:
+        """Given requests, and their luck."""
+        presence = self.presence if self.draft == "lookup" else None
         outcomes = acceptance.draw(
             acceptance.BetaOverRequests(self.acceptance, self.concentration),
             traffic.num_output,
             max_length=self.max_length,
             seed=seed,
-            presence=self.presence if self.draft == "lookup" else None,
+            presence=presence,
         )
         return Cell(
             self.load_profile(),
@@ -80,17 +84,28 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             traffic,
             outcomes,
             acceptance=self.acceptance,
+            concentration=self.concentration,
+            presence=1.0 if presence is None else presence,
             max_length=self.max_length,
             max_num_running=self.max_num_running,
             seed=seed,
         )
 
     def traffic(self, load: float, seed: int) -> Traffic:
-        """Requests of ``duration_s``. A trace is sped up to the load: its seed changes nothing."""
+        """Requests of ``duration_s``. A trace is sped up to the load: its seed changes nothing.
+
+        Raises ValueError when there are no requests, or a trace ends before ``duration_s``.
+        """
         rate = self.rate(load)
         if self.trace:
             recorded = _recorded(self)
-            speed_up = rate / _rate_of(recorded)
+            speed_up = rate / (recorded.size / float(recorded.arrival_s[-1]))
+            lasts_s = float(recorded.arrival_s[-1]) / speed_up
+            if lasts_s < self.duration_s:
+                raise ValueError(
+                    f"{self.trace}: lasts {math.floor(10 * lasts_s) / 10:g} s at load {load:g}, "
+                    f"{speed_up:.2g} times as fast; duration_s: {self.duration_s:g}"
+                )
             end = int(np.searchsorted(recorded.arrival_s, self.duration_s * speed_up))
             traffic = recorded.part(slice(0, end), speed_up=speed_up)
         else:
@@ -160,11 +175,6 @@ def _capacity(workload: Workload) -> float:
     return capacity_of(gpu, limit, recorded.part(drawn))
 
 
-def _rate_of(traffic: Traffic) -> float:
-    span_s = float(traffic.arrival_s[-1])
-    return traffic.size / span_s if span_s > 0 else math.inf
-
-
 @lru_cache(maxsize=4)
 def _read(path: str, trace_format: str) -> Traffic:
     try:
@@ -178,4 +188,10 @@ def _recorded(workload: Workload) -> Traffic:
     begin = int(np.searchsorted(whole.arrival_s, workload.trace_begin_s))
     if whole.size - begin < 2:
         raise ValueError(f"{workload.trace}: fewer than 2 requests from {workload.trace_begin_s} s")
-    return whole.part(slice(begin, None))
+    recorded = whole.part(slice(begin, None))
+    if recorded.arrival_s[-1] == 0:
+        raise ValueError(
+            f"{workload.trace}: all {recorded.size} requests from {workload.trace_begin_s} s on "
+            "come at once, so that they have no rate"
+        )
+    return recorded

@@ -26,6 +26,7 @@ from smartspec.engine_adapter.simulator.requests import Outcomes, Traffic
 from smartspec.engine_adapter.simulator.run import run
 from smartspec.engine_adapter.simulator.wire import Wire
 from smartspec.lab.simulation import policies
+from smartspec.lab.simulation.static_table import Ground, ListedLengths, beta_survival
 
 POLICIES = (
     "none", "static", "table", "tiers", "authors", "bandit", "switch_off", "informed",
@@ -42,13 +43,14 @@ class Cell:
     draft: str
     traffic: Traffic
     outcomes: Outcomes
-    acceptance: float = 0.7  #: what an operator who tunes a table offline believes
+    acceptance: float = 0.7  #: what an operator who tunes a table offline has measured: the mean
+    concentration: float = 6.0  #: of a Beta over requests
+    presence: float = 1.0  #: how often there is anything to draft
     max_length: int = 5
     max_num_running: int | None = None
     seed: int = 0
     noise: float = 0.02
     cost_factor: Callable[[float], float] = lambda now_s: 1.0
-
     watch: Callable[[float, StepFacts], None] | None = None  #: called after every step
 
     def engine(self, source: LengthSource, hear: Callable[[], None] = lambda: None) -> Engine:
@@ -77,7 +79,8 @@ def rival(name: str, cell: Cell) -> LengthSource:
         case "none":
             return FixedLength(0)
         case "table":
-            return policies.Table(cell.profile, cell.draft, cell.acceptance, cell.max_length)
+            limit = cell.max_num_running or cell.profile.max_num_running
+            return ListedLengths(_tuned_for(cell).table(limit))
         case "tiers":
             return policies.AdaptiveTiers(cell.max_length)
         case "authors":
@@ -91,6 +94,14 @@ def rival(name: str, cell: Cell) -> LengthSource:
         case _:
             known = ", ".join(POLICIES).replace("static", "static<K>")
             raise ValueError(f"no policy {name!r}: choose of {known}")
+
+
+def _tuned_for(cell: Cell) -> Ground:
+    """What an operator knows who tunes a table for these requests."""
+    lengths = cell.traffic.num_prompt, cell.traffic.num_output / 2
+    context = sum(float(column.mean()) for column in lengths if len(column))
+    survival = beta_survival(cell.acceptance, cell.concentration, cell.max_length)
+    return Ground(cell.profile, cell.draft, survival, cell.presence, context)
 
 
 def simulate(

@@ -436,7 +436,7 @@ def test_failing_lesson_is_counted_and_the_loop_goes_on(rig: Rig, part: str) -> 
 
 
 def test_failing_comparison_is_counted_and_the_loop_goes_on(rig: Rig) -> None:
-    rig.session().planner._goodput_static = fail  # worked out when a decision is told of
+    rig.session().planner._static = fail  # worked out when a decision is told of
     for seq in range(1, 4):
         assert rig.cycle(b"a", step_report(seq, roster=seq == 1)) is not None
     assert rig.loop.counters["failures_comparing"] == 3

@@ -13,7 +13,7 @@ from fakes import Steering, decode_batch, step_report
 from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.policy import TOLD_EVERY, Decision, Planner
+from smartspec.daemon.policy import TOLD_EVERY, Arm, Decision, Planner
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.lengths import RAGGED, UNIFORM
 from smartspec.engine_adapter.program import Program
@@ -117,13 +117,32 @@ def test_value_of_time_is_the_goodput_without_prompts_when_steps_carry_them(look
     # What is predicted of a step has the last one's prompts in it: 600 tokens, or 180 ms.
     assert busy.policy.predicted_goodput == busy.goodput
     for decision, prompts_s in ((quiet, 0.0), (busy, 0.18)):
-        alternatives = ((decision.goodput_none, 0), (decision.goodput_static(), 3))
+        alternatives = ((decision.none.goodput, 0), (decision.static().goodput, 3))
         for goodput, length in alternatives:
             seconds = 0.01 + 0.0003 * 8 * (1 + length) + prompts_s
             seconds += 0.0 if lookup else 0.0005 * length
             tokens = 8 * sum(0.8**j for j in range(length + 1))
             assert goodput == pytest.approx(tokens / seconds, rel=0.15)
         assert goodput < decision.goodput < 2 * goodput
+
+
+def test_long_drafts_that_keep_prompts_waiting_do_not_compare_as_the_better() -> None:
+    costs = Costs(base_s=0.01, token_s=0.001, draft_forward_s=0.0005)
+    for num_prefill_tokens in (0, 600):
+        scripted, source = planned([0.55] * 8, costs, 0)
+        run_with_prompts(scripted, num_prefill_tokens)
+        decision = source.planner.decide()
+        assert decision is not None and decision.lengths.max() < 3
+        chosen, none, own = decision.chosen, decision.none, decision.static()
+        compared = decision.compared()
+        if not num_prefill_tokens:
+            assert decision.prompts == 0.0
+            goodput = [one.goodput for one in (chosen, none, own)]
+            assert [compared[arm] for arm in (Arm.SMARTSPEC, Arm.NONE, Arm.OWN)] == goodput
+        else:  # 600 ms of prompts, at the price of a second
+            assert decision.prompts == pytest.approx(0.6 * decision.policy.value_of_time, rel=0.1)
+            assert own.goodput > 1.1 * chosen.goodput
+        assert compared[Arm.SMARTSPEC] > max(compared[Arm.NONE], compared[Arm.OWN])
 
 
 def test_engine_drafts_less_when_its_step_turns_out_to_carry_prompts() -> None:
@@ -279,9 +298,9 @@ def test_goodput_is_that_of_the_engine_when_models_have_settled() -> None:
     best = max(goodput(k) for k in range(6))
     assert decision.goodput == pytest.approx(best, rel=0.08)
     # Of lengths that are not chosen less is known.
-    assert decision.goodput_none == pytest.approx(goodput(0), rel=0.15)
-    assert decision.goodput_static() == pytest.approx(goodput(3), rel=0.15)
-    assert decision.goodput >= max(decision.goodput_none, decision.goodput_static()) * (1 - 1e-9)
+    assert decision.none.goodput == pytest.approx(goodput(0), rel=0.15)
+    assert decision.static().goodput == pytest.approx(goodput(3), rel=0.15)
+    assert decision.goodput >= max(decision.none.goodput, decision.static().goodput) * (1 - 1e-9)
 
 
 def test_lengths_shrink_when_the_batch_grows() -> None:

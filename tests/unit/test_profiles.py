@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smartspec.lab.profiles import llmservingsim, vidur
-from smartspec.lab.profiles.machines import MACHINES, Chunk, Step
+from smartspec.engine_adapter.simulator import profile
+from smartspec.lab.profiles import fit, llmservingsim, vidur
+from smartspec.lab.profiles.machines import MACHINES, Chunk, Step, h100_llama31_8b
 from smartspec.lab.profiles.tables import Line, Surface
 
 
@@ -17,6 +18,8 @@ def test_line_goes_through_its_points_and_straight_on_outside() -> None:
     assert [line(x) for x in (1, 2, 3, 4, 6)] == [1.0, 3.0, 3.5, 4.0, 5.0]
     assert line(0) == 0.0  # straight on would be negative
     assert Line({5: 2.0})(100) == 2.0
+    noisy = {n: 0.01 * n for n in range(1, 2048)} | {2048: 20.0}
+    assert Line(noisy)(4096) == pytest.approx(40.0, rel=0.02)  # and not the last two's slope
     with pytest.raises(ValueError, match="without rows"):
         Line({})
 
@@ -50,6 +53,18 @@ def test_both_generations_of_llmservingsim_are_read(tmp_path: Path) -> None:
     assert llmservingsim.whole_model(old, 2, ("attn",))(4) == pytest.approx(2e-6)
     assert llmservingsim.whole_model(old, 2, only=("lm_head",))(4) == pytest.approx(1e-6)
     assert llmservingsim.whole_model(new, 2)(4) == pytest.approx(2e-6)
+
+
+def test_nothing_is_tabulated_beyond_its_source(data_dir: Path) -> None:
+    pytest.importorskip("pyarrow")
+    machine = h100_llama31_8b(data_dir / "profiles")
+    made = fit.fit(machine, "Llama-3.1-8B", "H100", {})
+    assert made.dense_tokens[-1] == 2048
+    assert {one.term for one in made.sources if one.label == "extrapolated"} == {"dense", "lm_head"}
+    step = Step(256, 256 * 6, 256 * 500, (Chunk(1024, 0),))
+    assert machine.seconds(step) == pytest.approx(
+        made.target_seconds(256, 256 * 6, 256 * 500, (profile.Chunk(1024, 0),)), rel=0.06
+    )
 
 
 @pytest.mark.parametrize("make", MACHINES, ids=lambda make: make.__name__)

@@ -19,6 +19,7 @@ from smartspec.engine_adapter.simulator.events.step_begin import StepBegin
 from smartspec.engine_adapter.simulator.events.step_end import StepEnd
 from smartspec.engine_adapter.simulator.requests import Traffic
 from smartspec.lab.simulation import experiment, policies, workload
+from smartspec.lab.simulation.static_table import ListedLengths
 from smartspec.lab.simulation.world import Cell, Fleet, rival, simulate
 
 DATA = os.environ.get("SMARTSPEC_DATA")
@@ -157,7 +158,8 @@ def test_smartspec_steers_by_policies_over_the_wire() -> None:
 def test_profiles_rise_with_work_and_name_their_sources(name: str) -> None:
     gpu = profile.load(name)
     assert gpu.fit_error_mean < 0.05
-    assert {one.label for one in gpu.sources} <= {"measured", "scaled", "datasheet"}
+    labels = {one.label for one in gpu.sources}
+    assert labels <= {"measured", "scaled", "extrapolated", "datasheet"}
     base = gpu.target_seconds(8, 8, 4000)
     assert 0.001 < base < 0.2
     assert gpu.target_seconds(64, 64 * 6, 32_000) > base
@@ -167,6 +169,28 @@ def test_profiles_rise_with_work_and_name_their_sources(name: str) -> None:
         assert 0 < cost.per_forward_s < base
     with pytest.raises(ValueError, match="no draft"):
         gpu.draft("7b")
+
+
+@pytest.mark.parametrize("name", profile.shipped())
+def test_passes_beyond_the_source_cost_what_its_last_slope_says(name: str) -> None:
+    gpu = profile.load(name)
+    last = gpu.dense_tokens[-1]
+    slope = (gpu.dense_s[-1] - gpu.dense_s[-2]) / (last - gpu.dense_tokens[-2])
+    assert slope > 0
+    for beyond in (1, 300, last, 7 * last):
+        assert gpu.dense(last + beyond) - gpu.dense(last) == pytest.approx(slope * beyond)
+    # Measured tables dip by a few percent here and there; beyond that, twice the tokens is no less.
+    assert all(gpu.dense(2 * n) > 0.97 * gpu.dense(n) for n in range(1, 2 * last))
+    told = next((one for one in gpu.sources if one.label == "extrapolated"), None)
+    assert told.note.startswith(f"passes beyond {last:,}") if told else name == "h100x2_moe"
+
+
+@pytest.mark.parametrize("low", [8, 600])
+def test_a_curve_bends_where_the_table_does_beyond_the_padded_sizes(low: int) -> None:
+    gpu = profile.load("h100_8b")
+    curve = gpu.curve(low, 2000, (), 2560)
+    for tokens in (700, 1024, 1536, 2300, 2560):
+        assert float(curve.at(tokens)) == pytest.approx(gpu.target_seconds(low, tokens, 2000))
 
 
 def test_a_mixture_of_experts_verifies_at_concave_cost() -> None:
@@ -240,6 +264,30 @@ def test_a_trace_is_sped_up_to_the_load_and_sliced(tmp_path: Path) -> None:
     assert traffic.num_output[:3].tolist() == [20 + (200 + i) % 3 for i in range(3)]
     with pytest.raises(ValueError, match="fewer than 2 requests"):
         workload.Workload(trace=str(path), trace_begin_s=1e6).check()
+
+
+def test_a_trace_that_cannot_fill_its_time_is_refused_before_anything_is_played(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "trace.csv"
+
+    def refused(times: list[float], **more: object) -> str:
+        rows = [f"{at},100,20" for at in times]
+        path.write_text("\n".join(["timestamp,input_tokens,output_tokens", *rows]))
+        workload._read.cache_clear()
+        wanted = {"trace": str(path), "policies": ("none",), "loads": (0.01, 0.5), **more}
+        with pytest.raises(ValueError) as told:
+            experiment.check(experiment.Experiment(**wanted))  # type: ignore[arg-type]
+        return str(told.value)
+
+    steady = [0.5 * i for i in range(400)]
+    words = refused(steady, duration_s=60.0)
+    assert "at load 0.5" in words and "duration_s: 60" in words
+    lasts_s = float(words.split("lasts ")[1].split(" s")[0])
+    workload.Workload(trace=str(path), duration_s=lasts_s).traffic(0.5, seed=0)
+    assert "come at once" in refused([3.0] * 40)
+    assert "come at once" in refused([0.0, 3.0, 3.0], trace_begin_s=2.0)
+    assert "fewer than 2" in refused([0.0, 3.0], trace_begin_s=2.0)
 
 
 def test_arrivals_of_a_workload_are_as_named() -> None:
@@ -325,10 +373,23 @@ def test_switch_off_is_for_ever() -> None:
     assert rule.at(2) == 0
 
 
-def test_table_falls_with_the_batch() -> None:
-    table = policies.Table(profile.load("h100_8b"), "eagle", 0.7, 5)
-    assert table.at(1) > table.at(64) >= table.at(256)
-    assert table.at(10_000) == table.at(256)
+def test_table_falls_with_the_batch_and_with_what_it_is_tuned_for() -> None:
+    def lengths(**more: object) -> list[int]:
+        table = rival("table", replace(cell(), **more))  # type: ignore[arg-type]
+        assert isinstance(table, ListedLengths)
+        return [table.at(size) for size in (*range(1, 257), 10_000)]
+
+    usual = lengths()
+    assert usual[0] > usual[63] >= usual[255] == usual[-1]
+    a100 = {"profile": profile.load("a100_7b"), "draft": "160m"}
+    for change in ({"acceptance": 0.5}, {"concentration": 200.0}):
+        assert sum(lengths(**a100, **change)) < sum(lengths(**a100)), change
+    # Drafts that are there for few fill up a pass less.
+    assert sum(lengths(**a100, presence=0.3)) > sum(lengths(**a100))
+    # Long contexts make a pass dearer, and a draft's share of it smaller.
+    traffic = cell().traffic
+    longer = Traffic(traffic.arrival_s, 10 * traffic.num_prompt, traffic.num_output)
+    assert sum(lengths(**a100, traffic=longer)) > sum(lengths(**a100))
 
 
 def test_unknown_names_are_refused_with_those_that_are_known() -> None:

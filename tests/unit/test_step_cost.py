@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 from smartspec.estimators.least_squares import RecursiveLeastSquares, ResidualFilter
-from smartspec.estimators.step_cost import StepCost, StepShape
+from smartspec.estimators.step_cost import MAX_GRIDS, StepCost, StepShape
 
 IDLE = StepShape(1, 1, 0, 500)
 NOISE = 0.03
@@ -284,6 +284,18 @@ def test_breakpoints_reproduce_the_curve_when_it_is_interpolated(graph_sizes: tu
     interpolated = np.interp(every, points, model.target_curve(shape, points))
     assert interpolated == pytest.approx(model.target_curve(shape, every), rel=1e-9)
     assert points[0] == 3 and points[-1] == 300
+
+
+def test_a_whole_curve_is_the_target_curve_at_its_breakpoints_whatever_was_learned() -> None:
+    model = StepCost(knots=(16, 64), graph_sizes=(8, 16, 32))
+    rng = np.random.default_rng(0)
+    for hi in (40, 100, 40, *range(100, 100 + 2 * MAX_GRIDS)):  # the same range, and too many
+        shape = StepShape(4, float(rng.integers(4, 90)), context_tokens=400.0)
+        model.observe(shape, None, None, 0.01 + 0.001 * shape.verify_tokens)
+        tokens, seconds = model.whole_curve(shape, 1, hi)
+        assert list(tokens) == model.breakpoints(1, hi).tolist()
+        assert seconds.tolist() == model.target_curve(shape, tokens).tolist()
+    assert len(model._grids) <= MAX_GRIDS
 
 
 def test_steps_of_the_curve_are_learned_when_the_engine_pads_to_graph_sizes() -> None:

@@ -19,8 +19,9 @@ from smartspec.daemon.event_bus import FrameEvent
 from smartspec.daemon.recording import Writer
 from smartspec.engine_adapter.simulator import profile
 from smartspec.lab.profiles import observed
-from smartspec.lab.simulation import tune
-from smartspec.lab.simulation.tune import Entry, Tuning
+from smartspec.lab.simulation import static_table, tune
+from smartspec.lab.simulation.static_table import Entry
+from smartspec.lab.simulation.tune import Tuning
 from smartspec.lab.simulation.workload import Workload
 from smartspec.lab.simulation.world import Fleet, simulate
 
@@ -142,31 +143,31 @@ def test_tables_are_in_each_engines_form() -> None:
         "draft_len_schedule": {"8": 5, "40": 2},  # beyond the last: none
     }
     assert tune.as_sglang(TABLE) == {"1": [5], "9": [2], "41": [0]}
-    rule = tune.ListedLengths(TABLE)
+    rule = static_table.ListedLengths(TABLE)
     assert [rule.at(size) for size in (1, 8, 9, 40, 41, 64, 900)] == [5, 5, 2, 2, 0, 0, 0]
 
 
 def test_no_entry_drafts_where_drafts_are_worthless() -> None:
-    on = tune.ground(Tuning(acceptance=0.01, concentration=50.0, draft="1b"))
-    assert tune.table(on) == (Entry(1, 64, 0),)
-    assert tune.as_tensorrt_llm(tune.table(on))["draft_len_schedule"] == {}
+    _, on = tune.ground(Tuning(acceptance=0.01, concentration=50.0, draft="1b"))
+    assert on.table(64) == (Entry(1, 64, 0),)
+    assert tune.as_tensorrt_llm(on.table(64))["draft_len_schedule"] == {}
 
 
 def test_a_table_covers_every_batch_and_stays_near_the_best() -> None:
-    on = tune.ground(Tuning(max_num_running=128))
-    entries = tune.table(on)
+    _, on = tune.ground(Tuning())
+    entries = on.table(128)
     assert [e.low for e in entries] == [1, *(e.high + 1 for e in entries[:-1])]
     assert entries[-1].high == 128 and entries[0].length > entries[-1].length
-    rule = tune.ListedLengths(entries)
+    rule = static_table.ListedLengths(entries)
     for size in range(1, 129):
-        by_length = tune.goodput_by_length(on, size, 700.0)
-        assert by_length[rule.at(size)] >= (1 - tune.WITHIN) * by_length.max()
+        by_length = on.goodput(size)
+        assert by_length[rule.at(size)] >= (1 - static_table.WITHIN) * by_length.max()
 
 
 def test_survival_of_a_beta_is_its_moments() -> None:
     drawn = np.random.default_rng(0).beta(0.7 * 6, 0.3 * 6, 200_000)
     wanted = [float((drawn**j).mean()) for j in (1, 2, 3)]
-    assert tune.beta_survival(0.7, 6.0, 3).tolist() == pytest.approx(wanted, rel=0.01)
+    assert static_table.beta_survival(0.7, 6.0, 3) == pytest.approx(wanted, rel=0.01)
 
 
 def test_tune_tells_what_the_table_gives_up() -> None:
@@ -188,11 +189,11 @@ def test_tune_reads_learned_state(tmp_path: Path) -> None:
     path.write_bytes(learned_state.FRAME)
     for state in (path, tmp_path):
         wanted = Tuning(state=str(state), max_num_running=16)
-        on = tune.ground(wanted)
+        tuning, on = tune.ground(wanted)
         survival = np.cumprod(learned_state.ENGINE.learned.acceptance.pooled_hazards())
         assert on.survival == pytest.approx(survival[: len(on.survival)])
-        assert tune.table(on)[-1].high == 16
-        assert math.isfinite(on.tuning.rate(0.5))
+        assert on.table(16)[-1].high == 16
+        assert math.isfinite(tuning.rate(0.5))
     path.write_bytes(b"x")
     for state in (path, tmp_path / "empty"):
         done = invoke("tune", "--state", str(state))
