@@ -124,6 +124,29 @@ def test_what_was_learned_stays_when_the_engine_idles_for_100_000_steps() -> Non
     assert sum(model.num_shifts.values()) == 0
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "sum"])
+def test_load_is_no_surprise_when_the_engine_idled_through_equal_steps_before(apart: bool) -> None:
+    machine, model = Machine(21, outliers=0.0), StepCost()
+    machine.run(model, 500, apart)
+    target, draft, overhead = machine.parts(IDLE)
+    seen = (target, draft) if apart else (None, None)
+    for _ in range(3000):
+        model.observe(IDLE, *seen, target + draft + overhead)
+    assert model.std(IDLE) < 0.02 * model.seconds(IDLE)
+    inside = 0
+    for _ in range(100):
+        shape = machine.shape()
+        centre, spread = model.seconds(shape), 1.645 * model.std(shape)
+        target, draft, overhead = machine.parts(shape)
+        target *= math.exp(NOISE * machine.rng.normal())
+        draft *= math.exp(NOISE * machine.rng.normal())
+        step_s = target + draft + overhead
+        inside += abs(step_s - centre) <= spread
+        model.observe(shape, *((target, draft) if apart else (None, None)), step_s)
+    assert inside >= 75
+    assert sum(model.num_shifts.values()) == 0
+
+
 def test_load_is_learned_quickly_when_only_idle_steps_were_ever_seen() -> None:
     machine, model = Machine(4), StepCost()
     machine.run(model, 3000, shape=IDLE)
