@@ -59,10 +59,9 @@ class StepShape(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """How a step's time compared with what was expected of it."""
+    """What was expected of a step, and whether it fell out."""
 
     predicted_s: float
-    observed_s: float
     clipped: bool  #: an outlier: learned from only up to the clipping limit
 
 
@@ -280,7 +279,7 @@ class StepCost(Regressor):
         self._num_observed += 1
         error = min(abs(step_s - predicted) / step_s, 1.0)
         self._error += (error - self._error) / min(self._num_observed, 200)
-        return Residual(predicted, step_s, clipped)
+        return Residual(predicted, clipped)
 
     def _band(self, shape: StepShape) -> int:
         """Between which knots the tokens of the target's pass lie."""
@@ -388,10 +387,6 @@ class StepCost(Regressor):
             float(coef[_FORWARDS]) / _DRAFT_TERMS["forwards"].scale if self.draft_forwards else 0.0,
             float(coef[_TOKENS]) / _DRAFT_TERMS["tokens"].scale,
         )
-
-    def catch_up_cost(self) -> float:
-        """Seconds per token that the drafter must catch up on; >= 0."""
-        return float(self._solver.coef[_CATCH_UP]) / _DRAFT_TERMS["catch_up"].scale
 
     def coverage(self) -> Coverage:
         """Which passes were seen often enough, by size and by drafting or not."""
