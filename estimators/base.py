@@ -71,18 +71,6 @@ def shares_of_rivals(mine: F64, other: F64) -> tuple[F64, F64]:
     return np.where(rivals, both, mine >= other), np.where(rivals, both, other > mine)
 
 
-def predict_interval(
-    estimator: OnlineEstimator, x: dict[Any, Any], num_std: float = 1.645
-) -> tuple[float, float]:
-    """Where the outcome of ``x`` is expected: the prediction -+ ``num_std`` deviations, >= 0.
-
-    1.645 makes a 90% interval of normally distributed outcomes.
-    """
-    centre = float(estimator.predict_one(x))
-    spread = num_std * estimator.predict_std(x)
-    return max(centre - spread, 0.0), centre + spread
-
-
 def non_negative(name: str, value: Any) -> float:
     """``value`` as a float; ValueError with ``name`` unless it is in [0, `LARGEST`].
 

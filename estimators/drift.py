@@ -10,6 +10,7 @@ raised none (benchmarks/bench_step_cost.py, docs/results.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,9 @@ class CumulativeSum(DriftDetector):
         self._below = 0.0
 
     def update(self, x: float) -> None:
-        """Take in one residual, in deviations."""
+        """Take in one residual, in deviations; raise ValueError unless it is finite."""
+        if not math.isfinite(x):
+            raise ValueError(f"a residual must be finite, got {x!r}")
         self._above = max(self._above + x - self.slack, 0.0)
         self._below = max(self._below - x - self.slack, 0.0)
         self._drift_detected = max(self._above, self._below) > self.threshold

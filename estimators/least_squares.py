@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -259,15 +260,20 @@ class ResidualFilter:
     1986). Huber's, full weight at the limit, lets an outlier of 50 times move a rarely seen shape
     by percents. What stays out is a changed level: `CumulativeSum` (drift.py) tells.
 
+    Noise is learned apart for each band of sizes that the caller tells apart. What an engine that
+    idles repeats, hour after hour, says nothing of how its larger steps spread; with one noise for
+    all, the first steps of a new load were outliers, and soon a change of level.
+
     Parameters
     ----------
     clip_at : deviations, > 1
     noise : relative deviation assumed at first; worth 10 observations
     noise_floor : a clock that repeats itself exactly must not make everything else an outlier
-    window : observations that the learned noise remembers
+    window : observations of a band that its learned noise remembers
+    num_bands : bands; each is held to be as noisy as all are together, for 10 observations' worth
     """
 
-    FIRST_COUNT = 10
+    FIRST_COUNT = 10  #: observations that an assumption is worth
 
     def __init__(
         self,
@@ -275,13 +281,17 @@ class ResidualFilter:
         noise: float = 0.1,
         noise_floor: float = 0.01,
         window: int = 256,
+        num_bands: int = 1,
     ) -> None:
         self.clip_at = clip_at
         self.noise_floor = noise_floor
         self.window = window
-        self.variance = noise * noise
-        self.count = 0
+        self.variance = noise * noise  #: of all bands, each by what its noise remembers
         self.num_clipped = 0
+        self._first = self.variance
+        self._first_count = float(self.FIRST_COUNT)
+        self._variances = [0.0] * num_bands
+        self._counts = [0] * num_bands
         self._drift = CumulativeSum()
 
     @property
@@ -290,26 +300,43 @@ class ResidualFilter:
         return self._drift.num_alarms
 
     @property
+    def count(self) -> int:
+        """Observations judged."""
+        return sum(self._counts)
+
+    @property
     def noise(self) -> float:
-        """Learned standard deviation of an observation over its expected value."""
+        """Learned standard deviation of an observation over its expected value, on the whole."""
         return math.sqrt(self.variance)
 
-    def judge(self, predicted: float, observed: float, leverage: float) -> Verdict:
-        """Judge ``observed``, and learn the noise from it.
+    def noise_in(self, band: int) -> float:
+        """The same of an observation in ``band``."""
+        return math.sqrt(self._variance_in(band))
+
+    def _variance_in(self, band: int) -> float:
+        count = min(self._counts[band], self.window)
+        total = self.FIRST_COUNT * self.variance + count * self._variances[band]
+        return total / (self.FIRST_COUNT + count)
+
+    def judge(self, predicted: float, observed: float, leverage: float, band: int = 0) -> Verdict:
+        """Judge ``observed``, and learn the noise of its ``band`` from it.
 
         ``predicted`` >= `RESOLUTION_S`; ``leverage``: variance of the prediction, in units of the
-        noise of one observation there. Less than the resolution is judged as that: an engine whose
+        noise of an observation. Less than the resolution is judged as that: an engine whose
         drafts take 0 s, as it says, has not changed its level.
         """
-        spread = math.sqrt(self.variance * (1.0 + leverage))
+        variance = self._variance_in(band)
+        spread = math.sqrt(variance + self.variance * leverage)
         z = (max(observed, RESOLUTION_S) - predicted) / (predicted * spread)
         drawn = min(max(z, -self.clip_at), self.clip_at)
         self._drift.update(drawn)
         shifted = self._drift.drift_detected
-        step = 1.0 / min(self.count + self.FIRST_COUNT, self.window)
-        self.variance += step * (drawn * drawn - 1.0) * self.variance
-        self.variance = max(self.variance, self.noise_floor**2)
-        self.count += 1
+        self._counts[band] += 1
+        own = self._variances[band]
+        own += (drawn * drawn * variance - own) / min(self._counts[band], self.window)
+        self._variances[band] = max(own, self.noise_floor**2)
+        self._first_count *= 1.0 - 1.0 / self.window
+        self._join_bands()
         trust = 1.0
         if clipped := drawn != z:
             self.num_clipped += 1
@@ -318,11 +345,17 @@ class ResidualFilter:
                 trust = drawn / z
         return Verdict(observed, trust, clipped, shifted)
 
+    def _join_bands(self) -> None:
+        remembered = [min(count, self.window) for count in self._counts]
+        total = self._first_count * self._first + sum(map(mul, remembered, self._variances))
+        self.variance = total / (self._first_count + sum(remembered))
+
     def state(self) -> State:
         """Everything but the constructor's arguments, as plain values."""
         return {
-            "variance": self.variance,
-            "count": self.count,
+            "first_count": self._first_count,
+            "variances": list(self._variances),
+            "counts": list(self._counts),
             "num_clipped": self.num_clipped,
             "drift": self._drift.state(),
         }
@@ -330,8 +363,13 @@ class ResidualFilter:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a `state`; raise ValueError when it is not one."""
         try:
-            self.variance = max(non_negative("variance", state["variance"]), self.noise_floor**2)
-            self.count = int(non_negative("count", state["count"]))
+            variances = [non_negative("variance", value) for value in state["variances"]]
+            counts = [int(non_negative("count", count)) for count in state["counts"]]
+            if not len(variances) == len(counts) == len(self._counts):
+                raise ValueError("noise is not that of as many bands")
+            self._first_count = non_negative("first_count", state["first_count"])
+            self._variances, self._counts = variances, counts
+            self._join_bands()
             self.num_clipped = int(non_negative("num_clipped", state["num_clipped"]))
             self._drift.restore(state["drift"])
         except KeyError as error:
@@ -344,13 +382,14 @@ def learn(
     row: F64,
     seconds: float,
     offset_s: float = 0.0,
+    band: int = 0,
 ) -> Verdict:
     """Judge that ``row`` took ``seconds``, ``offset_s`` of them not the model's, and add it.
 
     Noise is relative: an observation weighs 1 / seconds^2. The caller calls `solve`.
     """
     predicted = max(offset_s + float(row @ solver.coef), RESOLUTION_S)
-    verdict = residuals.judge(predicted, seconds, solver.leverage(row) / predicted**2)
+    verdict = residuals.judge(predicted, seconds, solver.leverage(row) / predicted**2, band)
     if verdict.shifted:
         solver.loosen(_KEPT_PRECISION, (_COMMON_FACTOR / residuals.noise) ** 2)
     # By the larger of expected and observed: an outlier seen before the model knows better (a first

@@ -59,10 +59,9 @@ class StepShape(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """How a step's time compared with what was expected of it."""
+    """What was expected of a step, and whether it fell out."""
 
     predicted_s: float
-    observed_s: float
     clipped: bool  #: an outlier: learned from only up to the clipping limit
 
 
@@ -186,7 +185,10 @@ class StepCost(Regressor):
         self._of_draft = np.zeros(len(mean))
         self._of_draft[_DRAFTING:_SEGMENTS] = 1.0
         self._of_target = 1.0 - self._of_draft
-        self._filters = {name: ResidualFilter(clip_at) for name in ("target", "draft", "step")}
+        self._filters = {
+            name: ResidualFilter(clip_at, num_bands=len(self._low))
+            for name in ("target", "draft", "step")
+        }
         self._overhead = RobustMean()
         self._counts = np.zeros((len(self._low), 2), np.int64)
         self._error = 0.0
@@ -265,17 +267,18 @@ class StepCost(Regressor):
         predicted = max(overhead_s + float(row @ solver.coef), RESOLUTION_S)
         residuals = self._filters["step"]
         name = "step" if target_s is None or draft_s is None else "target"
+        band = self._band(shape)
         if target_s is None or draft_s is None:
-            clipped = learn(solver, residuals, row, step_s, overhead_s).clipped
+            clipped = learn(solver, residuals, row, step_s, overhead_s, band).clipped
         else:
-            residuals.judge(predicted, step_s, solver.leverage(row) / predicted**2)
+            residuals.judge(predicted, step_s, solver.leverage(row) / predicted**2, band)
             part_s = target_s
-            clipped = learn(
-                solver, self._filters["target"], row * self._of_target, target_s
-            ).clipped
+            of_target = row * self._of_target
+            clipped = learn(solver, self._filters["target"], of_target, target_s, 0.0, band).clipped
             if shape.drafting or shape.catch_up_tokens > 0.0:
                 part_s += draft_s
-                draft = learn(solver, self._filters["draft"], row * self._of_draft, draft_s)
+                of_draft = row * self._of_draft
+                draft = learn(solver, self._filters["draft"], of_draft, draft_s, 0.0, band)
                 clipped = clipped or draft.clipped
             self._overhead.add(max(step_s - part_s, 0.0))
         # Precisions are in units of the noise: the quieter the machine, the sooner it, and not the
@@ -283,12 +286,15 @@ class StepCost(Regressor):
         self._solver.prior_weight = (self._filters[name].noise / _NOISE) ** 2
         solver.solve()
 
-        band = bisect_left(self.knots, shape.verify_tokens + shape.prefill_tokens)
         self._counts[band, int(shape.drafting)] += 1
         self._num_observed += 1
         error = min(abs(step_s - predicted) / step_s, 1.0)
         self._error += (error - self._error) / min(self._num_observed, 200)
-        return Residual(predicted, step_s, clipped)
+        return Residual(predicted, clipped)
+
+    def _band(self, shape: StepShape) -> int:
+        """Between which knots the tokens of the target's pass lie."""
+        return bisect_left(self.knots, shape.verify_tokens + shape.prefill_tokens)
 
     @staticmethod
     def _check(shape: StepShape) -> None:
@@ -330,8 +336,9 @@ class StepCost(Regressor):
     def std(self, shape: StepShape) -> float:
         """Standard deviation of the seconds of one step of ``shape``, in seconds."""
         self._check(shape)
-        leverage = self._solver.leverage(self.row(shape))
-        return self._filters["step"].noise * math.sqrt(self.seconds(shape) ** 2 + leverage)
+        residuals = self._filters["step"]
+        own = (residuals.noise_in(self._band(shape)) * self.seconds(shape)) ** 2
+        return math.sqrt(own + residuals.variance * self._solver.leverage(self.row(shape)))
 
     def log_ratio_std(self, a: StepShape, b: StepShape) -> float:
         """Deviation of log(expected seconds of ``a`` / those of ``b``), by what is unlearned.
@@ -410,10 +417,6 @@ class StepCost(Regressor):
             float(coef[_TOKENS]) / _DRAFT_TERMS["tokens"].scale,
         )
 
-    def catch_up_cost(self) -> float:
-        """Seconds per token that the drafter must catch up on; >= 0."""
-        return float(self._solver.coef[_CATCH_UP]) / _DRAFT_TERMS["catch_up"].scale
-
     def coverage(self) -> Coverage:
         """Which passes were seen often enough, by size and by drafting or not."""
         counts = self._counts.copy()
@@ -433,7 +436,7 @@ class StepCost(Regressor):
 
     @property
     def noise(self) -> float:
-        """Learned standard deviation of a step's seconds, as a share of them."""
+        """Learned standard deviation of a step's seconds, as a share of them, on the whole."""
         return self._filters["step"].noise
 
     @property

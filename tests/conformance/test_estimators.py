@@ -17,8 +17,9 @@ import pytest
 from river.checks import common
 
 from smartspec.estimators.acceptance import AcceptanceEstimator
-from smartspec.estimators.base import OnlineEstimator, predict_interval
-from smartspec.estimators.step_cost import StepCost
+from smartspec.estimators.base import OnlineEstimator
+from smartspec.estimators.drift import CumulativeSum
+from smartspec.estimators.step_cost import StepCost, StepShape
 from smartspec.estimators.tree_acceptance import TreeAcceptance
 
 Observation = tuple[dict[str, Any], float]
@@ -109,7 +110,7 @@ def test_state_and_input_are_untouched_when_predicting(case: Case) -> None:
     x, y = next(case.stream(5))
     given = copy.deepcopy(x)
     before = pickle.dumps(estimator.state())
-    estimator.predict_one(x), estimator.predict_std(x), predict_interval(estimator, x)
+    estimator.predict_one(x), estimator.predict_std(x)
     estimator.predict_one({**x, "request_id": 10**6})
     assert pickle.dumps(estimator.state()) == before
     estimator.learn_one(x, y)
@@ -278,12 +279,34 @@ def test_costs_are_learned_as_well_when_the_machine_is_another(
     assert np.mean(errors) < 0.035  # 2.4% of it is the noise
 
 
-def test_interval_holds_the_prediction_when_it_is_asked_for(case: Case) -> None:
-    estimator = case.make()
-    learn(estimator, case, 200)
-    for x, _ in itertools.islice(case.stream(9), 20):
-        low, high = predict_interval(estimator, x)
-        assert 0.0 <= low <= estimator.predict_one(x) <= high
+def test_outcome_is_the_same_when_features_come_in_another_order(case: Case) -> None:
+    first, second, rng = case.make(), case.make(), np.random.default_rng(3)
+    for x, y in itertools.islice(case.stream(2), 200):
+        turned = {name: x[name] for name in rng.permutation(list(x)).tolist()}
+        first.learn_one(x, y)
+        second.learn_one(turned, y)
+        assert second.predict_one(turned) == first.predict_one(x)
+    assert first.state() == second.state()
+
+
+def test_nothing_changes_when_a_batch_is_empty() -> None:
+    acceptance, cost = CASES["AcceptanceEstimator"].make(), StepCost()
+    assert isinstance(acceptance, AcceptanceEstimator)
+    for estimator, case in ((acceptance, CASES["AcceptanceEstimator"]), (cost, CASES["StepCost"])):
+        learn(estimator, case, 50)
+
+    def known() -> bytes:
+        state = acceptance.state()
+        state["requests"].pop("tick")  # a step has passed
+        return pickle.dumps((state, cost.state()))
+
+    before = known()
+    rows, none = acceptance.rows([]), np.zeros(0, np.int64)
+    acceptance.learn_many(rows, none, none, none)
+    acceptance.learn_presence(rows, np.zeros(0, np.bool_))
+    assert acceptance.corrections(rows).shape == acceptance.presence(rows).shape == (0,)
+    assert cost.target_curve(StepShape(1, 1), none).shape == (0,)
+    assert known() == before
 
 
 def test_arguments_are_stored_unchanged_when_constructed(case: Case) -> None:
@@ -330,9 +353,11 @@ RIVER_STREAM_CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("model", [StepCost])
+@pytest.mark.parametrize("model", [StepCost, CumulativeSum])
 @pytest.mark.parametrize("check", RIVER_CHECKS, ids=lambda check: check.__name__)
-def test_river_accepts_the_regressor_when_it_checks(model: Any, check: Callable) -> None:
+def test_river_accepts_the_estimator_when_it_checks(model: Any, check: Callable) -> None:
+    if model is CumulativeSum and check is common.check_tags:
+        pytest.skip("river's detectors have no tags")
     check(model())
 
 
@@ -342,3 +367,46 @@ def test_river_accepts_the_regressor_when_it_checks_on_a_stream(
     model: Any, check: Callable
 ) -> None:
     check(model(), list(itertools.islice(cost_stream(0), 200)))
+
+
+# -- the detector: it predicts nothing, and what it learns is whether it has alarmed --------------
+
+
+def residuals(seed: int, count: int) -> list[float]:
+    return np.random.default_rng(seed).normal(0.3, 2.0, count).tolist()
+
+
+def alarms(detector: CumulativeSum, values: list[float]) -> list[bool]:
+    found = []
+    for value in values:
+        detector.update(value)
+        found.append(detector.drift_detected)
+    return found
+
+
+def test_detector_goes_on_alike_when_its_state_or_a_pickle_travels() -> None:
+    detector, restored = CumulativeSum(), CumulativeSum()
+    assert any(alarms(detector, residuals(0, 2000)))
+    restored.restore(msgspec.msgpack.decode(msgspec.msgpack.encode(detector.state())))
+    pickled = pickle.loads(pickle.dumps(detector))
+    expected = alarms(detector, residuals(1, 500))
+    assert alarms(restored, residuals(1, 500)) == alarms(pickled, residuals(1, 500)) == expected
+    assert restored.state() == pickled.state() == detector.state()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nothing_changes_when_a_residual_is_impossible(bad: float) -> None:
+    detector = CumulativeSum()
+    alarms(detector, [3.0] * 5)
+    before = detector.state()
+    with pytest.raises(ValueError, match="finite"):
+        detector.update(bad)
+    assert detector.state() == before
+
+
+def test_detector_stays_silent_and_small_when_one_residual_repeats_100_000_times() -> None:
+    detector = CumulativeSum()
+    size = len(pickle.dumps(detector))
+    assert not any(alarms(detector, [0.5] * 100_000))
+    assert len(pickle.dumps(detector)) < size + 100
+    assert alarms(detector, [4.0] * 7)[-1]
