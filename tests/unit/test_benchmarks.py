@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,15 @@ def test_every_benchmark_can_be_loaded() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_documents_name_only_benchmarks_that_there_are_and_results_names_all() -> None:
+    root = BENCHMARKS.parent
+    documents = [*root.glob("*.md"), *root.glob("docs/**/*.md"), root / "Makefile"]
+    there = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    named: dict[Path, set[str]] = {}
+    for path in documents:
+        found = re.findall(r"NAME=([a-z_]+)|bench_([a-z_]+)\.py", path.read_text())
+        named[path] = {a or b for a, b in found}
+        assert named[path] <= there, path
+    assert named[root / "docs" / "results.md"] == there
