@@ -290,7 +290,7 @@ class ResidualFilter:
         self.num_clipped = 0
         self._first = self.variance
         self._first_count = float(self.FIRST_COUNT)
-        self._variances = [0.0] * num_bands
+        self._variances = [noise_floor**2] * num_bands
         self._counts = [0] * num_bands
         self._drift = CumulativeSum()
 
@@ -367,8 +367,11 @@ class ResidualFilter:
             counts = [int(non_negative("count", count)) for count in state["counts"]]
             if not len(variances) == len(counts) == len(self._counts):
                 raise ValueError("noise is not that of as many bands")
-            self._first_count = non_negative("first_count", state["first_count"])
-            self._variances, self._counts = variances, counts
+            first_count = non_negative("first_count", state["first_count"])
+            if not first_count + sum(counts) > 0.0:
+                raise ValueError("noise that rests on nothing")
+            self._first_count, self._counts = first_count, counts
+            self._variances = [max(value, self.noise_floor**2) for value in variances]
             self._join_bands()
             self.num_clipped = int(non_negative("num_clipped", state["num_clipped"]))
             self._drift.restore(state["drift"])

@@ -498,3 +498,21 @@ def test_alarm_is_raised_soon_on_a_shift_and_not_when_outliers_come_singly() -> 
         residuals.judge(1.0, 1.3 * math.exp(NOISE * rng.normal()), 0.0).shifted for _ in range(8)
     ]
     assert any(shifted)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"first_count": 0.0, "counts": [0, 0]},
+        {"counts": [3]},
+        {"counts": [-1, 3]},
+        {"variances": [0.1, math.nan]},
+    ],
+)
+def test_noise_is_refused_when_its_state_is_damaged(damage: dict) -> None:
+    residuals = ResidualFilter(num_bands=2)
+    residuals.judge(1.0, 1.1, 0.0, band=1)
+    before = residuals.state()
+    with pytest.raises(ValueError, match=r"\S"):
+        residuals.restore({**before, **damage})
+    assert residuals.state() == before
