@@ -134,7 +134,9 @@ class ScriptedEngine:
 
     def forwards(self, length: int) -> int:
         """Of a draft model, for drafts up to this length."""
-        return length if self.gains is None else round(length**0.6)
+        if self.gains is None or not length:
+            return length
+        return 1 + round(np.log2(length))
 
     def step(self) -> StepFacts:
         batch = self.batch()
