@@ -2,7 +2,8 @@
 
 The loop runs in this process against a real socket; the reports are those of a scripted engine
 (a mock: it has no model) whose batch changes by one request every fourth step; in the case
-`prompts` every other step carries 512 tokens of prompts, which are solved for apart. Measured
+`prompts` every other step carries 512 tokens of prompts, which are solved for apart; `trees` has 64
+requests with trees of up to 64 nodes. Measured
 inside the loop, from the receipt of a frame to the hand-over of the policy to ZeroMQ; `learn` and
 `solve` are parts of the same turn, and learning comes after the policy has left.
 """
@@ -29,6 +30,7 @@ from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import EventBus
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.link import EngineLink
+from smartspec.engine_adapter.messages import MAX_LENGTH
 
 
 class StampedServer(Server):
@@ -50,7 +52,13 @@ class StampedServer(Server):
 
 
 def measure(
-    lookup: bool, num_running: int, num_steps: int, seed: int, num_prompt_tokens: int = 0
+    lookup: bool,
+    num_running: int,
+    num_steps: int,
+    seed: int,
+    num_prompt_tokens: int = 0,
+    max_length: int = 5,
+    trees: bool = False,
 ) -> dict[str, float]:
     """Figures of one kind of proposer, with prompts in every other step."""
     solve_s: list[float] = []
@@ -67,7 +75,10 @@ def measure(
         server = StampedServer(endpoint)
         bus = EventBus.bind(f"ipc://{folder}/bus.sock")
         loop = ControlLoop(load(None, {"SMARTSPEC_RUNTIME_DIR": folder}, {}), server, bus)
-        link = EngineLink(endpoint, hello(lookup=lookup, max_num_running=num_running))
+        greeting = hello(
+            lookup=lookup, max_num_running=num_running, max_length=max_length, trees=trees
+        )
+        link = EngineLink(endpoint, greeting)
         while not link.stats.num_connections:
             link.idle()
             loop.cycle(0.01)
@@ -76,9 +87,13 @@ def measure(
             link,
             rng.beta(3, 2, num_running),
             Costs(draft_forward_s=0.0 if lookup else 0.004),
+            max_length=max_length,
             lookup=lookup,
             match_rate=0.5,
             seed=seed,
+            gains=rng.beta(3, 2, (num_running, 1)) / np.arange(1, max_length + 1)
+            if trees
+            else None,
         )
         goodput.solve = timed_solve  # type: ignore[assignment]
         decided, learned = [], []
@@ -116,12 +131,14 @@ def main() -> None:
     draft = measure(False, args.requests, args.steps, args.seed)
     lookup = measure(True, args.requests, args.steps, args.seed)
     prompts = measure(False, args.requests, args.steps, args.seed, num_prompt_tokens=512)
+    trees = measure(False, 64, args.steps, args.seed, max_length=MAX_LENGTH, trees=True)
     # The draft model is the dearer case (it searches depths) and the one that counts.
     record(
         "decision",
         draft
         | {f"lookup_{name}": value for name, value in lookup.items()}
-        | {f"prompts_{name}": value for name, value in prompts.items()},
+        | {f"prompts_{name}": value for name, value in prompts.items()}
+        | {f"trees_{name}": value for name, value in trees.items()},
         seed=args.seed,
     )
 

@@ -33,13 +33,12 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import zmq
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from figures import record
-from scripted_engine import hello
+from scripted_engine import hello, ranks
 
 from smartspec.daemon.config import load
 from smartspec.daemon.control_loop import ControlLoop
@@ -99,14 +98,8 @@ class Steps:
             draft_s=0.0001,
             context_tokens=300 * size,
             num_draft_tokens=num_drafts,
-            accepted_ranks=_ranks(hit) if self._trees else None,
+            accepted_ranks=ranks(hit.T) if self._trees else None,
         )
-
-
-def _ranks(hit: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint64]:
-    """Bits of each request's accepted nodes, [B], of ``hit`` [64, B]."""
-    packed = np.packbits(np.ascontiguousarray(hit.T), axis=1, bitorder="little")
-    return packed.view("<u8")[:, 0]
 
 
 def time_step(source: LengthSource, steps: Steps) -> float:

@@ -311,7 +311,7 @@ class Engine:
 
     def draft_cost(self) -> DraftCost:
         """What drafting costs, as far as it is known."""
-        return DraftCost(*self.step_cost.draft_cost(), self.acceptance.forwards_exponent())
+        return DraftCost(*self.step_cost.draft_cost(), self.acceptance.forwards())
 
     def is_dear(self, mode: str) -> bool:
         """Whether a step in this mode is ragged where the engine could have run it uniform."""

@@ -186,7 +186,8 @@ def by_length(
     tokens = 1.0 + presence * np.concatenate([[0.0], np.cumsum(survival)])
     drafts = batches[:, None] * lengths * presence
     num_tokens = batches[:, None] + drafts
-    speculating = draft.by_depth(lengths) + draft.per_token_s * drafts
+    by_depth = np.array([draft.by_depth(length) for length in lengths.tolist()])
+    speculating = by_depth + draft.per_token_s * drafts
     seconds = curve.at(num_tokens) + np.where(lengths > 0, speculating, 0.0)
     found: F64 = batches[:, None] * tokens / seconds
     return found

@@ -260,7 +260,7 @@ class Planner:
             draft_fixed_s=draft.fixed_s,
             draft_per_forward_s=draft.per_forward_s,
             draft_per_token_s=draft.per_token_s,
-            draft_forwards_exponent=draft.forwards_exponent,
+            draft_forwards=draft.forwards,
             roster_version=batch.version,
             correction=pack(correction, "f32"),
             probe_length=probe_length,
@@ -395,8 +395,7 @@ class Planner:
         drafts = float((lengths * presence).sum())
         forwards = 0.0
         if not self.engine.hello.limits.drafts_known_first:
-            exponent = self.engine.acceptance.forwards_exponent()
-            forwards = float(lengths.max(initial=0)) ** exponent
+            forwards = self.engine.draft_cost().num_forwards(int(lengths.max(initial=0)))
         return beyond / (ladder.weight_sum + float(by_depth.sum())), shape._replace(
             verify_tokens=ladder.size + drafts, draft_forwards=forwards, draft_tokens=drafts
         )

@@ -93,23 +93,29 @@ class CostCurve:
 
 
 class DraftCost(NamedTuple):
-    """Seconds of drafting, 0 at k = 0: ``fixed_s + per_forward_s * D^e + per_token_s * sum(k)``.
+    """Seconds of drafting, 0 at k = 0: ``fixed_s + per_forward_s * f(D) + per_token_s * sum(k)``.
 
-    D is the greatest length. A chain of D drafts takes D forwards; a tree of D nodes as many as it
-    is deep, which is less.
+    D is the greatest length. A chain of D drafts takes f(D) = D sequential forwards, a tree of D
+    nodes fewer.
 
-    >>> DraftCost(0.0, 1.0, 0.0, forwards_exponent=0.5).by_depth(16)
-    4.0
+    >>> DraftCost(0.5, 1.0, forwards=(1.0, 1.5)).by_depth(2)
+    2.0
     """
 
     fixed_s: float = 0.0
     per_forward_s: float = 0.0
     per_token_s: float = 0.0
-    forwards_exponent: float = 1.0  #: e, in [0, 1]
+    forwards: tuple[float, ...] = ()  #: f(1), f(2), ..., beyond its end as there; empty: f(D) = D
 
-    def by_depth(self, depth: Any) -> Any:
-        """The part that ``depth`` decides, of steps that draft (any shape)."""
-        return self.fixed_s + self.per_forward_s * depth**self.forwards_exponent
+    def num_forwards(self, depth: int) -> float:
+        """f(depth)."""
+        if not self.forwards or not depth:
+            return float(depth)
+        return self.forwards[min(depth, len(self.forwards)) - 1]
+
+    def by_depth(self, depth: int) -> float:
+        """The part that ``depth`` decides, of steps that draft."""
+        return self.fixed_s + self.per_forward_s * self.num_forwards(depth)
 
 
 class Choice(NamedTuple):
@@ -287,7 +293,7 @@ class Ladder:
 
     def add_depth(self, seconds: F64, draft: DraftCost, depth: int, drafts: F64) -> F64:
         """All seconds: with what drafting to ``depth``, or to the deepest floor, costs."""
-        by_depth = float(draft.by_depth(max(depth, self.deepest_floor)))
+        by_depth = draft.by_depth(max(depth, self.deepest_floor))
         if not by_depth:
             return seconds
         total = seconds + by_depth

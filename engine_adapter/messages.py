@@ -177,7 +177,7 @@ class Policy(Message, frozen=True, tag="policy"):
     predicted_goodput: float = 0.0  #: tokens per second
     reason: Annotated[str, Meta(max_length=1024)] = ""
     meet_targets: bool = False  #: requests' token time targets are to be kept (targets.py)
-    draft_forwards_exponent: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0  #: lengths.DraftCost
+    draft_forwards: tuple[Amount, ...] = ()  #: of trees of 1, 2, ... nodes (lengths.DraftCost)
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

@@ -75,7 +75,7 @@ class Program:
             policy.draft_fixed_s,
             policy.draft_per_forward_s,
             policy.draft_per_token_s,
-            policy.draft_forwards_exponent,
+            policy.draft_forwards,
         )
         require(1 <= len(policy.curves) <= MAX_CURVES, f"curves: {len(policy.curves)} given")
         self.curves = [_curve(curve) for curve in policy.curves]

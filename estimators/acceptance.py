@@ -425,9 +425,9 @@ class AcceptanceEstimator:
         cumulative: F64 = np.cumsum(-np.log(hazard), axis=1)
         return cumulative
 
-    def forwards_exponent(self) -> float:
-        """Forwards of a draft model for drafts of length k: k to this power."""
-        return 1.0
+    def forwards(self) -> tuple[float, ...]:
+        """Forwards of a draft model for drafts of length 1, 2, ...; empty: the length itself."""
+        return ()
 
     def log_survival(self) -> F32:
         """log P(at least j drafts are accepted), [num_buckets, max_length]; finite, falling.

@@ -64,6 +64,13 @@ def hello(
     )
 
 
+def ranks(hits: np.ndarray) -> np.ndarray:
+    """``hits`` [B, <= 64] of a tree's nodes as the bits of a u64, [B]."""
+    whole = np.zeros((len(hits), 64), np.bool_)
+    whole[:, : hits.shape[1]] = hits
+    return np.packbits(whole, axis=1, bitorder="little").view("<u8")[:, 0]
+
+
 @dataclass
 class ScriptedEngine:
     """Decodes ``acceptance.size`` endless requests; ``replace`` swaps some of them."""
@@ -127,7 +134,9 @@ class ScriptedEngine:
 
     def forwards(self, length: int) -> int:
         """Of a draft model, for drafts up to this length."""
-        return length if self.gains is None else round(length**0.6)
+        if self.gains is None or not length:
+            return length
+        return 1 + round(np.log2(length))
 
     def step(self) -> StepFacts:
         batch = self.batch()
@@ -140,7 +149,6 @@ class ScriptedEngine:
         if self.gains is None:
             passed = np.logical_and.accumulate(passed, axis=1)
         accepted = passed.sum(axis=1)
-        ranks = (passed * 2.0 ** np.arange(self.max_length)).sum(axis=1).astype(np.uint64)
         drafted = lengths > 0
         self.last_share[drafted] = (accepted[drafted] / lengths[drafted]).astype(np.float32)
         total, depth = int(lengths.sum()), int(lengths.max(initial=0))
@@ -166,7 +174,7 @@ class ScriptedEngine:
             num_draft_tokens=0 if self.lookup else total,
             num_waiting=self.num_waiting,
             mode=UNIFORM if uniform else RAGGED,
-            accepted_ranks=None if self.gains is None else ranks,
+            accepted_ranks=None if self.gains is None else ranks(passed),
         )
         self.tokens += int(accepted.sum()) + size
         self.seconds += facts.step_s

@@ -72,7 +72,9 @@ class Observed:
     num_with_drafts: int = 0
 
     def acceptance(self) -> AcceptanceSeen | None:
-        """None where nothing was drafted."""
+        """None where nothing was drafted, or trees: they say nothing of chains."""
+        if self.hello.limits.trees:
+            return None
         known = [pair for pair in self.tried.values() if pair[1] >= LEAST_TRIALS]
         if not known:
             return None

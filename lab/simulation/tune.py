@@ -111,6 +111,8 @@ def _learned(state: str, max_num_running: int) -> tuple[Profile, learned.Learned
         except (OSError, learned.RefusedState) as error:
             raise ValueError(f"{path}: {error}") from error
     assert checkpoint is not None
+    if checkpoint.key.trees:
+        raise ValueError(f"{path}: learned of trees, and the simulator's drafts are chains")
     models = learned.restore(checkpoint)
     seen = observed.of_learned(models, max_num_running)
     return observed.fit(seen, path.stem, source="as the daemon's model has them"), models

@@ -60,7 +60,7 @@ def brute_force(
         k = np.array(lengths)
         gain = sum(weight[i] * (1 + survival[i, : k[i]].sum()) for i in range(size))
         depth, total = k.max(), k.sum()
-        forwards = depth**draft.forwards_exponent
+        forwards = draft.forwards[depth - 1] if draft.forwards and depth else depth
         speculating = draft.fixed_s + draft.per_forward_s * forwards + draft.per_token_s * total
         for curve in curves:
             if curve.mode == RAGGED:
@@ -91,8 +91,8 @@ def test_solve_equals_brute_force_when_batches_are_small(block: int) -> None:
         curves = [random_curve(rng, most)]
         if rng.random() < 0.4:
             curves.append(random_curve(rng, most, UNIFORM))
-        exponent = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
-        draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)), exponent)
+        forwards = tuple(np.sort(rng.uniform(0.0, 3.0, max_length))) if rng.random() < 0.5 else ()
+        draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)), forwards)
         ladder = Ladder(survival.T, weight, floor, ceiling)
         optimum = solve(ladder, curves, draft, other)
         expected = brute_force(survival, weight, floor, ceiling, curves, draft, other)
@@ -140,7 +140,7 @@ def test_ranks_of_trees_equal_brute_force_over_all_subtrees() -> None:
             candidates.append(subtrees(parents))
         ranked = -np.sort(-chances, axis=1)
         curve = random_curve(rng, size * (1 + most))
-        draft = DraftCost(*rng.uniform(0, 0.1, 3), forwards_exponent=float(rng.uniform()))
+        draft = DraftCost(*rng.uniform(0, 0.1, 3), forwards=(1.0, 1.6, 2.0, 2.2, 2.3))
         best = -np.inf
         for chosen in itertools.product(*candidates):
             total, longest = sum(map(len, chosen)), max(map(len, chosen))

@@ -40,7 +40,7 @@ def value_of(
     seconds = seconds_at[num_tokens + other]
     if total:
         paid = int(lengths.max()) if padded else depth
-        forwards = paid**draft.forwards_exponent
+        forwards = draft.forwards[paid - 1] if draft.forwards and paid else paid
         seconds += draft.fixed_s + draft.per_forward_s * forwards + draft.per_token_s * total
     return float(gain - value_of_time * seconds)
 
@@ -62,8 +62,8 @@ def test_choice_equals_brute_force_when_batches_are_small() -> None:
         curves = [CostCurve(RAGGED, n, ragged_s)]
         if with_uniform:
             curves.append(CostCurve(UNIFORM, n, uniform_s))
-        exponent = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
-        draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)), exponent)
+        forwards = tuple(np.sort(rng.uniform(0.0, 3.0, longest))) if rng.random() < 0.5 else ()
+        draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)), forwards)
         price = float(rng.uniform(0, 4))
         paid = max(depth, int(low.max()))
         ladder = Ladder(survival.T, weight, floor, ceiling)

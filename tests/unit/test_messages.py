@@ -76,7 +76,7 @@ TREES = {  # of an engine whose drafts are trees
     "step_trees": msgspec.structs.replace(
         STEP, num_drafted=wire.pack([5, 64], "u8"), accepted_ranks=wire.pack([9, 1 << 63], "u64")
     ),
-    "policy_trees": msgspec.structs.replace(POLICY, draft_forwards_exponent=0.625),
+    "policy_trees": msgspec.structs.replace(POLICY, draft_forwards=(1.0, 1.75, 2.25)),
 }
 MESSAGES: dict[str, wire.Message] = {
     "hello": HELLO,

@@ -98,18 +98,21 @@ def test_corrections_lower_the_log_loss_when_requests_differ_and_cost_little_whe
         assert (own - table) / count < most, spread
 
 
-def test_exponent_of_forwards_is_that_of_the_reports_and_bounded() -> None:
+def test_forwards_are_those_of_the_reports_and_never_more_than_nodes() -> None:
     estimator = TreeAcceptance(max_length=64)
-    assert estimator.forwards_exponent() == pytest.approx(0.7)
-    for nodes in (2, 4, 8, 16, 32) * 60:
-        estimator.learn_forwards(nodes, round(nodes**0.5))
-    assert estimator.forwards_exponent() == pytest.approx(0.5, abs=0.05)
-    for _ in range(2000):  # passes to catch up among them: no deeper than a chain
-        estimator.learn_forwards(8, 40)
-    assert 0.9 < estimator.forwards_exponent() <= 1.0
-    before = estimator.forwards_exponent()
+    assert estimator.forwards()[:4] == pytest.approx((1.0, 2.0, 1 + np.log2(3), 3.0))
+    for nodes, forwards in ((2, 1), (4, 2), (8, 2), (16, 3), (32, 3)) * 100:
+        estimator.learn_forwards(nodes, forwards)
+    learned = estimator.forwards()
+    assert learned[0] == 1.0
+    assert [learned[k - 1] for k in (4, 8, 16, 32)] == pytest.approx([2, 2, 3, 3], abs=0.6)
+    before = learned
     estimator.learn_forwards(1, 1), estimator.learn_forwards(0, 0), estimator.learn_forwards(8, 0)
-    assert estimator.forwards_exponent() == before  # nothing to learn from these
+    assert estimator.forwards() == before  # nothing to learn from these
+    for _ in range(2000):  # passes to catch up among them
+        estimator.learn_forwards(8, 40)
+    assert (np.array(estimator.forwards()) <= np.arange(1, 65)).all()
+    assert estimator.forwards()[7] == pytest.approx(8.0, abs=0.2)
 
 
 def test_forwards_are_kept_of_whom_has_seen_more_when_merged() -> None:
@@ -117,10 +120,10 @@ def test_forwards_are_kept_of_whom_has_seen_more_when_merged() -> None:
     for _ in range(300):
         one.learn_forwards(16, 4)
     other.learn_forwards(16, 16)
-    expected = one.forwards_exponent()
+    expected = one.forwards()
     for mine, its in ((one, other), (other, one)):
         mine.merge(its)
-        assert mine.forwards_exponent() == expected
+        assert mine.forwards() == expected
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,6 @@ def test_nothing_changes_when_outcomes_are_impossible(drafted: list, hits: list)
 
 def test_state_is_refused_when_its_forwards_are_not_of_trees() -> None:
     state = TreeAcceptance(max_length=6).state()
-    state["forwards"]["data"] = np.array([2.0, 1.0]).tobytes()
+    state["forwards"]["data"] = np.array([-2.0, 1.0]).tobytes()
     with pytest.raises(ValueError, match="forwards"):
         TreeAcceptance.from_state(state)

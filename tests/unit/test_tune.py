@@ -200,6 +200,14 @@ def test_tune_reads_learned_state(tmp_path: Path) -> None:
         assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_tune_refuses_what_was_learned_of_trees(tmp_path: Path) -> None:
+    key = msgspec.structs.replace(learned_state.CHECKPOINT.key, trees=True)
+    path = tmp_path / "trees.state"
+    path.write_bytes(learned.encode(learned.Learned.new(key).checkpoint()))
+    with pytest.raises(ValueError, match="the simulator's drafts are chains"):
+        tune.ground(Tuning(state=str(path)))
+
+
 def test_same_tuning_says_the_same() -> None:
     wanted = Tuning(loads=(0.3,), num_seeds=1, duration_s=2.0)
     first, second = (msgspec.json.encode(tune.tune(wanted)) for _ in range(2))
