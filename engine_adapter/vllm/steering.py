@@ -257,8 +257,10 @@ class Steering:
     def _report(self) -> None:
         """Tell what the steps did that have ended."""
         ended, self._ended = self._ended, []
+        num_waiting = len(self._scheduler.waiting)
+        kv_usage = min(max(self._scheduler.kv_cache_manager.usage, 0.0), 1.0)
         for step in ended:
-            facts = step.facts(self._method)
+            facts = step.facts(self._method, num_waiting, kv_usage)
             self.stats.num_steps += 1
             self.stats.num_steered_steps += step.choice.source in STEERED
             self.stats.num_drafted += int(facts.num_drafted.sum())
@@ -290,9 +292,6 @@ class Steering:
             return
         assert step.num_output is not None
         step.num_output = step.num_output[0], self._num_output(step.group)
-        scheduler = self._scheduler
-        step.num_waiting = len(scheduler.waiting)
-        step.kv_usage = min(max(scheduler.kv_cache_manager.usage, 0.0), 1.0)
         self._ended.append(step)
-        if len(self._ended) > 1 or not scheduler.running:  # nobody asks for masks, or comes next
-            self._report()
+        if len(self._ended) > 1 or not self._scheduler.running:
+            self._report()  # no masks were asked for, or there may be no step that they are for

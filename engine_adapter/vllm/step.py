@@ -76,8 +76,6 @@ class Step:
     num_decode_tokens: int = 0  #: of the group, in the pass
     step_s: float = 0.0
     num_output: tuple[I64, I64] | None = None  #: [B], tokens of each answer, before and after
-    num_waiting: int = 0
-    kv_usage: float = 0.0
     _places: dict[str, int] = field(default_factory=dict)  #: of requests, in `_num_sampled`
     _num_sampled: list[int] = field(default_factory=list)  #: tokens that the worker brought
     _counts: npt.NDArray[np.bool_] | None = None  #: [B], what vLLM takes in; None: everything
@@ -108,8 +106,8 @@ class Step:
                 bool,
             )
 
-    def facts(self, method: Method) -> StepFacts:
-        """What there is to report, once vLLM has taken the results in."""
+    def facts(self, method: Method, num_waiting: int, kv_usage: float) -> StepFacts:
+        """What there is to report, once vLLM has taken the results in; load as it is by then."""
         group, ceiling, output = self.group, self.ceiling, self.output
         names, size = group.names, len(group.names)
         # A request without a result is at the last place, which brings nothing.
@@ -147,8 +145,8 @@ class Step:
             num_draft_forwards=forwards,
             num_draft_tokens=num_draft_tokens,
             num_catch_up_tokens=catch_up,
-            num_waiting=self.num_waiting,
-            kv_usage=self.kv_usage,
+            num_waiting=num_waiting,
+            kv_usage=kv_usage,
             mode=UNIFORM if is_uniform else RAGGED,
             choice=self.choice,
         )
