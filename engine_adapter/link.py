@@ -160,7 +160,7 @@ class EngineLink:
         seq = self._program.policy.seq if steered and self._program else 0
         self._chosen_by = (seq, choice.source)
         self.stats.state = choice.source
-        return choice._replace(policy_seq=seq) if seq else choice
+        return choice if choice.policy_seq == seq else choice._replace(policy_seq=seq)
 
     def prepare(self, batch: DecodeBatch | None) -> None:
         """Do now what the next `choose` would: for an engine that waits for its device.

@@ -121,6 +121,7 @@ class Steering:
         self._group = Group.of([], {})
         self._lengths_of_answers: tuple[Group, I64] | None = None  #: None: to be read anew
         self._probed: dict[str, int] = {}
+        self._next: DecodeBatch | None = None  #: of the next step, if nobody joins or leaves
         self._pending: tuple[DecodeBatch, Choice] | None = None
         self._steps: OrderedDict[int, Step] = OrderedDict()  #: scheduled
         self._ended: list[Step] = []  #: to be reported
@@ -138,7 +139,13 @@ class Steering:
         self._pending = None  # a step that failed in between leaves nothing behind
         self._follow()
         available = list(map(len, map(_drafts, self._group.requests)))
-        batch = self._batch(available)
+        batch, self._next = self._next, None
+        if (
+            batch is None
+            or batch.request_ids is not self._group.ids
+            or batch.num_prefill_tokens != self._expected_prefill()
+        ):
+            batch = self._batch(self._room(available))
         choice = self.source.choose(batch)
         if choice.source in STEERED:
             choice = self._put_in(available, choice)
@@ -174,20 +181,23 @@ class Steering:
             self._numbers = numbers = {n: i for n, i in numbers.items() if n in alive}
         self._group = Group.of(controlled, numbers)
 
-    def _batch(self, available: list[int] | None = None) -> DecodeBatch:
-        """The requests that decode, with the drafts that each could still use.
+    def _room(self, available: list[int] | None = None) -> I64:
+        """Drafts that each request could still use, [B]; below 0 at an answer's last token.
 
-        ``available``: [B], of a lookup's drafts, how many there are.
+        ``available``: [B], drafts that a lookup found.
         """
         group = self._group
         # Of a step in flight, all drafts may still be accepted.
-        most = group.most_drafts - self._num_output(group)
+        room = group.most_drafts - self._num_output(group)
         if self._is_async:
-            most -= np.fromiter(map(_in_flight, group.requests), np.int64, len(most))
+            room -= np.fromiter(map(_in_flight, group.requests), np.int64, len(room))
         if self._method.is_lookup and available is not None:
-            np.minimum(most, available, out=most)
-        np.maximum(most, 0, out=most)
-        ceiling = np.minimum(most, self._max_length).astype(np.uint8)
+            np.minimum(room, available, out=room)
+        return room
+
+    def _batch(self, room: I64) -> DecodeBatch:
+        group = self._group
+        ceiling = np.minimum(np.maximum(room, 0), self._max_length).astype(np.uint8)
         return DecodeBatch(group.ids, ceiling, group.features, self._expected_prefill())
 
     def _num_output(self, group: Group) -> I64:
@@ -252,7 +262,14 @@ class Steering:
             step.weigh()
         self._report()
         self._follow()
-        self.source.prepare(None if self._method.is_lookup else self._batch())
+        if self._method.is_lookup:  # what it finds is not known yet
+            self.source.prepare(None)
+            return
+        room = self._room()
+        batch = self._batch(room)
+        self.source.prepare(batch)
+        # Where nobody is near the end, the batch is the same whatever this step brings.
+        self._next = batch if room.min(initial=0x7FFF) > 2 * self._max_length else None
 
     def _report(self) -> None:
         """Tell what the steps did that have ended."""
