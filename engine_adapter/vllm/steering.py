@@ -192,7 +192,7 @@ class Steering:
         if self._is_async:
             room -= np.fromiter(map(_in_flight, group.requests), np.int64, len(room))
         if self._method.is_lookup and available is not None:
-            np.minimum(room, available, out=room)
+            room = np.minimum(room, np.array(available, np.int64))
         return room
 
     def _batch(self, room: I64) -> DecodeBatch:
