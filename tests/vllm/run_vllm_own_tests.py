@@ -118,11 +118,14 @@ def _hub(folder: Path) -> None:
     (repository / "snapshots" / ("0" * 40)).symlink_to(model_dir())
 
 
-def _play(python: str, folder: Path, file: str, arm: str) -> dict[str, tuple[str, int]]:
+def _play(
+    python: str, folder: Path, file: str, arm: str, select: str
+) -> dict[str, tuple[str, int]]:
     """Outcome of each test, and schedulers under steering in it."""
     report = folder / "report.xml"
     report.unlink(missing_ok=True)
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", Path(__file__).stem]
+    command += ["-k", select] if select else []
     subprocess.run(
         [*command, f"--junitxml={report}", f"tests/{file}"],
         cwd=folder,
@@ -150,7 +153,8 @@ def main() -> None:
     """Run all, print a table and the tests that only ours fail."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
-    parser.add_argument("--python", default=os.environ.get("SMARTSPEC_VLLM_PYTHON"), required=False)
+    parser.add_argument("--python", default=os.environ.get("SMARTSPEC_VLLM_PYTHON"))
+    parser.add_argument("--select", default="", help="only tests that fit this, as pytest's -k")
     parser.add_argument("--logs", type=Path, help="keep pytest's output and results here")
     chosen = parser.parse_args()
     if not chosen.python:
@@ -165,7 +169,7 @@ def main() -> None:
         for file in FILES:
             cells = []
             for arm in ARMS:
-                found = _play(chosen.python, folder, file, arm)
+                found = _play(chosen.python, folder, file, arm, chosen.select)
                 told[arm] |= found
                 count = Counter(outcome for outcome, _ in found.values())
                 cells.append(f"{count['passed']}, {count['failed']}, {count['skipped']}")
