@@ -3,7 +3,9 @@
 No model: vLLM's own scheduler with a worker that counts (tests/vllm/scheduler_only.py), with our
 class and without it, step by step in turns on a core of their own, the daemon on another. Between
 the two calls the engine waits, as it would for a GPU. Then the daemon is stopped. ``*_added_us`` is
-the median over steps of the difference between neighbouring steps of the two.
+the median over steps of the difference between neighbouring steps of the two (steered steps are
+shorter, and so cost vLLM less); ``*_own_us`` the time in our own code in the two calls;
+``*_meanwhile_us`` the same in ``get_grammar_bitmask()``, which vLLM calls once the model runs.
 
 Needs an environment with vLLM, which `make test-vllm` makes. Writes build/figures/vllm.json.
 """
@@ -25,6 +27,7 @@ HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests"
 WARM_UP = 40
 STEPS = 300
+OURS = ("own", "meanwhile")  #: times in our own code, in the two calls and while the model runs
 
 
 def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, Any]:
@@ -44,14 +47,19 @@ def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, An
         for number in range(size):
             rig.add(number, 16, 2000)
         rigs[name] = rig
-    spent = dict.fromkeys(rigs, 0.0)
+    spent = dict.fromkeys([*rigs, *OURS], 0.0)
     for name, rig in rigs.items():
         for method in ("schedule", "update_from_output"):
             _time(rig.scheduler, method, spent, name)
+    steering = rigs["steered"].scheduler.steering
+    for method in ("before_schedule", "after_schedule", "before_update", "after_update"):
+        _time(steering, method, spent, "own")
+    _time(steering, "while_running", spent, "meanwhile")
 
     def steps(count: int) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {name: [] for name in rigs}
+        times: dict[str, list[float]] = {name: [] for name in spent}
         for i in range(count):
+            spent.update(dict.fromkeys(OURS, 0.0))
             for name in sorted(rigs, reverse=bool(i % 2)):
                 rig = rigs[name]
                 run = rig.worker.run
@@ -66,14 +74,17 @@ def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, An
                 rig.step()
                 rig.worker.run = run
                 times[name].append(spent[name])
+            for name in OURS:
+                times[name].append(spent[name])
         return times
 
     steps(WARM_UP)
-    steering = rigs["steered"].scheduler.steering
     found: dict[str, Any] = {"size": size}
-    before = steering.stats.num_steered_steps
+    link = steering.source.stats
+    before = steering.stats.num_steered_steps, link.num_policies
     found["with_daemon"] = steps(STEPS)
-    found["steered_share"] = (steering.stats.num_steered_steps - before) / STEPS
+    found["steered_share"] = (steering.stats.num_steered_steps - before[0]) / STEPS
+    found["policies_per_step"] = (link.num_policies - before[1]) / STEPS
     os.kill(daemon, signal.SIGSTOP)
     time.sleep(2.0)  # beyond the life of its last policy
     steps(WARM_UP)
@@ -121,9 +132,11 @@ def measure(python: str, size: int, step_s: float) -> dict[str, float]:
         daemon.terminate()
         daemon.wait()
     found = json.loads(out.read_text("utf-8"))
-    figures = {f"steered_share_{size}": found["steered_share"]}
+    figures = {f"{name}_{size}": found[name] for name in ("steered_share", "policies_per_step")}
     for phase in ("with_daemon", "daemon_stopped"):
         times = {name: 1e6 * np.array(values) for name, values in found[phase].items()}
+        for name in OURS:
+            figures[f"{phase}_{name}_us_{size}"] = float(np.median(times.pop(name)))
         added = times["steered"] - times["plain"]
         for name, values in times.items():
             figures[f"{phase}_{name}_p50_us_{size}"] = float(np.median(values))

@@ -137,6 +137,7 @@ class EngineLink:
         self._roster_sent = False
         self._hello_due = False
         self._looked = False  #: whether `choose` has received in this step
+        self._prepared = False  #: whether `prepare` has, for the next `choose`
         self._writable = False  #: whether the socket took frames when last asked: asking is dear
         self._closed = False
 
@@ -145,8 +146,9 @@ class EngineLink:
     def choose(self, batch: DecodeBatch) -> Choice:
         """Lengths for the step about to run."""
         try:
-            self._receive()
-            self._looked = True
+            if not self._prepared:
+                self._receive()
+            self._prepared, self._looked = False, True
             choice = self._steer(batch)
         except Exception:
             self._note_error("choosing lengths")
@@ -158,7 +160,22 @@ class EngineLink:
         seq = self._program.policy.seq if steered and self._program else 0
         self._chosen_by = (seq, choice.source)
         self.stats.state = choice.source
-        return choice._replace(policy_seq=seq) if seq else choice
+        return choice if choice.policy_seq == seq else choice._replace(policy_seq=seq)
+
+    def prepare(self, batch: DecodeBatch | None) -> None:
+        """Do now what the next `choose` would: for an engine that waits for its device.
+
+        Takes in what has arrived, and chooses for ``batch``; where `choose` is then asked for an
+        equal one, the lengths are at hand. It does not look again for what arrives in between.
+        """
+        try:
+            self._receive()
+            self._prepared = True
+            if self._program is not None and batch is not None:
+                self._program.choose(batch)
+        except Exception:
+            self._note_error("preparing a choice")
+            self._program = None
 
     def report(self, facts: StepFacts) -> None:
         """Tell the daemon what a step did, if it can be told at once."""

@@ -181,6 +181,7 @@ class Program:
         seen = (batch.num_prefill_tokens, *[c if c is None else c.tobytes() for c in columns])
         if self._chosen is None or seen != self._seen:
             self._chosen, self._seen = self._choose(batch), seen
+            self._chosen = self._chosen._replace(policy_seq=self.policy.seq)
             self._chosen.lengths.flags.writeable = False  # it may be given out again
         return self._chosen
 

@@ -75,6 +75,7 @@ def problems() -> list[str]:
     found = _missing_parameters(
         Scheduler, "update_from_output", ("scheduler_output", "model_runner_output")
     )
+    found += _missing_parameters(Scheduler, "get_grammar_bitmask", ("scheduler_output",))
     found += _missing_names(Scheduler.schedule, READ_BY_SCHEDULE, "Scheduler.schedule reads no")
     found += _missing_names(Scheduler.__init__, SET_BY_SCHEDULER, "Scheduler sets no")
     found += _missing_names(Request.__init__, SET_BY_REQUEST, "Request sets no")

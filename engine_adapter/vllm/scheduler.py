@@ -18,10 +18,9 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from smartspec.engine_adapter.base import LengthSource
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.vllm import compatibility, facts, settings
-from smartspec.engine_adapter.vllm.steering import Steering, SteeringStats
+from smartspec.engine_adapter.vllm.steering import Source, Steering, SteeringStats
 
 log = logging.getLogger("vllm.smartspec")  # under vLLM's own, whose handlers print it
 
@@ -67,7 +66,7 @@ class Steered:
         log.info("SmartSpec: daemon expected at %s", wanted.endpoint)
         return steering
 
-    def make_source(self, wanted: settings.Settings) -> LengthSource:
+    def make_source(self, wanted: settings.Settings) -> Source:
         """What decides lengths: a link to the daemon. For tests to replace."""
         return EngineLink(wanted.endpoint, facts.hello(self.vllm_config, wanted))  # type: ignore[attr-defined]
 
@@ -81,11 +80,17 @@ class Steered:
             self._contain("noting a step", self.steering.after_schedule, output)
         return output
 
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """vLLM's update, with a report of what the step did."""
-        ending = None
+    def get_grammar_bitmask(self, scheduler_output: Any) -> Any:
+        """vLLM's masks, which it asks for once a step's model runs: then there is time."""
         if self.steering is not None:
-            ending = self._contain(
+            self._contain("reporting a step", self.steering.while_running, scheduler_output)
+        return super().get_grammar_bitmask(scheduler_output)  # type: ignore[misc]
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """vLLM's update, with a note of what the step did."""
+        step = None
+        if self.steering is not None:
+            step = self._contain(
                 "reading a step",
                 self.steering.before_update,
                 scheduler_output,
@@ -95,7 +100,7 @@ class Steered:
             scheduler_output, model_runner_output
         )
         if self.steering is not None:
-            self._contain("reporting a step", self.steering.after_update, scheduler_output, ending)
+            self._contain("noting a step's end", self.steering.after_update, step)
         return outputs
 
     def shutdown(self) -> None:

@@ -203,6 +203,30 @@ def test_probe_is_run_once_per_policy(pair: Pair) -> None:
     assert second.source == "policy" and second.lengths.tolist() == [0, 0, 0]
 
 
+def test_choice_is_at_hand_and_nothing_is_received_when_it_was_prepared(pair: Pair) -> None:
+    pair.deliver(policy())
+    pair.daemon.send(policy(seq=2))
+    until(lambda: pair.link.stats.num_policies == 2, lambda: pair.link.prepare(decode_batch()))
+    assert pair.link._program is not None
+    prepared = pair.link._program.choose(decode_batch())
+    pair.daemon.send(policy(seq=3))
+    time.sleep(0.1)
+    choice = pair.link.choose(decode_batch())
+    assert choice.lengths is prepared.lengths and choice.policy_seq == 2
+    assert pair.link.stats.num_policies == 2
+    pair.link.choose(decode_batch())  # it was prepared for one step only
+    assert pair.link.stats.num_policies == 3
+
+
+def test_own_length_is_chosen_when_preparing_fails(pair: Pair) -> None:
+    pair.deliver(policy())
+    wrong = decode_batch()
+    wrong = DecodeBatch(wrong.request_ids, wrong.ceiling[:2], wrong.features)
+    pair.link.prepare(wrong)
+    assert pair.link.stats.num_errors == 1
+    assert pair.source() == "own"
+
+
 def test_good_policy_stays_when_a_bad_one_follows(pair: Pair) -> None:
     pair.deliver(policy(1, reason="good"), policy(2, value_of_time=float("nan")))
     # The bad one was the newest of its turn; the next good one counts again.

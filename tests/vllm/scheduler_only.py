@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ class Rig:
         self._depth = depth
         self._in_flight: deque[tuple[Any, Any]] = deque()
         self.requests: dict[str, Any] = {}
+        #: vLLM does once the model runs, in every step but of pooling models
+        self.asks_for_masks: Callable[[], bool] = lambda: True
 
     def add(self, number: int, num_prompt: int, max_tokens: int) -> None:
         from vllm import SamplingParams
@@ -169,6 +172,8 @@ class Rig:
         begun = None
         if self.scheduler.has_requests():
             begun = self.scheduler.schedule()
+            if self.asks_for_masks():
+                self.scheduler.get_grammar_bitmask(begun)
             self._in_flight.append((begun, self.worker.run(begun)))
         if self._in_flight and (
             len(self._in_flight) >= self._depth or not begun or not begun.num_scheduled_tokens
@@ -201,6 +206,7 @@ def play(seed: int, depth: int) -> dict[str, int]:
     scheduler = make_scheduler(Random, configuration(depth > 1, 12, 64), num_blocks=40)
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     rig = Rig(scheduler, depth, rng)
+    rig.asks_for_masks = lambda: bool(rng.random() < 0.9)
     aborted: set[str] = set()
     told = {"steps": 0, "checked": 0, "too_long": 0, "deepest": 0}
     while len(rig.requests) < 40 or rig.is_busy:

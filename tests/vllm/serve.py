@@ -104,6 +104,9 @@ class RandomLengths:
         self.chosen = dict(zip(batch.request_ids.tolist(), pairs, strict=True))
         return Choice(lengths, "ragged", source="policy")
 
+    def prepare(self, batch: Any) -> None:
+        pass
+
     def report(self, facts: Any) -> None:
         pass
 

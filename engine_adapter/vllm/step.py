@@ -1,0 +1,162 @@
+"""What a step of vLLM's scheduler held, and what came of it.
+
+While vLLM schedules a step, or takes in its results, its device stands still. So a step is noted
+then with as little work as can be (`Step.take_results`), and what it did is made of the notes while
+the device runs a later one (`Step.facts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, field
+from itertools import repeat
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from smartspec.engine_adapter.base import F32, U64, DecodeBatch, StepFacts
+from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, Choice
+from smartspec.engine_adapter.vllm.facts import Method
+
+_computed = attrgetter("num_computed_tokens")
+
+
+def sizes(lists: Iterable[Sized], count: int) -> I64:
+    """Lengths of ``count`` lists, read at C's speed: at 256 requests every pass counts."""
+    return np.fromiter(map(len, lists), np.int64, count)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Requests that decode together: what stays the same for as long as nobody joins or leaves."""
+
+    requests: list[Any]  #: [B]
+    names: list[str]  #: [B]
+    ids: U64  #: [B]
+    most_drafts: I64  #: [B], of the whole answer: k drafts bring k + 1 tokens at most
+    features: F32  #: [0, B]
+
+    @classmethod
+    def of(cls, requests: list[Any], numbers: dict[str, int]) -> Group:
+        """``numbers``: of requests, by name."""
+        names = [request.request_id for request in requests]
+        return cls(
+            requests,
+            names,
+            np.array([numbers[name] for name in names], np.uint64),
+            np.array([request.max_tokens - 1 for request in requests], np.int64),
+            np.zeros((0, len(names)), np.float32),
+        )
+
+    def take(self, rows: npt.NDArray[np.intp]) -> Group:
+        kept = rows.tolist()
+        return Group(
+            [self.requests[i] for i in kept],
+            [self.names[i] for i in kept],
+            self.ids[rows],
+            self.most_drafts[rows],
+            self.features[:, rows],
+        )
+
+
+@dataclass(slots=True)
+class Step:
+    """A step, from the end of ``schedule()`` to its report."""
+
+    output: Any  #: vLLM's, of ``schedule()``
+    group: Group  #: that decodes in it
+    batch: DecodeBatch  #: that lengths were chosen for
+    choice: Choice
+    running: list[Any]  #: whoever runs, decoding or not
+    scheduled_s: float
+    ceiling: Any = None  #: [B], of the group; None: not weighed yet
+    context_tokens: int = 0
+    num_decode_tokens: int = 0  #: of the group, in the pass
+    step_s: float = 0.0
+    num_output: tuple[I64, I64] | None = None  #: [B], tokens of each answer, before and after
+    _places: dict[str, int] = field(default_factory=dict)  #: of requests, in `_num_sampled`
+    _num_sampled: list[int] = field(default_factory=list)  #: tokens that the worker brought
+    _counts: npt.NDArray[np.bool_] | None = None  #: [B], what vLLM takes in; None: everything
+
+    def weigh(self) -> None:
+        """Note who is in the pass and what it reads; idempotent. Before the next ``schedule()``."""
+        if self.ceiling is not None:
+            return
+        self.ceiling = self.batch.ceiling
+        scheduled = self.output.num_scheduled_tokens
+        if not all(map(scheduled.__contains__, self.group.names)):  # no KV room, or token budget
+            rows = np.flatnonzero([name in scheduled for name in self.group.names])
+            self.group, self.ceiling = self.group.take(rows), self.ceiling[rows]
+        self.num_decode_tokens = sum(map(scheduled.__getitem__, self.group.names))
+        computed = sum(map(_computed, self.group.requests))  # this step is counted in
+        self.context_tokens = max(computed - self.num_decode_tokens, 0)
+
+    def take_results(self, result: Any, is_last: bool) -> None:
+        """Note what the worker brought, before vLLM takes it in, and cuts it where answers end.
+
+        ``is_last``: no step was scheduled since, and nobody has left.
+        """
+        self._num_sampled = list(map(len, result.sampled_token_ids))
+        self._places = result.req_id_to_index if self._num_sampled else {}
+        if not is_last:  # vLLM drops results of requests that are gone, or were preempted
+            self._counts = np.array(
+                [not (r.num_stale_output_tokens or r.is_finished()) for r in self.group.requests],
+                bool,
+            )
+
+    def facts(self, method: Method, num_waiting: int, kv_usage: float) -> StepFacts:
+        """What there is to report, once vLLM has taken the results in; load as it is by then."""
+        group, ceiling, output = self.group, self.ceiling, self.output
+        names, size = group.names, len(group.names)
+        # A request without a result is at the last place, which brings nothing.
+        num_sampled = np.fromiter(
+            map([*self._num_sampled, 0].__getitem__, map(self._places.get, names, repeat(-1))),
+            np.int64,
+            size,
+        )
+        drafts = output.scheduled_spec_decode_tokens
+        num_drafted = sizes(map(drafts.get, names, repeat(())), size)
+        if invalid := output.num_invalid_spec_tokens:
+            num_drafted -= np.array([invalid.get(name, 0) for name in names], np.int64)
+        assert self.num_output is not None
+        num_emitted = self.num_output[1] - self.num_output[0]
+        counts = num_sampled > 0
+        if self._counts is not None:
+            counts &= self._counts
+        if not counts.all():
+            rows = np.flatnonzero(counts)
+            group, ceiling = group.take(rows), ceiling[rows]
+            num_sampled, num_drafted = num_sampled[rows], num_drafted[rows]
+            num_emitted = num_emitted[rows]
+        num_prefill = output.total_num_scheduled_tokens - self.num_decode_tokens
+        is_uniform = not num_prefill and bool((num_drafted == num_drafted[:1]).all())
+        forwards, num_draft_tokens, catch_up = _drafting(output, method)
+        return StepFacts(
+            batch=DecodeBatch(group.ids, ceiling, group.features, num_prefill),
+            num_drafted=num_drafted.astype(np.uint8),
+            num_accepted=np.minimum(num_sampled - 1, num_drafted).astype(np.uint8),
+            num_emitted=num_emitted.astype(np.uint8),
+            step_s=self.step_s,
+            target_s=None,
+            draft_s=None,
+            context_tokens=self.context_tokens,
+            num_draft_forwards=forwards,
+            num_draft_tokens=num_draft_tokens,
+            num_catch_up_tokens=catch_up,
+            num_waiting=num_waiting,
+            kv_usage=kv_usage,
+            mode=UNIFORM if is_uniform else RAGGED,
+            choice=self.choice,
+        )
+
+
+def _drafting(output: Any, method: Method) -> tuple[int, int, int]:
+    """Sequential passes of the drafter, tokens drafted in them, tokens it caught up on."""
+    if method.is_lookup:
+        return 0, 0, 0
+    length = output.num_spec_tokens_to_schedule
+    forwards = min(length, 1) if method.one_pass else length
+    catch_up = output.total_num_scheduled_tokens if length == 0 else 0
+    return forwards, length * len(output.num_scheduled_tokens), catch_up
