@@ -152,8 +152,9 @@ def _by_depth(
     if 1 < len(depths) == deepest + 1 and ladder.presence is None:
         gains, drafts = ladder.every_depth()
         by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
-        deep = np.maximum(depths, ladder.deepest_floor)[:, None]
-        seconds = by_drafts + draft.by_depth(deep)
+        floor = ladder.deepest_floor
+        by_depth = np.array([draft.by_depth(max(depth, floor)) for depth in depths])
+        seconds = by_drafts + by_depth[:, None]
         if drafts[0] == 0:
             seconds[:, 0] = by_drafts[0]
         return list(enumerate(worth(gains, seconds).max(axis=1).tolist()))
