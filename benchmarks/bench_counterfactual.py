@@ -32,11 +32,8 @@ from fakes import Clock, ipc_endpoint, until
 from figures import record
 from scripted_engine import Costs, ScriptedEngine, hello
 
-from smartspec.daemon import trial
-from smartspec.daemon.config import load
-from smartspec.daemon.control_loop import ControlLoop
-from smartspec.daemon.event_bus import NullBus
-from smartspec.daemon.gain import (
+from smartspec.daemon.adoption import trial
+from smartspec.daemon.adoption.gain import (
     ALTERNATIVES,
     COMPARISONS_KEPT,
     MEMORY_BLOCKS,
@@ -45,6 +42,9 @@ from smartspec.daemon.gain import (
     Interval,
     Tally,
 )
+from smartspec.daemon.config import load
+from smartspec.daemon.control_loop import ControlLoop
+from smartspec.daemon.event_bus import NullBus
 from smartspec.daemon.policy import Arm, Decision
 from smartspec.daemon.sessions import Session
 from smartspec.daemon.transport import Server

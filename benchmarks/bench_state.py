@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from figures import record
 from learned_state import experienced
 
-from smartspec.daemon.learned import check, decode, encode, restore
-from smartspec.daemon.state_directory import StateDirectory
+from smartspec.daemon.state.learned import check, decode, encode, restore
+from smartspec.daemon.state.state_directory import StateDirectory
 
 
 def timed(call: Callable[[], object], repeats: int) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from rich.table import Table
 from river import base, drift, ensemble, forest, linear_model, optim, preprocessing, tree
 from step_streams import NOISE, Stream, cpu_like, shape, stream
 
-from smartspec.daemon.learned import COST_KNOTS
+from smartspec.daemon.state.learned import COST_KNOTS
 from smartspec.estimators.drift import CumulativeSum
 from smartspec.estimators.least_squares import ResidualFilter
 from smartspec.estimators.step_cost import StepCost, StepShape

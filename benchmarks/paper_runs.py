@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 from paper_grid import FULL, Setting
 
-from smartspec.daemon.learned import Checkpoint, decode
-from smartspec.daemon.library import Library
+from smartspec.daemon.state.learned import Checkpoint, decode
+from smartspec.daemon.state.library import Library
 from smartspec.engine_adapter.simulator import arrivals
 from smartspec.engine_adapter.simulator.engine import Engine
 from smartspec.engine_adapter.simulator.requests import F64

@@ -87,7 +87,7 @@ def run(
     set_: Assignments = None,
 ) -> None:
     """Run the daemon: learn from engines and steer them, until SIGTERM or Ctrl-C."""
-    from smartspec.daemon import logs, service
+    from smartspec.daemon.process import logs, service
 
     def load() -> Settings:
         flags = {
@@ -122,9 +122,9 @@ def telemetry(
     """Write Redis and serve Prometheus beside a daemon (`run` starts this by itself)."""
     import msgspec
 
-    from smartspec.daemon import logs, service
-    from smartspec.daemon.parent_death import follow_parent
-    from smartspec.daemon.stopping import Stop
+    from smartspec.daemon.process import logs, service
+    from smartspec.daemon.process.parent_death import follow_parent
+    from smartspec.daemon.process.stopping import Stop
 
     stop = Stop()
     stop.install()
@@ -159,7 +159,7 @@ def inspect(
     Exit codes: 2 Redis cannot be read, 3 no such engine.
     """
     settings = load_settings(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
-    from smartspec.daemon import inspect as inspection
+    from smartspec.daemon.views import inspect as inspection
 
     raise typer.Exit(inspection.run(settings, engine, as_json, watch))
 
@@ -211,7 +211,7 @@ def top(
 ) -> None:
     """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it."""
     settings = load_settings(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
-    raise typer.Exit(optional("smartspec.daemon.top", "top").run(settings, interval_s))
+    raise typer.Exit(optional("smartspec.daemon.views.top", "top").run(settings, interval_s))
 
 
 @app.command()
@@ -229,7 +229,7 @@ def record(
     """
     settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
     from smartspec.daemon import recording
-    from smartspec.daemon.stopping import Stop
+    from smartspec.daemon.process.stopping import Stop
 
     stop = Stop()
     stop.install()
@@ -252,7 +252,7 @@ def doctor(
     if context.invoked_subcommand is not None:
         return
     settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
-    from smartspec.daemon import doctor as examination
+    from smartspec.daemon.views import doctor as examination
 
     raise typer.Exit(examination.run(settings, engine, as_json))
 
@@ -268,7 +268,7 @@ def doctor_vllm(
 
     Exit code: 1 it cannot.
     """
-    from smartspec.daemon import doctor as examination
+    from smartspec.daemon.views import doctor as examination
 
     raise typer.Exit(examination.show(examination.examine_vllm(python), as_json))
 
@@ -284,7 +284,7 @@ def state(
     Exit code: 2 the directory cannot be read.
     """
     settings = load_settings(config_file, set_)
-    from smartspec.daemon import stored_state
+    from smartspec.daemon.views import stored_state
 
     raise typer.Exit(stored_state.run(settings, as_json))
 
@@ -361,7 +361,7 @@ def worker(
     With --http it serves OpenAI's API, and runs the engine as a child process.
     """
     if parent:
-        from smartspec.daemon.parent_death import follow_parent
+        from smartspec.daemon.process.parent_death import follow_parent
 
         follow_parent(parent)
     # With keys it is the address of a daemon elsewhere, which is not ours to listen at.

@@ -56,7 +56,7 @@ EngineName = Annotated[str, typer.Argument(metavar="NAME", help="Of the engine's
 
 @contextlib.contextmanager
 def _key_errors() -> Iterator[None]:
-    from smartspec.daemon.curve_keys import KeyFileError
+    from smartspec.daemon.admission.curve_keys import KeyFileError
 
     try:
         yield
@@ -69,7 +69,7 @@ def _key_errors() -> Iterator[None]:
 @keys_app.command("make")
 def keys_make(directory: KeyDirectory = DEFAULT_KEYS) -> None:
     """Make the daemon's keys and an empty list of engines."""
-    from smartspec.daemon import curve_keys
+    from smartspec.daemon.admission import curve_keys
 
     with _key_errors():
         curve_keys.make(directory)
@@ -79,7 +79,7 @@ def keys_make(directory: KeyDirectory = DEFAULT_KEYS) -> None:
 @keys_app.command("add")
 def keys_add(name: EngineName, directory: KeyDirectory = DEFAULT_KEYS) -> None:
     """Let an engine in: its file is to be carried to its host, by a safe way."""
-    from smartspec.daemon import curve_keys
+    from smartspec.daemon.admission import curve_keys
 
     with _key_errors():
         path = curve_keys.add(directory, name)
@@ -89,7 +89,7 @@ def keys_add(name: EngineName, directory: KeyDirectory = DEFAULT_KEYS) -> None:
 @keys_app.command("show")
 def keys_show(directory: KeyDirectory = DEFAULT_KEYS) -> None:
     """List names and public keys; secrets are never shown."""
-    from smartspec.daemon import curve_keys
+    from smartspec.daemon.admission import curve_keys
 
     with _key_errors():
         for name, key in curve_keys.public_keys(directory).items():
@@ -104,7 +104,7 @@ def keys_rotate(
     directory: KeyDirectory = DEFAULT_KEYS,
 ) -> None:
     """Make new keys. An engine's old one opens until `keys drop NAME~`; the daemon's does not."""
-    from smartspec.daemon import curve_keys
+    from smartspec.daemon.admission import curve_keys
 
     with _key_errors():
         for path in curve_keys.rotate(directory, name):
@@ -115,7 +115,7 @@ def keys_rotate(
 @keys_app.command("drop")
 def keys_drop(name: EngineName, directory: KeyDirectory = DEFAULT_KEYS) -> None:
     """Let an engine in no more. A connection that is open stays so until it ends."""
-    from smartspec.daemon import curve_keys
+    from smartspec.daemon.admission import curve_keys
 
     with _key_errors():
         curve_keys.drop(directory, name)

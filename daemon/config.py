@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from smartspec.daemon.endpoints import MAX_SOCKET_PATH, check_address, check_endpoint
-from smartspec.daemon.endpoints import ConfigError as ConfigError
+from smartspec.daemon.admission.endpoints import MAX_SOCKET_PATH, check_address, check_endpoint
+from smartspec.daemon.admission.endpoints import ConfigError as ConfigError
 
 ENV_PREFIX = "SMARTSPEC_"
 

@@ -14,19 +14,19 @@ from collections.abc import Callable
 from typing import Protocol
 
 from smartspec.daemon import narration
+from smartspec.daemon.admission.curve_keys import KeyFileError
+from smartspec.daemon.admission.throttle import Throttle
+from smartspec.daemon.adoption.pauses import Pauses
+from smartspec.daemon.adoption.trial import Step
 from smartspec.daemon.commands import Answer, Command
 from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
-from smartspec.daemon.curve_keys import KeyFileError
 from smartspec.daemon.engines import Observation, OutOfOrder, RosterGap
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, LinkCounts, LoopEvent, NullBus
-from smartspec.daemon.keeper import Keeper
-from smartspec.daemon.library import Library
-from smartspec.daemon.pauses import Pauses
 from smartspec.daemon.policy import Arm, Decision
 from smartspec.daemon.sessions import Session, Sessions
-from smartspec.daemon.throttle import Throttle
-from smartspec.daemon.trial import Step
+from smartspec.daemon.state.keeper import Keeper
+from smartspec.daemon.state.library import Library
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.messages import Goodbye, Hello, MessageError, StepReport
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.daemon.learned import MAX_GRAPH_SIZES, Learned, ModelKey
+from smartspec.daemon.state.learned import MAX_GRAPH_SIZES, Learned, ModelKey
 from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, DraftCost, bucket_index
 from smartspec.engine_adapter.messages import (
     MAX_BATCH,

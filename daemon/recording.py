@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import FrameEvent, Subscriber, subscribe
-from smartspec.daemon.stopping import Stop
+from smartspec.daemon.process.stopping import Stop
 from smartspec.engine_adapter.messages import MAX_FRAME_BYTES
 
 FORMAT = "smartspec-recording"

@@ -12,17 +12,17 @@ from collections.abc import Callable
 from typing import Protocol
 
 from smartspec.daemon import narration
+from smartspec.daemon.admission.quarantine import Quarantine
+from smartspec.daemon.admission.throttle import Throttle
+from smartspec.daemon.adoption.pauses import Pauses
+from smartspec.daemon.adoption.trial import Trial
 from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
 from smartspec.daemon.engines import Engine
 from smartspec.daemon.event_bus import Bus
-from smartspec.daemon.keeper import Keeper
-from smartspec.daemon.learned import Learned, ModelKey
-from smartspec.daemon.pauses import Pauses
 from smartspec.daemon.policy import Decision, Planner, PlannerSettings
-from smartspec.daemon.quarantine import Quarantine
-from smartspec.daemon.throttle import Throttle
-from smartspec.daemon.trial import Trial
+from smartspec.daemon.state.keeper import Keeper
+from smartspec.daemon.state.learned import Learned, ModelKey
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.messages import (
     DaemonMessage,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import zmq
 
-from smartspec.daemon.curve_keys import DaemonKeys
-from smartspec.daemon.zap import Doorkeeper
+from smartspec.daemon.admission.curve_keys import DaemonKeys
+from smartspec.daemon.admission.zap import Doorkeeper
 from smartspec.engine_adapter.messages import MAX_FRAME_BYTES
 
 Peer = bytes  #: ZeroMQ's routing id of one connection

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import live_daemon
 
-from smartspec.daemon import top
 from smartspec.daemon.config import Settings
+from smartspec.daemon.views import top
 
 OUT = Path(__file__).parent / "pictures"
 MAX_BYTES = 150_000

@@ -22,8 +22,8 @@ from msgspec import Struct
 from smartspec.daemon.config import Settings
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import BusEvent, DecisionEvent, FrameEvent
-from smartspec.daemon.inspect import shown
 from smartspec.daemon.recording import EXIT_UNUSABLE, RecordingError, read
+from smartspec.daemon.views.inspect import shown
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.messages import Hello, MessageError, Policy, StepReport
 

@@ -23,7 +23,7 @@ import zmq
 from fakes import step_report
 from scripted_engine import hello
 
-from smartspec.daemon.state_directory import StateDirectory
+from smartspec.daemon.state.state_directory import StateDirectory
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.engine_adapter import messages as wire
 

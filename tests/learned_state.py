@@ -9,7 +9,7 @@ from fakes import step_report
 from scripted_engine import hello
 
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.learned import encode
+from smartspec.daemon.state.learned import encode
 
 
 def experienced(steps: int = 150, **limits: Any) -> Engine:

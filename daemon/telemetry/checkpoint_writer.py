@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from smartspec.daemon.event_bus import CheckpointEvent, NoteEvent
-from smartspec.daemon.state_directory import StateDirectory
+from smartspec.daemon.state.state_directory import StateDirectory
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from smartspec.daemon.parent_death import follow_parent
+from smartspec.daemon.process.parent_death import follow_parent
 
 _MODULE = "smartspec.daemon.telemetry.embedded_valkey"
 START_TIMEOUT_S = 5.0

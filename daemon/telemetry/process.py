@@ -23,14 +23,14 @@ from smartspec.daemon.event_bus import (
     Subscriber,
     subscribe,
 )
-from smartspec.daemon.notify import Notifier
-from smartspec.daemon.stopping import Stop
+from smartspec.daemon.process.notify import Notifier
+from smartspec.daemon.process.stopping import Stop
+from smartspec.daemon.state.warm_start import state_directory
 from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineTracker
 from smartspec.daemon.telemetry.prometheus import PrometheusExporter
 from smartspec.daemon.telemetry.redis_store import RedisStore, connect_as
-from smartspec.daemon.warm_start import state_directory
 
 log = logging.getLogger(__name__)
 

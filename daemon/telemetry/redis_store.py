@@ -36,7 +36,7 @@ from smartspec.daemon.event_bus import (
     NoteEvent,
     StepEvent,
 )
-from smartspec.daemon.learned import RefusedState, check, decode, encode, merge
+from smartspec.daemon.state.learned import RefusedState, check, decode, encode, merge
 from smartspec.daemon.telemetry.engine_state import EngineState, to_fields
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ SCHEDULER = "smartspec.engine_adapter.vllm.SmartSpecScheduler"
 
 
 class Finding(NamedTuple):
-    """As `smartspec.daemon.doctor` has it."""
+    """As `smartspec.daemon.views.doctor` has it."""
 
     check: str
     state: str

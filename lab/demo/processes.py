@@ -23,7 +23,8 @@ LOG_TAIL_LINES = 12
 
 # A child must not outlive us, even where we are killed and can say nothing.
 _START = (
-    "import sys; from smartspec.daemon import cli, parent_death; "
+    "import sys; from smartspec.daemon import cli; "
+    "from smartspec.daemon.process import parent_death; "
     "parent_death.follow_parent(int(sys.argv.pop(1))); cli.main()"
 )
 

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 
 from smartspec.daemon.event_bus import FrameEvent
-from smartspec.daemon.learned import Learned
 from smartspec.daemon.recording import read
+from smartspec.daemon.state.learned import Learned
 from smartspec.engine_adapter.messages import (
     Hello,
     Limits,

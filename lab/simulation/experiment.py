@@ -11,7 +11,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from smartspec.daemon.gain import student_95
+from smartspec.daemon.adoption.gain import student_95
 from smartspec.engine_adapter.simulator import acceptance
 from smartspec.engine_adapter.simulator.requests import Traffic
 from smartspec.lab.simulation.timeline import Timeline, Watch

@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from smartspec.daemon import learned
-from smartspec.daemon.library import Library
-from smartspec.daemon.state_directory import StateDirectory
+from smartspec.daemon.state import learned
+from smartspec.daemon.state.library import Library
+from smartspec.daemon.state.state_directory import StateDirectory
 from smartspec.engine_adapter.simulator.profile import Profile
 from smartspec.lab.profiles import observed
 from smartspec.lab.simulation.experiment import interval

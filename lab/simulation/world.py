@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from smartspec.daemon import config
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import Bus, NullBus
-from smartspec.daemon.library import Library
+from smartspec.daemon.state.library import Library
 from smartspec.engine_adapter.base import (
     FEATURE_LAST_SHARE,
     FEATURE_MATCH_LENGTH,

@@ -16,11 +16,12 @@ from fakes import RecordingBus, free_port, until
 from scripted_engine import ScriptedEngine, hello
 from typer.testing import CliRunner
 
-from smartspec.daemon import config, curve_keys
+from smartspec.daemon import config
+from smartspec.daemon.admission import curve_keys
+from smartspec.daemon.admission.curve_keys import KeyFileError
 from smartspec.daemon.cli import app
 from smartspec.daemon.config import ConfigError
 from smartspec.daemon.control_loop import ControlLoop
-from smartspec.daemon.curve_keys import KeyFileError
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.curve import EngineKeys, read_keys
 from smartspec.engine_adapter.link import EngineLink

@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from scripted_engine import hello
 
 from smartspec.daemon import config
+from smartspec.daemon.admission.throttle import Throttle
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import NullBus
-from smartspec.daemon.throttle import Throttle
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.link import EngineLink

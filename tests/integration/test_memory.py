@@ -13,7 +13,7 @@ from fakes import step_report
 from scripted_engine import hello
 
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.learned import encode
+from smartspec.daemon.state.learned import encode
 from smartspec.engine_adapter.messages import pack
 
 pytestmark = pytest.mark.integration

@@ -17,11 +17,12 @@ import redis
 from fakes import free_port
 from redis.exceptions import NoPermissionError
 
-from smartspec.daemon import config, inspect
+from smartspec.daemon import config
 from smartspec.daemon.config import ConfigError
 from smartspec.daemon.event_bus import CheckpointEvent, LoopEvent, NoteEvent, StepEvent
 from smartspec.daemon.telemetry.engine_state import EngineState
 from smartspec.daemon.telemetry.redis_store import RedisStore, connect, connect_as
+from smartspec.daemon.views import inspect
 
 SERVER = shutil.which("redis-server")
 pytestmark = [

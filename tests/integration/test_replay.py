@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from smartspec.daemon import cli, config, recording
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import EventBus, FrameEvent, StepEvent, subscribe
+from smartspec.daemon.process.stopping import Stop
 from smartspec.daemon.recording import RecordingError, Writer, read
-from smartspec.daemon.stopping import Stop
 from smartspec.daemon.tap import LOOK_EVERY_S, Tap
 from smartspec.engine_adapter import messages as wire
 from smartspec.lab import replay

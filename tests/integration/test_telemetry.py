@@ -24,7 +24,7 @@ import redis
 from fakes import free_port
 from learned_state import ENGINE, FRAME
 
-from smartspec.daemon import config, inspect, warm_start
+from smartspec.daemon import config
 from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
@@ -35,11 +35,13 @@ from smartspec.daemon.event_bus import (
     NoteEvent,
     StepEvent,
 )
+from smartspec.daemon.state import warm_start
 from smartspec.daemon.telemetry import metric_ids, redis_store
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineState
 from smartspec.daemon.telemetry.prometheus import PrometheusExporter
 from smartspec.daemon.telemetry.redis_store import Keys, RedisStore, connect
+from smartspec.daemon.views import inspect
 
 pytestmark = pytest.mark.integration
 

@@ -14,14 +14,15 @@ from fakes import PATIENCE_S
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Static
 
-from smartspec.daemon import config, top
+from smartspec.daemon import config
 from smartspec.daemon.commands import Answer, Command
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import LoopEvent, NoteEvent
-from smartspec.daemon.inspect import InspectError, View
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineState
 from smartspec.daemon.telemetry.redis_store import RedisStore, connect_as
+from smartspec.daemon.views import top
+from smartspec.daemon.views.inspect import InspectError, View
 
 pytestmark = pytest.mark.integration
 

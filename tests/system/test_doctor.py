@@ -16,11 +16,13 @@ import pytest
 from fakes import PATIENCE_S
 from typer.testing import CliRunner
 
-from smartspec.daemon import cli, config, curve_keys, doctor
+from smartspec.daemon import cli, config
+from smartspec.daemon.admission import curve_keys
 from smartspec.daemon.config import Settings
-from smartspec.daemon.doctor import Finding
-from smartspec.daemon.inspect import PastEvent, View
 from smartspec.daemon.telemetry.engine_state import EngineState
+from smartspec.daemon.views import doctor
+from smartspec.daemon.views.doctor import Finding
+from smartspec.daemon.views.inspect import PastEvent, View
 
 pytestmark = pytest.mark.system
 

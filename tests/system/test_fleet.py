@@ -14,9 +14,9 @@ import pytest
 from fakes import PATIENCE_S
 from scripted_engine import Costs, ScriptedEngine, hello
 
-from smartspec.daemon import learned
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import NoteEvent, subscribe
+from smartspec.daemon.state import learned
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.redis_store import Keys, connect
 from smartspec.engine_adapter.link import EngineLink

@@ -24,7 +24,7 @@ from smartspec.daemon.event_bus import (
     Subscriber,
     subscribe,
 )
-from smartspec.daemon.learned import WARM_STEPS
+from smartspec.daemon.state.learned import WARM_STEPS
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

@@ -18,7 +18,7 @@ import pytest
 from fakes import PATIENCE_S
 from scripted_engine import Costs, ScriptedEngine, hello
 
-from smartspec.daemon.learned import decode
+from smartspec.daemon.state.learned import decode
 from smartspec.engine_adapter.link import EngineLink
 
 pytestmark = pytest.mark.system

@@ -141,7 +141,8 @@ systemctl stop smartspec smartspec@gpus
 printf 'endpoint = "tcp://127.0.0.1:PORT"\\ninsecure = true\\n' > /etc/smartspec/gpus.toml
 systemctl start smartspec@gpus; say tcp $?
 systemctl stop smartspec@gpus
-say fields $(journalctl -u smartspec LOGGER=smartspec.daemon.service -o cat | grep -c SIGHUP)
+life=smartspec.daemon.process.service
+say fields $(journalctl -u smartspec LOGGER=$life -o cat | grep -c SIGHUP)
 journalctl -u smartspec -u smartspec-telemetry -u smartspec@gpus --no-pager -o cat
 """
 

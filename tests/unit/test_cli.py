@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from smartspec.daemon import config, curve_keys, inspect, service
+from smartspec.daemon import config
+from smartspec.daemon.admission import curve_keys
 from smartspec.daemon.cli import app
 from smartspec.daemon.config import Settings
+from smartspec.daemon.process import service
+from smartspec.daemon.views import inspect
 
 COMMANDS = ["run", "worker", "telemetry", "inspect", "pause", "release", "demo", "config"]
 
@@ -69,7 +72,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 def test_run_imports_neither_torch_nor_plots() -> None:
     loaded = python(
         "import sys\n"
-        "import smartspec.daemon.service, smartspec.daemon.control_loop\n"
+        "import smartspec.daemon.process.service, smartspec.daemon.control_loop\n"
         "import smartspec.daemon.transport, smartspec.daemon.cli\n"
         "print(*sorted({'torch', 'transformers', 'matplotlib'} & sys.modules.keys()))"
     )

@@ -11,6 +11,7 @@ from fakes import Clock, FakeTransport, RecordingBus, step_report
 from scripted_engine import hello
 
 from smartspec.daemon import config, control_loop
+from smartspec.daemon.adoption.pauses import Pauses
 from smartspec.daemon.commands import Command
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import (
@@ -23,11 +24,10 @@ from smartspec.daemon.event_bus import (
     NoteEvent,
     StepEvent,
 )
-from smartspec.daemon.learned import ModelKey, decode
-from smartspec.daemon.library import Library
-from smartspec.daemon.pauses import Pauses
 from smartspec.daemon.policy import RELEASE_TTL_S
 from smartspec.daemon.sessions import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT
+from smartspec.daemon.state.learned import ModelKey, decode
+from smartspec.daemon.state.library import Library
 from smartspec.engine_adapter import messages as wire
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from smartspec.daemon.gain import (
+from smartspec.daemon.adoption.gain import (
     COMPARISONS_KEPT,
     LEAST_COMPARISONS,
     MODEL_ERROR,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from learned_state import CHECKPOINT, ENGINE, FRAME, experienced
 from scripted_engine import hello
 
-from smartspec.daemon import learned
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.learned import Checkpoint, ModelKey, RefusedState, check, decode, encode
-from smartspec.daemon.library import Library
+from smartspec.daemon.state import learned
+from smartspec.daemon.state.learned import Checkpoint, ModelKey, RefusedState, check, decode, encode
+from smartspec.daemon.state.library import Library
 from smartspec.engine_adapter.messages import BucketAxis, Fingerprint
 from smartspec.engine_adapter.simulator import profile
 from smartspec.engine_adapter.simulator.profile import Chunk

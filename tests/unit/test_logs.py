@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from smartspec.daemon import logs
 from smartspec.daemon.config import LogSettings
+from smartspec.daemon.process import logs
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fakes import Clock
 
-from smartspec.daemon.notify import BEATS, STATUS_EVERY_S, Notifier
+from smartspec.daemon.process.notify import BEATS, STATUS_EVERY_S, Notifier
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smartspec.daemon.quarantine import Quarantine
+from smartspec.daemon.admission.quarantine import Quarantine
 
 
 def test_quarantine_comes_after_so_many_bad_frames_and_passes() -> None:

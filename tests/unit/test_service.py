@@ -22,11 +22,12 @@ import psutil
 import pytest
 from typer.main import get_command
 
-from smartspec.daemon import config, service
+from smartspec.daemon import config
 from smartspec.daemon.cli import app
 from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import BusEvent, NoteEvent
-from smartspec.daemon.service import InstanceLock, ServiceError, TelemetryChild
+from smartspec.daemon.process import service
+from smartspec.daemon.process.service import InstanceLock, ServiceError, TelemetryChild
 
 UNIT = Path(__file__).parents[2] / "systemd" / "smartspec.service"
 
@@ -227,7 +228,8 @@ def test_settings_stay_when_the_reloaded_file_is_wrong(
 # A daemon whose loop only waits: what is tested here is everything around the loop.
 _DAEMON = """
     import pathlib, sys, time
-    from smartspec.daemon import config, logs, service
+    from smartspec.daemon import config
+    from smartspec.daemon.process import logs, service
 
     class IdleLoop:
         def cycle(self, timeout_s):

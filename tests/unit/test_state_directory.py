@@ -13,11 +13,13 @@ import msgspec
 import pytest
 from learned_state import CHECKPOINT, ENGINE, FRAME
 
-from smartspec.daemon import config, stored_state, warm_start
+from smartspec.daemon import config
 from smartspec.daemon.event_bus import CheckpointEvent, NoteEvent
-from smartspec.daemon.learned import encode
-from smartspec.daemon.state_directory import STALE_S, StateDirectory
+from smartspec.daemon.state import warm_start
+from smartspec.daemon.state.learned import encode
+from smartspec.daemon.state.state_directory import STALE_S, StateDirectory
 from smartspec.daemon.telemetry.checkpoint_writer import CheckpointWriter
+from smartspec.daemon.views import stored_state
 from smartspec.engine_adapter.messages import Fingerprint
 
 KEY = ENGINE.key.id

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 
-from smartspec.daemon.stopping import Stop
+from smartspec.daemon.process.stopping import Stop
 
 #: A thread sends signals as fast as it can while the main thread keeps beginning to wait.
 STORM = """
 import os, signal, threading
-from smartspec.daemon.stopping import Stop
+from smartspec.daemon.process.stopping import Stop
 
 stop = Stop()
 stop.install()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from smartspec.daemon import throttle
-from smartspec.daemon.throttle import Throttle
+from smartspec.daemon.admission import throttle
+from smartspec.daemon.admission.throttle import Throttle
 
 
 def test_rate_is_kept_over_time_however_hard_a_peer_tries() -> None:

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smartspec.daemon.config import AdoptionSettings
-from smartspec.daemon.policy import Arm
-from smartspec.daemon.trial import (
+from smartspec.daemon.adoption.trial import (
     BETS,
     MIN_STEPS,
     PAIRS_PER_FALSE_ALARM,
@@ -20,6 +18,8 @@ from smartspec.daemon.trial import (
     Step,
     Trial,
 )
+from smartspec.daemon.config import AdoptionSettings
+from smartspec.daemon.policy import Arm
 
 STEP_S = 0.125
 

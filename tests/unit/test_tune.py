@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from smartspec.daemon import learned
 from smartspec.daemon.cli import app
 from smartspec.daemon.event_bus import FrameEvent
 from smartspec.daemon.recording import Writer
+from smartspec.daemon.state import learned
 from smartspec.engine_adapter.simulator import profile
 from smartspec.lab.profiles import observed
 from smartspec.lab.simulation import static_table, tune

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smartspec.daemon import doctor
+from smartspec.daemon.views import doctor
 from smartspec.engine_adapter.vllm import compatibility
 from smartspec.engine_adapter.vllm.doctor import Finding, check_daemon, check_version
 

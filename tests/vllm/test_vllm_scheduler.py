@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from serving import HERE, vllm_python
 
-from smartspec.daemon import doctor
+from smartspec.daemon.views import doctor
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 

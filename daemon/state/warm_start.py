@@ -9,9 +9,9 @@ import logging
 from pathlib import Path
 
 from smartspec.daemon.config import Settings, redacted
-from smartspec.daemon.learned import RefusedState, check, decode
-from smartspec.daemon.library import Library
-from smartspec.daemon.state_directory import StateDirectory
+from smartspec.daemon.state.learned import RefusedState, check, decode
+from smartspec.daemon.state.library import Library
+from smartspec.daemon.state.state_directory import StateDirectory
 
 log = logging.getLogger(__name__)
 

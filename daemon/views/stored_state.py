@@ -11,9 +11,9 @@ import msgspec
 from msgspec import Struct
 
 from smartspec.daemon.config import Settings
-from smartspec.daemon.inspect import shown
-from smartspec.daemon.state_directory import Stored
-from smartspec.daemon.warm_start import state_directory
+from smartspec.daemon.state.state_directory import Stored
+from smartspec.daemon.state.warm_start import state_directory
+from smartspec.daemon.views.inspect import shown
 
 EXIT_UNREADABLE = 2
 

@@ -23,12 +23,13 @@ import msgspec
 import redis
 from msgspec import Struct
 
-from smartspec.daemon import curve_keys, inspect
+from smartspec.daemon.admission import curve_keys
+from smartspec.daemon.admission.curve_keys import KeyFileError
 from smartspec.daemon.config import Settings, redacted
-from smartspec.daemon.curve_keys import KeyFileError
 from smartspec.daemon.event_bus import LoopEvent, subscribe
-from smartspec.daemon.inspect import EXIT_NO_ENGINE, InspectError, View
 from smartspec.daemon.telemetry.redis_store import Keys, connect_as
+from smartspec.daemon.views import inspect
+from smartspec.daemon.views.inspect import EXIT_NO_ENGINE, InspectError, View
 
 EXIT_FAILED = 1
 VLLM_TIMEOUT_S = 120.0  #: to import it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smartspec.daemon.learned import (
+from smartspec.daemon.state.learned import (
     Checkpoint,
     Learned,
     ModelKey,

@@ -12,8 +12,15 @@ from smartspec.daemon.config import StateSettings
 from smartspec.daemon.counters import Counters
 from smartspec.daemon.engines import Engine
 from smartspec.daemon.event_bus import Bus, CheckpointEvent
-from smartspec.daemon.learned import MAX_BYTES, Learned, ModelKey, RefusedState, encode, restore
-from smartspec.daemon.library import Library
+from smartspec.daemon.state.learned import (
+    MAX_BYTES,
+    Learned,
+    ModelKey,
+    RefusedState,
+    encode,
+    restore,
+)
+from smartspec.daemon.state.library import Library
 
 
 class Keeper:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from smartspec.daemon.learned import MAX_BYTES, Checkpoint, RefusedState, check, decode
+from smartspec.daemon.state.learned import MAX_BYTES, Checkpoint, RefusedState, check, decode
 
 SUFFIX = ".state"
 REFUSED = ".refused"

@@ -36,8 +36,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smartspec.daemon.adoption.gain import GainEstimator, Tally
 from smartspec.daemon.config import AdoptionSettings
-from smartspec.daemon.gain import GainEstimator, Tally
 from smartspec.daemon.policy import Arm
 
 MIN_STEPS = 16  #: of a block

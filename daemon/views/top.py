@@ -19,11 +19,12 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
-from smartspec.daemon import commands, inspect
+from smartspec.daemon import commands
 from smartspec.daemon.commands import Command
 from smartspec.daemon.config import Settings
-from smartspec.daemon.inspect import InspectError, PastEvent, View, shown
 from smartspec.daemon.telemetry.engine_state import EngineState
+from smartspec.daemon.views import inspect
+from smartspec.daemon.views.inspect import InspectError, PastEvent, View, shown
 
 INTERVAL_S = 1.0
 NUM_EVENTS = 50  #: kept on the screen, newest first

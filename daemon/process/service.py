@@ -19,13 +19,14 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
 
-from smartspec.daemon import commands, config, config_text, logs, notify
+from smartspec.daemon import commands, config, config_text
 from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
-from smartspec.daemon.notify import Notifier
+from smartspec.daemon.process import logs, notify
+from smartspec.daemon.process.notify import Notifier
 
 if TYPE_CHECKING:
-    from smartspec.daemon.curve_keys import DaemonKeys
+    from smartspec.daemon.admission.curve_keys import DaemonKeys
 
 log = logging.getLogger(__name__)
 
@@ -260,12 +261,12 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
     """The control loop on its sockets. Raises `ServiceError`."""
     import zmq
 
+    from smartspec.daemon.admission.curve_keys import KeyFileError
+    from smartspec.daemon.adoption.pauses import Pauses
     from smartspec.daemon.control_loop import ControlLoop
-    from smartspec.daemon.curve_keys import KeyFileError
-    from smartspec.daemon.pauses import Pauses
+    from smartspec.daemon.state.warm_start import load
     from smartspec.daemon.tap import Tap
     from smartspec.daemon.transport import Server
-    from smartspec.daemon.warm_start import load
 
     library = load(settings)  # this may wait for a disk, or a second for Redis: no engine does
     try:
@@ -287,7 +288,7 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
 
 
 def _keys_of(settings: Settings) -> Callable[[], DaemonKeys] | None:
-    from smartspec.daemon import curve_keys
+    from smartspec.daemon.admission import curve_keys
 
     if not settings.endpoint.startswith("tcp://") or settings.insecure:
         return None
@@ -299,7 +300,7 @@ def save_last(settings: Settings, last: list[CheckpointEvent]) -> None:
 
     After it has ended, so that nothing older is written over it. Never raises.
     """
-    from smartspec.daemon.warm_start import state_directory
+    from smartspec.daemon.state.warm_start import state_directory
 
     directory = state_directory(settings)
     for event in last:

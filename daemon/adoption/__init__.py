@@ -1,0 +1,1 @@
+"""What SmartSpec brings, measured; and when an engine is left to its own setting."""

@@ -1,0 +1,1 @@
+"""The daemon as a process: its life, its signals, its log."""

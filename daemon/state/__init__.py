@@ -1,0 +1,1 @@
+"""What was learned, kept: checkpoints, where they lie, and who starts from them."""

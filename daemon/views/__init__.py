@@ -1,0 +1,1 @@
+"""What people look at: each reads what the daemon publishes, from a process of its own."""
