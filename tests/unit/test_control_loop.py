@@ -220,7 +220,8 @@ def test_operator_is_told_when_steps_take_longer_for_good(rig: Rig) -> None:
             b"a", step_report(seq, roster=seq == 1, step_s=0.03 * slow, target_s=0.025 * slow)
         )
     notes = [note for note in rig.bus.of(NoteEvent) if note.kind == "drift"]
-    assert notes and len(notes) == rig.loop.counters["cost_changes"] <= 3
+    # A few times: each alarm gives up a part of what was known.
+    assert notes and len(notes) == rig.loop.counters["cost_changes"] <= 4
     assert notes[0].engine == "gpu0" and "1.5" in notes[0].text
 
 
