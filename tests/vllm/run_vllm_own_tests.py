@@ -87,6 +87,10 @@ def pytest_configure() -> None:
         return
     from vllm.v1.core.sched import async_scheduler, scheduler
 
+    from smartspec.engine_adapter.vllm import compatibility
+
+    problems = compatibility.problems()  # of vLLM's classes, not of ours in their place
+    compatibility.problems = lambda: problems
     importlib.import_module("vllm.v1.core.sched.diffusion_scheduler")  # its bases stay vLLM's
     plain, asynchronous = _classes(arm == "steered")
     scheduler.Scheduler = plain  # type: ignore[misc]
