@@ -56,6 +56,9 @@ def refusal(config: Any) -> str | None:
         return f"runner type {config.model_config.runner_type!r} does not generate"
     if getattr(config.model_config, "is_diffusion", False):
         return "a diffusion model has no draft tokens to cut"
+    if getattr(config.model_config, "has_inner_state", False):
+        # vLLM fits a step's tokens to where that state may be cut; not tried with other lengths.
+        return "a model with recurrent state (Mamba) has not been tried"
     if config.num_speculative_tokens > MAX_LENGTH:
         return f"num_speculative_tokens > {MAX_LENGTH}"
     if config.scheduler_config.max_num_seqs > MAX_BATCH:

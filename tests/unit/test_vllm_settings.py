@@ -58,12 +58,15 @@ def configuration(**changes: Any) -> Any:
         "data_parallel_size": 1,
         "max_num_seqs": 64,
         "runner_type": "generate",
+        "has_inner_state": False,
     } | changes
     return SimpleNamespace(
         speculative_config=SimpleNamespace(method="ngram"),
         num_speculative_tokens=values["num_speculative_tokens"],
         parallel_config=SimpleNamespace(data_parallel_size=values["data_parallel_size"]),
-        model_config=SimpleNamespace(runner_type=values["runner_type"]),
+        model_config=SimpleNamespace(
+            runner_type=values["runner_type"], has_inner_state=values["has_inner_state"]
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=values["max_num_seqs"]),
     )
 
@@ -80,6 +83,7 @@ def test_usual_engine_is_steered() -> None:
         ({"data_parallel_size": 2}, "data_parallel_size"),
         ({"max_num_seqs": MAX_BATCH + 1}, "max-num-seqs"),
         ({"runner_type": "pooling"}, "does not generate"),
+        ({"has_inner_state": True}, "recurrent state"),
     ],
 )
 def test_engine_that_cannot_be_steered_is_left_alone(changes: Any, words: str) -> None:
