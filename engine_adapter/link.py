@@ -150,6 +150,10 @@ class EngineLink:
                 self._receive()
             self._prepared, self._looked = False, True
             choice = self._steer(batch)
+            if self._probe_pending and choice is not None and choice.source == "policy":
+                self._probe_pending = False
+                assert self._program is not None
+                choice = self._program.with_probes(choice, batch)
         except Exception:
             self._note_error("choosing lengths")
             self._program = None
@@ -171,8 +175,8 @@ class EngineLink:
         try:
             self._receive()
             self._prepared = True
-            if self._program is not None and batch is not None:
-                self._program.choose(batch)
+            if batch is not None:
+                self._steer(batch)
         except Exception:
             self._note_error("preparing a choice")
             self._program = None
@@ -246,11 +250,7 @@ class EngineLink:
             return None
         silent_s = self._clock() - self._policy_heard_at
         if silent_s <= program.policy.ttl_s:
-            choice = program.choose(batch)
-            if self._probe_pending:
-                self._probe_pending = False
-                choice = program.with_probes(choice, batch)
-            return choice
+            return program.choose(batch)
         if silent_s <= program.policy.ttl_s + program.policy.fallback_s:
             return program.fallback(batch)
         self._program = None

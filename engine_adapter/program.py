@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -103,7 +104,7 @@ class Program:
             )
             self.roster = roster
         self._roster_bytes = self.roster.tobytes()
-        self._seen: tuple[Any, ...] = ()  #: the batch of the last choice
+        self._seen: tuple[Any, ...] = ()  #: what the last choice was made of
         self._chosen: Choice | None = None
 
     def _read_axes(self, policy: Policy, features: tuple[str, ...]) -> None:
@@ -169,6 +170,18 @@ class Program:
 
     def choose(self, batch: DecodeBatch) -> Choice:
         """The lengths of greatest ``gain - value_of_time * T`` for the present batch."""
+        choice = self._once("policy", self._choose, batch)
+        assert choice is not None
+        return choice
+
+    def fallback(self, batch: DecodeBatch) -> Choice | None:
+        """The learned length for a batch of this size; None when the policy brought no table."""
+        return self._once("fallback", self._fall_back, batch)
+
+    def _once(
+        self, source: str, make: Callable[[DecodeBatch], Choice | None], batch: DecodeBatch
+    ) -> Choice | None:
+        """What ``make`` makes of a batch; the last one's again where nothing has changed."""
         # As bytes: compared at once, and an engine may use the same arrays for its next batch.
         columns = (
             batch.request_ids,
@@ -178,16 +191,17 @@ class Program:
             batch.floor,
             batch.token_time_target_s,
         )
-        seen = (batch.num_prefill_tokens, *[c if c is None else c.tobytes() for c in columns])
-        if self._chosen is None or seen != self._seen:
-            self._chosen, self._seen = self._choose(batch), seen
-            self._chosen = self._chosen._replace(policy_seq=self.policy.seq)
-            self._chosen.lengths.flags.writeable = False  # it may be given out again
+        contents = [column if column is None else column.tobytes() for column in columns]
+        seen = (source, batch.num_prefill_tokens, *contents)
+        if seen != self._seen:
+            self._chosen, self._seen = make(batch), seen
+            if self._chosen is not None:
+                self._chosen.lengths.flags.writeable = False  # it may be given out again
         return self._chosen
 
     def _choose(self, batch: DecodeBatch) -> Choice:
         if self.policy.meet_targets and batch.token_time_target_s is not None:
-            return choose_in_time(
+            choice = choose_in_time(
                 self.survivals(batch),
                 batch.weight,
                 batch.floor,
@@ -199,15 +213,17 @@ class Program:
                 self.draft,
                 batch.num_prefill_tokens,
             )
-        ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, batch.ceiling)
-        return lengths.choose_lengths(
-            ladder,
-            self.value_of_time,
-            min(self.policy.depth, ladder.max_length),
-            self.curves,
-            self.draft,
-            batch.num_prefill_tokens,
-        )
+        else:
+            ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, batch.ceiling)
+            choice = lengths.choose_lengths(
+                ladder,
+                self.value_of_time,
+                min(self.policy.depth, ladder.max_length),
+                self.curves,
+                self.draft,
+                batch.num_prefill_tokens,
+            )
+        return choice._replace(policy_seq=self.policy.seq)
 
     def with_probes(self, choice: Choice, batch: DecodeBatch) -> Choice:
         """``choice`` with the policy's probes put on the requests of the shortest lengths.
@@ -226,11 +242,10 @@ class Program:
         probing[shortest] = wanted[shortest]
         return choice._replace(lengths=probing, source="probe")
 
-    def fallback(self, batch: DecodeBatch) -> Choice | None:
-        """The learned length for a batch of this size; None when the policy brought no table."""
-        at = int(np.searchsorted(self._fallback_batch, batch.size, side="right")) - 1
+    def _fall_back(self, batch: DecodeBatch) -> Choice | None:
         if not len(self._fallback_batch):
             return None
+        at = int(np.searchsorted(self._fallback_batch, batch.size, side="right")) - 1
         length = int(self._fallback_length[max(at, 0)])
         if batch.floor is not None:
             wanted = np.maximum(batch.floor, length)

@@ -13,8 +13,9 @@ costs next to nothing, all are looked up and only verification is cut. The table
 first steered step and taken out with the first that is not: else vLLM runs as it would without us.
 
 What can wait is done while the device runs (`Steering.while_running`): reports of earlier steps go
-out, policies come in, and lengths are chosen for the batch as it is then. If it is the same at the
-next ``schedule()``, these are its lengths.
+out, policies come in, and lengths are chosen for the batch as it is then. They are those of the
+next ``schedule()``, also when requests have left by then. Only where other prompts share its pass
+than was expected, and for a lookup, whose drafts are not there before, are they chosen in it.
 
 A step's time is what lies between ``schedule()``'s end (or the end of the step before, where steps
 overlap) and ``update_from_output()``: verification of this step, drafting for the next.
@@ -33,7 +34,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from smartspec.engine_adapter.base import DecodeBatch, LengthSource
-from smartspec.engine_adapter.lengths import I64, Choice
+from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.vllm.facts import Method
 from smartspec.engine_adapter.vllm.step import Group, Step, sizes
 
@@ -87,6 +88,15 @@ def why_excluded(request: Any) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step to come."""
+
+    group: Group  #: who is to decode in it; who has left by then is found out when it runs
+    batch: DecodeBatch  #: the same, for the source of lengths
+    near: list[int]  #: rows that may be at their answer's end by then
+
+
 class Steering:
     """Steers one scheduler.
 
@@ -119,10 +129,9 @@ class Steering:
         self._running: list[Any] = []
         self._has_prefill = False
         self._group = Group.of([], {})
-        self._lengths_of_answers: tuple[Group, I64] | None = None  #: None: to be read anew
         self._probed: dict[str, int] = {}
-        self._next: DecodeBatch | None = None  #: of the next step, if nobody joins or leaves
-        self._pending: tuple[DecodeBatch, Choice] | None = None
+        self._plan: Plan | None = None  #: of the next step
+        self._pending: tuple[Group, DecodeBatch, Choice] | None = None
         self._steps: OrderedDict[int, Step] = OrderedDict()  #: scheduled
         self._ended: list[Step] = []  #: to be reported
         self._ended_s = -np.inf
@@ -137,25 +146,44 @@ class Steering:
     def before_schedule(self) -> None:
         """Choose lengths for the requests that will decode, and put them into force."""
         self._pending = None  # a step that failed in between leaves nothing behind
-        self._follow()
-        available = list(map(len, map(_drafts, self._group.requests)))
-        batch, self._next = self._next, None
-        if (
-            batch is None
-            or batch.request_ids is not self._group.ids
-            or batch.num_prefill_tokens != self._expected_prefill()
-        ):
-            batch = self._batch(self._room(available))
+        plan, self._plan = self._plan, None
+        if plan is None:
+            self._follow()
+            plan = self._make_plan()
+        batch = self._as_it_is_now(plan)
         choice = self.source.choose(batch)
         if choice.source in STEERED:
-            choice = self._put_in(available, choice)
+            choice = self._put_in(plan, choice)
         else:
             self._probed = {}
             self._scheduler.dynamic_sd_lookup = self._original
-        self._pending = batch, choice
+        self._pending = plan.group, batch, choice
 
-    def _follow(self) -> None:
-        """Who is in the batch now, by number."""
+    def _make_plan(self) -> Plan:
+        """What lengths are to be chosen for in the next step, as far as it is known now."""
+        group = self._group
+        room = group.most_drafts - sizes(map(_answer, group.requests), len(group.requests))
+        if self._is_async:  # of a step in flight, all drafts may still be accepted
+            room -= np.fromiter(map(_in_flight, group.requests), np.int64, len(room))
+        ceiling = np.minimum(np.maximum(room, 0), self._max_length).astype(np.uint8)
+        batch = DecodeBatch(group.ids, ceiling, group.features, self._expected_prefill())
+        # The step in between brings one token more than drafts at most.
+        near = np.flatnonzero(room < 2 * self._max_length + 1)
+        return Plan(group, batch, near.tolist())
+
+    def _as_it_is_now(self, plan: Plan) -> DecodeBatch:
+        """The plan's batch with what has changed since: prompts that have come, drafts found."""
+        batch, ceiling = plan.batch, plan.batch.ceiling
+        prefill = self._expected_prefill()
+        if self._method.is_lookup:
+            found = sizes(map(_drafts, plan.group.requests), batch.size)
+            ceiling = np.minimum(ceiling, found).astype(np.uint8)
+        elif prefill == batch.num_prefill_tokens:
+            return batch
+        return DecodeBatch(batch.request_ids, ceiling, batch.features, prefill)
+
+    def _follow(self, last: Group | None = None) -> None:
+        """Who is in the batch now, by number. ``last``: who was in the step before."""
         running = self._scheduler.running
         if not self._has_prefill and running == self._running:
             return
@@ -174,38 +202,14 @@ class Steering:
                     self.stats.num_excluded[reason] += 1
             if numbers[name] != EXCLUDED:
                 controlled.append(request)
+        if last is not None and controlled == last.requests:
+            self._group = last
         if controlled == self._group.requests:
             return
         if len(numbers) > 2 * len(self._scheduler.requests) + NUMBERS_KEPT:
             alive = self._scheduler.requests
             self._numbers = numbers = {n: i for n, i in numbers.items() if n in alive}
         self._group = Group.of(controlled, numbers)
-
-    def _room(self, available: list[int] | None = None) -> I64:
-        """Drafts that each request could still use, [B]; below 0 at an answer's last token.
-
-        ``available``: [B], drafts that a lookup found.
-        """
-        group = self._group
-        # Of a step in flight, all drafts may still be accepted.
-        room = group.most_drafts - self._num_output(group)
-        if self._is_async:
-            room -= np.fromiter(map(_in_flight, group.requests), np.int64, len(room))
-        if self._method.is_lookup and available is not None:
-            room = np.minimum(room, np.array(available, np.int64))
-        return room
-
-    def _batch(self, room: I64) -> DecodeBatch:
-        group = self._group
-        ceiling = np.minimum(np.maximum(room, 0), self._max_length).astype(np.uint8)
-        return DecodeBatch(group.ids, ceiling, group.features, self._expected_prefill())
-
-    def _num_output(self, group: Group) -> I64:
-        """Tokens of each answer so far."""
-        if self._lengths_of_answers is None or self._lengths_of_answers[0] is not group:
-            lengths = sizes(map(_answer, group.requests), len(group.requests))
-            self._lengths_of_answers = group, lengths
-        return self._lengths_of_answers[1]
 
     def _expected_prefill(self) -> int:
         """Prompt tokens that will share the pass: of chunks under way, and of the next prompt."""
@@ -221,9 +225,11 @@ class Steering:
             tokens += scheduler.waiting.peek_request().num_tokens
         return int(min(tokens, scheduler.max_num_scheduled_tokens))
 
-    def _put_in(self, available: list[int], choice: Choice) -> Choice:
+    def _put_in(self, plan: Plan, choice: Choice) -> Choice:
         """Cut drafts to what is chosen, and set what is drafted next."""
-        group, lengths = self._group, choice.lengths.tolist()
+        group, lengths = plan.group, choice.lengths.tolist()
+        for i in plan.near:
+            lengths[i] = min(lengths[i], self._room_of(group, i))
         if not self._method.is_lookup:
             if lengths:  # else the length of the last batch stands for the next
                 self._live.length = max(lengths)
@@ -234,21 +240,30 @@ class Steering:
             if probed:
                 lengths = list(map(max, lengths, map(probed.get, group.names, repeat(0))))
                 choice = choice._replace(source="probe")
-        for request, length, there in zip(group.requests, lengths, available, strict=True):
-            if length < there:
+        for request, length in zip(group.requests, lengths, strict=True):
+            drafts = request.spec_token_ids
+            if len(drafts) > length:
                 # A new list: under the async scheduler all requests share one.
-                request.spec_token_ids = request.spec_token_ids[:length]
+                request.spec_token_ids = drafts[:length]
         self._scheduler.dynamic_sd_lookup = self._live
         return choice
+
+    def _room_of(self, group: Group, row: int) -> int:
+        """Drafts that a request can still use."""
+        request = group.requests[row]
+        room = int(group.most_drafts[row]) - len(_answer(request))
+        if self._is_async:
+            room -= _in_flight(request)
+        return max(room, 0)
 
     def after_schedule(self, output: Any) -> None:
         """Remember what the step holds, until its results come."""
         if self._pending is None or not output.total_num_scheduled_tokens:
             return
-        batch, choice = self._pending
+        group, batch, choice = self._pending
         self._pending = None
         running = self._scheduler.running.copy()
-        step = Step(output, self._group, batch, choice, running, self._clock())
+        step = Step(output, group, batch, choice, running, self._clock())
         self._steps[id(output)] = step
         while len(self._steps) > MAX_STEPS_IN_FLIGHT:
             self._steps.popitem(last=False)
@@ -261,15 +276,11 @@ class Steering:
         if step is not None:
             step.weigh()
         self._report()
-        self._follow()
-        if self._method.is_lookup:  # what it finds is not known yet
-            self.source.prepare(None)
-            return
-        room = self._room()
-        batch = self._batch(room)
-        self.source.prepare(batch)
-        # Where nobody is near the end, the batch is the same whatever this step brings.
-        self._next = batch if room.min(initial=0x7FFF) > 2 * self._max_length else None
+        self._follow(step and step.group)
+        # Until the next step requests may leave, or wait to join; nobody else will decode in it.
+        self._plan = self._make_plan()
+        # What a lookup finds is not known yet.
+        self.source.prepare(None if self._method.is_lookup else self._plan.batch)
 
     def _report(self) -> None:
         """Tell what the steps did that have ended."""
@@ -289,26 +300,22 @@ class Steering:
     def before_update(self, output: Any, result: Any) -> Step | None:
         """Read a step's results, before vLLM takes them in; None: not a step of ours."""
         now = self._clock()
+        if self._ended:
+            self._report()  # no masks were asked for in between
         step = self._steps.pop(id(output), None)
         if step is None:
-            self._lengths_of_answers = None
             return None
         step.step_s = max(now - max(step.scheduled_s, self._ended_s), 1e-9)
         self._ended_s = now
         step.weigh()
-        is_last = not self._steps and self._scheduler.running == step.running
-        step.take_results(result, is_last)
-        before = self._num_output(step.group)
-        step.num_output = before, before
-        self._lengths_of_answers = None
+        step.take_results(result, not self._steps and self._scheduler.running == step.running)
         return step
 
     def after_update(self, step: Step | None) -> None:
         """Note a step's end, after vLLM has taken it in."""
         if step is None:
             return
-        assert step.num_output is not None
-        step.num_output = step.num_output[0], self._num_output(step.group)
+        step.take_emitted()
         self._ended.append(step)
-        if len(self._ended) > 1 or not self._scheduler.running:
-            self._report()  # no masks were asked for, or there may be no step that they are for
+        if not self._scheduler.running:
+            self._report()  # there may be no step that masks are asked for

@@ -75,9 +75,10 @@ class Step:
     context_tokens: int = 0
     num_decode_tokens: int = 0  #: of the group, in the pass
     step_s: float = 0.0
-    num_output: tuple[I64, I64] | None = None  #: [B], tokens of each answer, before and after
     _places: dict[str, int] = field(default_factory=dict)  #: of requests, in `_num_sampled`
-    _num_sampled: list[int] = field(default_factory=list)  #: tokens that the worker brought
+    _sampled: list[list[int]] = field(default_factory=list)  #: what the worker brought
+    _num_sampled: list[int] = field(default_factory=list)
+    _num_emitted: list[int] = field(default_factory=list)  #: of them, in the answers
     _counts: npt.NDArray[np.bool_] | None = None  #: [B], what vLLM takes in; None: everything
 
     def weigh(self) -> None:
@@ -98,7 +99,8 @@ class Step:
 
         ``is_last``: no step was scheduled since, and nobody has left.
         """
-        self._num_sampled = list(map(len, result.sampled_token_ids))
+        self._sampled = result.sampled_token_ids
+        self._num_sampled = list(map(len, self._sampled))
         self._places = result.req_id_to_index if self._num_sampled else {}
         if not is_last:  # vLLM drops results of requests that are gone, or were preempted
             self._counts = np.array(
@@ -106,22 +108,22 @@ class Step:
                 bool,
             )
 
+    def take_emitted(self) -> None:
+        """Note what is left of it once vLLM has taken it in: it cuts these very lists."""
+        self._num_emitted = list(map(len, self._sampled))
+
     def facts(self, method: Method, num_waiting: int, kv_usage: float) -> StepFacts:
         """What there is to report, once vLLM has taken the results in; load as it is by then."""
         group, ceiling, output = self.group, self.ceiling, self.output
         names, size = group.names, len(group.names)
         # A request without a result is at the last place, which brings nothing.
-        num_sampled = np.fromiter(
-            map([*self._num_sampled, 0].__getitem__, map(self._places.get, names, repeat(-1))),
-            np.int64,
-            size,
-        )
+        places = np.fromiter(map(self._places.get, names, repeat(-1)), np.int64, size)
+        num_sampled = np.array([*self._num_sampled, 0])[places]
+        num_emitted = np.array([*self._num_emitted, 0])[places]
         drafts = output.scheduled_spec_decode_tokens
         num_drafted = sizes(map(drafts.get, names, repeat(())), size)
         if invalid := output.num_invalid_spec_tokens:
             num_drafted -= np.array([invalid.get(name, 0) for name in names], np.int64)
-        assert self.num_output is not None
-        num_emitted = self.num_output[1] - self.num_output[0]
         counts = num_sampled > 0
         if self._counts is not None:
             counts &= self._counts

@@ -32,9 +32,17 @@ def token(number: int, position: int) -> int:
     return (31 * number + 7 * position) % 997 + 3
 
 
-def configuration(is_async: bool, max_num_seqs: int, max_batched: int, **additional: Any) -> Any:
-    """Of an engine with a draft model. The CPU's platform turns async scheduling off: on again."""
+def configuration(
+    method: str, is_async: bool, max_num_seqs: int, max_batched: int, **additional: Any
+) -> Any:
+    """Of an engine that speculates. The CPU's platform turns async scheduling off: on again."""
     from vllm.engine.arg_utils import EngineArgs
+
+    speculation = {"method": method, "num_speculative_tokens": MAX_LENGTH}
+    if method == "draft_model":
+        speculation["model"] = str(draft_dir())
+    else:
+        speculation |= {"prompt_lookup_min": 2, "prompt_lookup_max": 5}
 
     config = EngineArgs(
         model=str(model_dir()),
@@ -46,11 +54,7 @@ def configuration(is_async: bool, max_num_seqs: int, max_batched: int, **additio
         enable_prefix_caching=False,
         enforce_eager=True,
         seed=0,
-        speculative_config={
-            "method": "draft_model",
-            "model": str(draft_dir()),
-            "num_speculative_tokens": MAX_LENGTH,
-        },
+        speculative_config=speculation,
         additional_config=additional,
     ).create_engine_config()
     config.scheduler_config.async_scheduling = is_async
@@ -75,10 +79,16 @@ def make_scheduler(kind: type, config: Any, num_blocks: int) -> Any:
 
 
 class Worker:
-    """Runs steps by counting; raises AssertionError for one that no worker could run."""
+    """Runs steps by counting; raises AssertionError for one that no worker could run.
 
-    def __init__(self, rng: np.random.Generator, acceptance: float = 0.6) -> None:
+    ``is_lookup``: it finds 0 to all drafts by itself, and not as many as it is asked for.
+    """
+
+    def __init__(
+        self, rng: np.random.Generator, is_lookup: bool = False, acceptance: float = 0.6
+    ) -> None:
         self._rng = rng
+        self._is_lookup = is_lookup
         self._acceptance = acceptance
         self._prompt: dict[str, int] = {}
         self._known: dict[str, int] = {}  # tokens of prompt and answer
@@ -111,9 +121,15 @@ class Worker:
         ]
         length = output.num_spec_tokens_to_schedule
         # Who sits a step out keeps its drafts: so vLLM has it, steered or not.
-        self._drafted.update(dict.fromkeys(names, length))
+        for name in names:
+            found = int(self._rng.integers(length + 1)) if self._is_lookup else length
+            self._drafted[name] = found
         index = {name: i for i, name in enumerate(names)}
         return ModelRunnerOutput(req_ids=names, req_id_to_index=index, sampled_token_ids=sampled)
+
+    def drafts(self, name: str) -> list[int]:
+        """What the last step drafted for a request."""
+        return [9] * self._drafted[name]
 
     def _step(self, name: str, scheduled: int, drafts: int) -> list[int]:
         known, computed = self._known[name], self._computed[name]
@@ -136,12 +152,15 @@ class Worker:
 class Rig:
     """A scheduler and its worker, with ``depth`` steps in flight."""
 
-    def __init__(self, scheduler: Any, depth: int, rng: np.random.Generator) -> None:
+    def __init__(
+        self, scheduler: Any, depth: int, rng: np.random.Generator, is_lookup: bool = False
+    ) -> None:
         self.scheduler = scheduler
-        self.worker = Worker(rng)
+        self.worker = Worker(rng, is_lookup)
         self._depth = depth
         self._in_flight: deque[tuple[Any, Any]] = deque()
         self.requests: dict[str, Any] = {}
+        self.answered: dict[str, int] = {}  #: tokens of answers before the last `schedule()`
         #: vLLM does once the model runs, in every step but of pooling models
         self.asks_for_masks: Callable[[], bool] = lambda: True
 
@@ -171,6 +190,7 @@ class Rig:
         """Begin a step if there is room for one, end the oldest if there is none."""
         begun = None
         if self.scheduler.has_requests():
+            self.answered = {n: r.num_output_tokens for n, r in self.requests.items()}
             begun = self.scheduler.schedule()
             if self.asks_for_masks():
                 self.scheduler.get_grammar_bitmask(begun)
@@ -187,11 +207,11 @@ class Rig:
         output, result = self._in_flight.popleft()
         self.scheduler.update_from_output(output, result)
         if self._depth == 1:
-            drafts = [[9] * output.num_spec_tokens_to_schedule for _ in result.req_ids]
+            drafts = list(map(self.worker.drafts, result.req_ids))
             self.scheduler.update_draft_token_ids(DraftTokenIds(result.req_ids, drafts))
 
 
-def play(seed: int, depth: int) -> dict[str, int]:
+def play(seed: int, depth: int, method: str) -> dict[str, int]:
     """40 requests that join, leave and are aborted under random lengths, in too little KV room."""
     from smartspec.engine_adapter.vllm.scheduler import SmartSpecAsyncScheduler, SmartSpecScheduler
 
@@ -199,16 +219,32 @@ def play(seed: int, depth: int) -> dict[str, int]:
     source = RandomLengths(seed)
     base: Any = SmartSpecScheduler if depth == 1 else SmartSpecAsyncScheduler
 
+    told = dict.fromkeys(
+        ("steps", "checked", "too_long", "useless", "deepest", "grown", "emitted"), 0
+    )
+
     class Random(base):  # type: ignore[misc]
         def make_source(self, wanted: Any) -> Any:
             return source
 
-    scheduler = make_scheduler(Random, configuration(depth > 1, 12, 64), num_blocks=40)
+        def update_from_output(self, output: Any, result: Any) -> Any:
+            step = self.steering._steps.get(id(output))
+            requests = step.group.requests if step else []
+            before = sum(request.num_output_tokens for request in requests)
+            outputs = super().update_from_output(output, result)
+            told["grown"] += sum(request.num_output_tokens for request in requests) - before
+            return outputs
+
+    def report(facts: Any) -> None:
+        told["emitted"] += int(facts.num_emitted.sum())
+
+    source.report = report  # type: ignore[method-assign]
+    config = configuration(method, depth > 1, 12, 64)
+    scheduler = make_scheduler(Random, config, num_blocks=40)
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-    rig = Rig(scheduler, depth, rng)
+    rig = Rig(scheduler, depth, rng, is_lookup=method == "ngram")
     rig.asks_for_masks = lambda: bool(rng.random() < 0.9)
     aborted: set[str] = set()
-    told = {"steps": 0, "checked": 0, "too_long": 0, "deepest": 0}
     while len(rig.requests) < 40 or rig.is_busy:
         if len(rig.requests) < 40 and rng.random() < 0.4:
             # Of a prompt of one token vLLM itself verifies drafts that were never asked for.
@@ -222,6 +258,8 @@ def play(seed: int, depth: int) -> dict[str, int]:
         begun = rig.step()
         told["steps"] += 1
         assert told["steps"] < 10_000, "it does not end"
+        if begun is not None:  # the override is there in steered steps, and in no other
+            assert (scheduler.dynamic_sd_lookup is not None) == source.steered
         if begun is None or not source.steered:
             continue
         for name in begun.num_scheduled_tokens:
@@ -230,6 +268,8 @@ def play(seed: int, depth: int) -> dict[str, int]:
                 drafts = len(begun.scheduled_spec_decode_tokens.get(name, ()))
                 told["checked"] += 1
                 told["too_long"] += drafts > length[0]
+                request = rig.requests[name]
+                told["useless"] += drafts >= request.max_tokens - rig.answered[name]
                 told["deepest"] = max(told["deepest"], drafts)
     for name, request in rig.requests.items():
         answer = list(request.output_token_ids)
@@ -251,10 +291,91 @@ def play(seed: int, depth: int) -> dict[str, int]:
     }
 
 
+class Failing:
+    """A source that leaves lengths to the engine, and after 20 calls of ``method`` fails."""
+
+    def __init__(self, method: str) -> None:
+        self.calls_left = {method: 20}
+
+    def _called(self, method: str) -> None:
+        self.calls_left[method] = left = self.calls_left.get(method, 1 << 30) - 1
+        if left < 0:
+            raise RuntimeError(f"{method} fails, as it is meant to")
+
+    def choose(self, batch: Any) -> Any:
+        from smartspec.engine_adapter.lengths import Choice
+
+        self._called("choose")
+        return Choice.fixed(batch.ceiling.astype(np.int64), "own")
+
+    def prepare(self, batch: Any) -> None:
+        self._called("prepare")
+
+    def report(self, facts: Any) -> None:
+        self._called("report")
+
+    def close(self) -> None:
+        self._called("close")
+
+
+def compare(seed: int, depth: int, method: str, fails: str) -> dict[str, int]:
+    """Every step of vLLM's own class beside the same step of ours, which nobody steers, and whose
+    source fails in the method ``fails``: after 20 calls, and then for ever.
+    """
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from smartspec.engine_adapter.vllm.scheduler import SmartSpecAsyncScheduler, SmartSpecScheduler
+
+    base: Any = SmartSpecScheduler if depth == 1 else SmartSpecAsyncScheduler
+    source = Failing(fails)
+    source.calls_left["close"] = 0  # the way out fails as well
+
+    class Ours(base):  # type: ignore[misc]
+        def make_source(self, wanted: Any) -> Any:
+            return source
+
+    rigs = []
+    for kind in (Scheduler if depth == 1 else AsyncScheduler, Ours):
+        scheduler = make_scheduler(kind, configuration(method, depth > 1, 12, 64), num_blocks=40)
+        rng = np.random.default_rng(seed)
+        rigs.append(Rig(scheduler, depth, rng, is_lookup=method == "ngram"))
+    rng = np.random.default_rng(seed)
+    steps = different = 0
+    while len(rigs[0].requests) < 40 or any(rig.is_busy for rig in rigs):
+        joins = len(rigs[0].requests) < 40 and rng.random() < 0.4
+        size = int(rng.integers(2, 100)), int(rng.integers(1, 60))
+        held = []
+        for rig in rigs:
+            if joins:
+                rig.add(len(rig.requests), *size)
+            begun = rig.step()
+            drafts = begun and {n: len(d) for n, d in begun.scheduled_spec_decode_tokens.items()}
+            asked = begun and begun.num_spec_tokens_to_schedule
+            held.append((begun and begun.num_scheduled_tokens, drafts, asked))
+        steps += 1
+        different += held[0] != held[1]
+    ours = rigs[1].scheduler
+    return {
+        "steps": steps,
+        "different": different,
+        "errors": ours.smartspec_stats.num_errors,
+        "steered_at_end": ours.steering is not None,
+        "drafted": rigs[1].worker.num_drafted,
+    }
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--depth", type=int, required=True)
+    parser.add_argument("--method", required=True)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--fails", default="", help="method of the source: `compare`")
     chosen = parser.parse_args()
-    chosen.out.write_text(json.dumps([play(seed, chosen.depth) for seed in range(chosen.seeds)]))
+    what = chosen.depth, chosen.method
+    told = [
+        compare(seed, *what, chosen.fails) if chosen.fails else play(seed, *what)
+        for seed in range(chosen.seeds)
+    ]
+    chosen.out.write_text(json.dumps(told))
