@@ -2,10 +2,15 @@
 
 No model: vLLM's own scheduler with a worker that counts (tests/vllm/scheduler_only.py), with our
 class and without it, step by step in turns on a core of their own, the daemon on another. Between
-the two calls the engine waits, as it would for a GPU. Then the daemon is stopped. ``*_added_us`` is
-the median over steps of the difference between neighbouring steps of the two (steered steps are
-shorter, and so cost vLLM less); ``*_own_us`` the time in our own code in the two calls;
-``*_meanwhile_us`` the same in ``get_grammar_bitmask()``, which vLLM calls once the model runs.
+the two calls the engine waits, as it would for a GPU. Then the daemon is stopped (lengths come from
+the learned fallback, and last from the engine's configuration). Loads: *steady*, a draft model's
+lengths and a batch that stays; *churn*, the same with requests that come and go at most steps;
+*lookup*, drafts that are not known before ``schedule()``.
+
+``*_added_us`` is the median over steps of the difference between neighbouring steps of the two
+(steered steps are shorter, and so cost vLLM less; in churn the two hold other requests);
+``*_own_us`` the time in our own code in the two calls; ``*_meanwhile_us`` the same in
+``get_grammar_bitmask()``, which vLLM calls once the model runs.
 
 Needs an environment with vLLM, which `make test-vllm` makes. Writes build/figures/vllm.json.
 """
@@ -25,12 +30,16 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests"
+LOADS = {"steady": "draft_model", "churn": "draft_model", "lookup": "ngram"}  #: and their methods
+CHURN_TOKENS = 20, 200  #: of an answer
 WARM_UP = 40
-STEPS = 300
+STEPS = 200
+TTL_S = 1.0
+FALLBACK_S = 15.0  #: as long as a phase without the daemon takes
 OURS = ("own", "meanwhile")  #: times in our own code, in the two calls and while the model runs
 
 
-def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, Any]:
+def inside(endpoint: str, load: str, size: int, daemon: int, step_s: float) -> dict[str, Any]:
     """By vLLM's Python: times of both schedulers, [steps] seconds each, by phase."""
     os.sched_setaffinity(0, {0})
     sys.path.insert(0, str(TESTS / "vllm"))
@@ -40,13 +49,21 @@ def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, An
 
     from smartspec.engine_adapter.vllm import SmartSpecScheduler
 
+    method = LOADS[load]
+    lengths = np.random.default_rng(size)  # of answers
+
+    def fill(rig: Any) -> None:
+        alive = sum(not request.is_finished() for request in rig.requests.values())
+        for _ in range(size - alive):
+            most = int(lengths.integers(*CHURN_TOKENS)) if load == "churn" else 2000
+            rig.add(len(rig.requests), 16, most)
+
     rigs = {}
     for name, kind in (("plain", Scheduler), ("steered", SmartSpecScheduler)):
-        config = configuration(False, size, 16_384, smartspec={"endpoint": endpoint})
-        rig = Rig(make_scheduler(kind, config, 128 * size + 1), 1, np.random.default_rng(size))
-        for number in range(size):
-            rig.add(number, 16, 2000)
-        rigs[name] = rig
+        config = configuration(method, False, size, 16_384, smartspec={"endpoint": endpoint})
+        scheduler = make_scheduler(kind, config, 128 * size + 1)
+        rigs[name] = Rig(scheduler, 1, np.random.default_rng(size), is_lookup=method == "ngram")
+        fill(rigs[name])
     spent = dict.fromkeys([*rigs, *OURS], 0.0)
     for name, rig in rigs.items():
         for method in ("schedule", "update_from_output"):
@@ -71,6 +88,8 @@ def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, An
                     return result
 
                 rig.worker.run = waited
+                if load == "churn":
+                    fill(rig)
                 rig.step()
                 rig.worker.run = run
                 times[name].append(spent[name])
@@ -79,16 +98,21 @@ def inside(endpoint: str, size: int, daemon: int, step_s: float) -> dict[str, An
         return times
 
     steps(WARM_UP)
-    found: dict[str, Any] = {"size": size}
+    found: dict[str, Any] = {}
     link = steering.source.stats
     before = steering.stats.num_steered_steps, link.num_policies
     found["with_daemon"] = steps(STEPS)
     found["steered_share"] = (steering.stats.num_steered_steps - before[0]) / STEPS
     found["policies_per_step"] = (link.num_policies - before[1]) / STEPS
     os.kill(daemon, signal.SIGSTOP)
-    time.sleep(2.0)  # beyond the life of its last policy
+    time.sleep(2 * TTL_S)
     steps(WARM_UP)
     found["daemon_stopped"] = steps(STEPS)
+    assert link.state == "fallback", link.state
+    time.sleep(FALLBACK_S)
+    steps(WARM_UP)
+    found["fallback_over"] = steps(STEPS)
+    assert link.state == "own", link.state
     os.kill(daemon, signal.SIGCONT)
     assert rigs["steered"].scheduler.smartspec_stats.num_errors == 0
     return found
@@ -107,14 +131,19 @@ def _time(owner: Any, method: str, spent: dict[str, float], name: str) -> None:
     setattr(owner, method, timed)
 
 
-def measure(python: str, size: int, step_s: float) -> dict[str, float]:
+def measure(python: str, load: str, size: int, step_s: float) -> dict[str, float]:
     """By our own Python: a daemon, and vLLM beside it."""
     import numpy as np
 
     folder = tempfile.mkdtemp(prefix="ss-")
     out = Path(folder) / "times.json"
     command = [sys.executable, "-m", "smartspec.daemon.cli", "run", "--runtime-dir", folder]
-    for setting in ("telemetry.enabled=false", "state.enabled=false"):
+    for setting in (
+        "telemetry.enabled=false",
+        "state.enabled=false",
+        f"control.ttl_s={TTL_S}",
+        f"control.fallback_s={FALLBACK_S}",
+    ):
         command += ["--set", setting]
     daemon = subprocess.Popen(
         [*command, "--log-level", "warning"],
@@ -123,7 +152,8 @@ def measure(python: str, size: int, step_s: float) -> dict[str, float]:
     )
     try:
         endpoint = f"ipc://{folder}/engines.sock"
-        arguments = ["--endpoint", endpoint, "--size", size, "--daemon", daemon.pid, "--out", out]
+        arguments = ["--endpoint", endpoint, "--load", load, "--size", size]
+        arguments += ["--daemon", daemon.pid, "--out", out]
         subprocess.run(
             [python, __file__, "--step-ms", str(1000 * step_s), *map(str, arguments)], check=True
         )
@@ -132,18 +162,18 @@ def measure(python: str, size: int, step_s: float) -> dict[str, float]:
         daemon.terminate()
         daemon.wait()
     found = json.loads(out.read_text("utf-8"))
-    figures = {f"{name}_{size}": found[name] for name in ("steered_share", "policies_per_step")}
-    for phase in ("with_daemon", "daemon_stopped"):
-        times = {name: 1e6 * np.array(values) for name, values in found[phase].items()}
+    place = f"{load}_{size}"
+    figures = {
+        f"{place}_{name}": found.pop(name) for name in ("steered_share", "policies_per_step")
+    }
+    for phase, told in found.items():
+        times = {name: 1e6 * np.array(values) for name, values in told.items()}
         for name in OURS:
-            figures[f"{phase}_{name}_us_{size}"] = float(np.median(times.pop(name)))
+            figures[f"{place}_{phase}_{name}_us"] = float(np.median(times[name]))
+        figures[f"{place}_{phase}_plain_us"] = float(np.median(times["plain"]))
         added = times["steered"] - times["plain"]
-        for name, values in times.items():
-            figures[f"{phase}_{name}_p50_us_{size}"] = float(np.median(values))
-        figures[f"{phase}_added_us_{size}"] = float(np.median(added))
-        low, high = np.percentile(added, (25, 75))
-        figures[f"{phase}_added_p25_us_{size}"] = float(low)
-        figures[f"{phase}_added_p75_us_{size}"] = float(high)
+        for name, share in (("added", 50), ("added_p25", 25), ("added_p75", 75)):
+            figures[f"{place}_{phase}_{name}_us"] = float(np.percentile(added, share))
     return figures
 
 
@@ -153,12 +183,13 @@ def main() -> None:
     default = HERE.parent / ".venv-vllm" / "bin" / "python"
     parser.add_argument("--python", default=os.environ.get("SMARTSPEC_VLLM_PYTHON", str(default)))
     parser.add_argument("--step-ms", type=float, default=5.0, help="what the engine waits")
+    parser.add_argument("--load", choices=LOADS, help="this one only")
     for name, kind in (("endpoint", str), ("size", int), ("daemon", int), ("out", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     step_s = args.step_ms / 1000
     if args.out:
-        told = inside(args.endpoint, args.size, args.daemon, step_s)
+        told = inside(args.endpoint, args.load, args.size, args.daemon, step_s)
         args.out.write_text(json.dumps(told))
         return
     if not Path(args.python).exists():
@@ -167,9 +198,10 @@ def main() -> None:
     from figures import record
 
     figures: dict[str, float] = {}
-    for size in (64, 256):
-        print(f"{size} requests", flush=True)
-        figures |= measure(args.python, size, step_s)
+    for load in [args.load] if args.load else LOADS:
+        for size in (64, 256):
+            print(f"{load}, {size} requests", flush=True)
+            figures |= measure(args.python, load, size, step_s)
     record("vllm", figures, seed=64)
 
 
