@@ -22,7 +22,7 @@ os.environ.update(
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from vllm_models import draft_dir, model_dir
+from vllm_models import LORA_RANK, draft_dir, lora_dir, model_dir
 
 NUM_REQUESTS = 64
 MOST_AT_ONCE = 16
@@ -67,15 +67,22 @@ PROMPTS = (
 )
 
 
-def parameters(number: int) -> Any:
-    """What request ``number`` asks for: some plain, some JSON, some with log-probabilities."""
+def parameters(number: int, asks: str) -> Any:
+    """What request ``number`` asks for: some plain, some JSON, some with log-probabilities.
+
+    ``asks``: "two" for two answers to all. They are sampled, as vLLM refuses several greedy ones,
+    but from the likeliest token alone: so that they are the greedy one, twice.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
     kind = number % 8
+    max_tokens = 48 if kind == 3 else 20 + (number * 7) % 25
+    if asks == "two":
+        return SamplingParams(temperature=1.0, top_k=1, n=2, max_tokens=max_tokens)
     return SamplingParams(
         temperature=0.0,
-        max_tokens=48 if kind == 3 else 20 + (number * 7) % 25,
+        max_tokens=max_tokens,
         logprobs=2 if kind == 6 else None,
         structured_outputs=StructuredOutputsParams(json=SCHEMA) if kind == 3 else None,
     )
@@ -135,12 +142,14 @@ def checked_scheduler(source: RandomLengths, seen: dict[str, int]) -> type:
                 if number not in source.chosen:
                     continue
                 length, ceiling = source.chosen[number]
+                request = self.requests[name]
+                left = request.max_tokens - request.num_output_tokens - 1
                 drafts = len(output.scheduled_spec_decode_tokens.get(name, ()))
                 seen["checked"] += 1
                 seen["shortened"] += length < ceiling
                 seen["too_long"] += drafts > length
                 known = self.vllm_config.speculative_config.method != "draft_model"
-                seen["too_short"] += known and drafts < min(length, ceiling) and not full
+                seen["too_short"] += known and drafts < min(length, left) and not full
             source.chosen = {}
             return output
 
@@ -162,6 +171,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     elif options.source == "daemon":
         more["scheduler_cls"] = "smartspec.engine_adapter.vllm.SmartSpecScheduler"
         more["additional_config"] = {"smartspec": {"endpoint": options.endpoint}}
+    adapter = None
+    if options.asks == "lora":
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest("adapter", 1, str(lora_dir()))
+        more |= {"enable_lora": True, "max_lora_rank": LORA_RANK, "max_loras": 1}
     llm = LLM(
         model=str(model_dir()),
         dtype="float32",
@@ -179,7 +194,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     rng = np.random.default_rng(options.seed)
-    answers: dict[str, Any] = {}
+    answers: dict[str, dict[int, list[int]]] = {}
     logprobs: dict[str, Any] = {}
     prompts: dict[str, list[int]] = {}
     active: set[str] = set()
@@ -188,19 +203,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         while coming < NUM_REQUESTS and len(active) < 20 and rng.random() < 0.5:
             name = f"{coming}.{round_}"
             prompt = f"{coming}. {PROMPTS[coming % 8]}" if coming % 3 else PROMPTS[coming % 8]
-            engine.add_request(name, prompt, parameters(coming))
+            engine.add_request(
+                name,
+                prompt,
+                parameters(coming, options.asks),
+                lora_request=adapter if coming % 2 else None,
+            )
             active.add(name)
             coming += 1
         for output in engine.step():
             name = output.request_id
-            answers[name] = [list(one.token_ids) for one in output.outputs]
+            for one in output.outputs:  # each of several comes by itself
+                answers.setdefault(name, {})[one.index] = list(one.token_ids)
             prompts[name] = list(output.prompt_token_ids)
             if output.outputs[0].logprobs:
                 logprobs[name] = [
                     {str(k): v.logprob for k, v in at.items()} for at in output.outputs[0].logprobs
                 ]
             number = int(name.split(".")[0])
-            enough = is_aborted(number) and len(answers[name][0]) >= ABORT_AFTER
+            enough = is_aborted(number) and len(answers[name].get(0, ())) >= ABORT_AFTER
             if enough and not output.finished:
                 engine.abort_request([name])
             if enough or output.finished:
@@ -214,7 +235,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     theirs = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     stats = getattr(scheduler, "smartspec_stats", None)
     return {
-        "answers": answers,
+        "answers": {name: [held[i] for i in sorted(held)] for name, held in answers.items()},
         "logprobs": logprobs,
         "prompts": prompts,
         "steps": steps,
@@ -227,6 +248,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             theirs.get("vllm:spec_decode_num_draft_tokens"),
             theirs.get("vllm:spec_decode_num_accepted_tokens"),
         ],
+        "prefix_hits": theirs.get("vllm:prefix_cache_hits"),
         "preemptions": theirs.get("vllm:num_preemptions"),
         "blocks_free": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
     }
@@ -237,6 +259,7 @@ if __name__ == "__main__":
     parser.add_argument("method", choices=SPECULATION)
     parser.add_argument("source", choices=("own", "random", "daemon"))
     parser.add_argument("out", type=Path)
+    parser.add_argument("--asks", choices=("all", "two", "lora"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--endpoint", default="")
     parser.add_argument("--until", type=Path, help="go on in rounds until this file exists")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve import NUM_REQUESTS, is_aborted
+from serve import MAX_BATCHED, NUM_REQUESTS, is_aborted
 from serving import assert_same, served
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -21,6 +21,8 @@ def test_schedule_of_requests_is_a_hard_one(plain: dict[str, Any]) -> None:
     """What the other tests rely on."""
     assert len(plain["answers"]) == NUM_REQUESTS == 64
     assert plain["preemptions"] > 0
+    assert plain["prefix_hits"] > 0
+    assert max(map(len, plain["prompts"].values())) > MAX_BATCHED
     assert sum(is_aborted(number) for number in range(NUM_REQUESTS)) == 4
     assert len(plain["logprobs"]) == 8
 
@@ -52,6 +54,37 @@ def test_tokens_are_those_of_no_speculation(
     assert seen["too_long"] == seen["too_short"] == 0
     assert told["ours"] == told["theirs"]
     assert told["blocks_free"] == plain["blocks_free"]
+
+
+def test_both_answers_are_those_of_no_speculation_when_two_are_asked_for(
+    plain: dict[str, Any], tmp_path: Path
+) -> None:
+    told = served(tmp_path / "told.json", "ngram", "random", "--asks=two")
+    assert told["errors"] == 0 and told["steered_steps"] > 0.7 * told["steps"]
+    assert told["ours"] == told["theirs"] and told["ours"][1] > 100
+    for name, answers in told["answers"].items():
+        number = int(name.split(".")[0])
+        [expected] = plain["answers"][name]
+        if number % 8 == 3:
+            continue  # there it is JSON
+        assert len(answers) == 2
+        for answer in answers:
+            end = min(len(answer), len(expected)) if is_aborted(number) else None
+            assert answer[:end] == expected[:end], name
+
+
+def test_tokens_are_those_of_no_speculation_when_half_of_the_requests_have_an_adapter(
+    plain: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = served(tmp_path / "alone.json", "none", "own", "--asks=lora")
+    told = served(tmp_path / "told.json", "ngram", "random", "--asks=lora")
+    assert told["errors"] == 0 and told["steered_steps"] > 0.7 * told["steps"]
+    assert told["ours"] == told["theirs"] and told["ours"][1] > 100
+    assert_same(alone, told)
+    changed = [
+        name for name, answer in alone["answers"].items() if answer != plain["answers"][name]
+    ]
+    assert len(changed) > 16  # the adapter is at work
 
 
 def test_answers_to_a_schema_are_json(plain: dict[str, Any]) -> None:
