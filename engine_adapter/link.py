@@ -53,6 +53,7 @@ log = logging.getLogger("smartspec.link")
 
 SILENCE_S = 1.0  #: without any word for so long, the daemon counts as gone
 HELLO_S = (0.1, 1.0)  #: between Hellos to a silent daemon: at first, and at most
+PREPARED_S = 0.5  #: after so long a prepared choice is none: the engine stood still
 KEEP_ALIVE_S = 5.0  #: an idle engine says that it is still there
 REFUSED_S = 5.0  #: a refused engine asks again after this
 SEND_QUEUE = 64  #: frames that may wait for a slow daemon
@@ -137,7 +138,7 @@ class EngineLink:
         self._roster_sent = False
         self._hello_due = False
         self._looked = False  #: whether `choose` has received in this step
-        self._prepared = False  #: whether `prepare` has, for the next `choose`
+        self._prepared_at = -np.inf  #: when `prepare` has, for the next `choose`
         self._writable = False  #: whether the socket took frames when last asked: asking is dear
         self._closed = False
 
@@ -146,9 +147,9 @@ class EngineLink:
     def choose(self, batch: DecodeBatch) -> Choice:
         """Lengths for the step about to run."""
         try:
-            if not self._prepared:
+            if self._clock() - self._prepared_at > PREPARED_S:
                 self._receive()
-            self._prepared, self._looked = False, True
+            self._prepared_at, self._looked = -np.inf, True
             choice = self._steer(batch)
             if self._probe_pending and choice is not None and choice.source == "policy":
                 self._probe_pending = False
@@ -170,11 +171,12 @@ class EngineLink:
         """Do now what the next `choose` would: for an engine that waits for its device.
 
         Takes in what has arrived, and chooses for ``batch``; where `choose` is then asked for an
-        equal one, the lengths are at hand. It does not look again for what arrives in between.
+        equal one, the lengths are at hand. It does not look again for what arrives in between,
+        unless the engine has stood still since.
         """
         try:
             self._receive()
-            self._prepared = True
+            self._prepared_at = self._clock()
             if batch is not None:
                 self._steer(batch)
         except Exception:

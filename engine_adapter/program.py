@@ -104,7 +104,9 @@ class Program:
             )
             self.roster = roster
         self._roster_bytes = self.roster.tobytes()
-        self._seen: tuple[Any, ...] = ()  #: what the last choice was made of
+        self._columns: list[bytes | None] = []  #: of the last batch
+        self._ladder: Ladder | None = None  #: of the same
+        self._made: tuple[str, int] | None = None  #: what chose for it, and tokens of its prompts
         self._chosen: Choice | None = None
 
     def _read_axes(self, policy: Policy, features: tuple[str, ...]) -> None:
@@ -183,18 +185,22 @@ class Program:
     ) -> Choice | None:
         """What ``make`` makes of a batch; the last one's again where nothing has changed."""
         # As bytes: compared at once, and an engine may use the same arrays for its next batch.
-        columns = (
-            batch.request_ids,
-            batch.ceiling,
-            batch.features,
-            batch.weight,
-            batch.floor,
-            batch.token_time_target_s,
-        )
-        contents = [column if column is None else column.tobytes() for column in columns]
-        seen = (source, batch.num_prefill_tokens, *contents)
-        if seen != self._seen:
-            self._chosen, self._seen = make(batch), seen
+        columns = [
+            column if column is None else column.tobytes()
+            for column in (
+                batch.request_ids,
+                batch.ceiling,
+                batch.features,
+                batch.weight,
+                batch.floor,
+                batch.token_time_target_s,
+            )
+        ]
+        if columns != self._columns:
+            self._columns, self._ladder, self._made = columns, None, None
+        by = source, batch.num_prefill_tokens
+        if by != self._made:
+            self._chosen, self._made = make(batch), by
             if self._chosen is not None:
                 self._chosen.lengths.flags.writeable = False  # it may be given out again
         return self._chosen
@@ -214,11 +220,13 @@ class Program:
                 batch.num_prefill_tokens,
             )
         else:
-            ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, batch.ceiling)
+            if self._ladder is None:  # other prompts in the pass leave it as it is
+                ceiling = batch.ceiling.copy()
+                self._ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, ceiling)
             choice = lengths.choose_lengths(
-                ladder,
+                self._ladder,
                 self.value_of_time,
-                min(self.policy.depth, ladder.max_length),
+                min(self.policy.depth, self._ladder.max_length),
                 self.curves,
                 self.draft,
                 batch.num_prefill_tokens,

@@ -218,6 +218,15 @@ def test_choice_is_at_hand_and_nothing_is_received_when_it_was_prepared(pair: Pa
     assert pair.link.stats.num_policies == 3
 
 
+def test_policy_is_in_force_when_the_engine_stood_still_after_preparing(pair: Pair) -> None:
+    pair.deliver(policy(ttl_s=1.0))
+    pair.link.prepare(decode_batch())
+    pair.clock.now += 3600.0
+    pair.daemon.beat()
+    time.sleep(0.1)
+    assert pair.source() == "policy"
+
+
 def test_own_length_is_chosen_when_preparing_fails(pair: Pair) -> None:
     pair.deliver(policy())
     wrong = decode_batch()

@@ -210,7 +210,13 @@ def test_lengths_are_chosen_anew_when_anything_about_the_batch_has_changed() -> 
         column[..., 0] = value  # in place: engines use their arrays again
         assert ready.choose(batch) is not before
     before = ready.choose(batch)
-    assert ready.choose(replace(batch, num_prefill_tokens=100)) is not before
+    with_prompts = replace(batch, num_prefill_tokens=100)
+    assert ready.choose(with_prompts) is not before
+    alone = program(meet_targets=True).choose(with_prompts)
+    assert ready.choose(with_prompts).lengths.tolist() == alone.lengths.tolist()
+    assert ready.choose(with_prompts).seconds == alone.seconds != before.seconds
+    assert ready.choose(batch).lengths.tolist() == before.lengths.tolist()
+    assert ready.fallback(batch) is not ready.choose(batch)
 
 
 def test_lengths_are_zero_when_the_engine_cannot_speculate() -> None:
