@@ -30,6 +30,7 @@ SET_BY_SCHEDULER = (
     "waiting",
 )
 SET_BY_REQUEST = (
+    "_all_token_ids",
     "_output_token_ids",
     "is_prefill_chunk",
     "max_tokens",

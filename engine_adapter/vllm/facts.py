@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+from smartspec.engine_adapter.base import FEATURE_TOKEN_ACCEPTANCE
 from smartspec.engine_adapter.lengths import RAGGED, UNIFORM
 from smartspec.engine_adapter.messages import (
     MAX_BATCH,
@@ -90,6 +91,7 @@ def hello(config: Any, settings: Settings) -> Hello:
             max_length=config.num_speculative_tokens,
             max_num_running=config.scheduler_config.max_num_seqs,
             static_length=config.num_speculative_tokens,
+            features=(FEATURE_TOKEN_ACCEPTANCE,) if method.is_lookup else (),
             modes=_modes(settings.lengths, graph_sizes),
             graph_sizes=graph_sizes,
             drafts_known_first=method.is_lookup,

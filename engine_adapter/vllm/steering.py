@@ -35,6 +35,7 @@ import numpy as np
 
 from smartspec.engine_adapter.base import DecodeBatch, LengthSource
 from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.vllm.copies import Copies, Found
 from smartspec.engine_adapter.vllm.facts import Method
 from smartspec.engine_adapter.vllm.step import Group, Step, sizes
 
@@ -43,7 +44,6 @@ MAX_STEPS_IN_FLIGHT = 64  #: a step that never ends is forgotten after so many o
 NUMBERS_KEPT = 1024  #: beyond twice as many as there are requests
 EXCLUDED = 0  #: in the place of the number of a request that is not controlled
 
-_drafts = attrgetter("spec_token_ids")
 _answer = attrgetter("_output_token_ids")  # Request.num_output_tokens is its length
 _in_flight = attrgetter("num_output_placeholders")
 
@@ -131,7 +131,8 @@ class Steering:
         self._group = Group.of([], {})
         self._probed: dict[str, int] = {}
         self._plan: Plan | None = None  #: of the next step
-        self._pending: tuple[Group, DecodeBatch, Choice] | None = None
+        self._copies = Copies()  #: of a lookup
+        self._pending: tuple[Group, DecodeBatch, Choice, Found | None] | None = None
         self._steps: OrderedDict[int, Step] = OrderedDict()  #: scheduled
         self._ended: list[Step] = []  #: to be reported
         self._ended_s = -np.inf
@@ -150,14 +151,15 @@ class Steering:
         if plan is None:
             self._follow()
             plan = self._make_plan()
-        batch = self._as_it_is_now(plan)
+        found = Found.of(plan.group.requests) if self._method.is_lookup else None
+        batch = self._as_it_is_now(plan, found)
         choice = self.source.choose(batch)
         if choice.source in STEERED:
             choice = self._put_in(plan, choice)
         else:
             self._probed = {}
             self._scheduler.dynamic_sd_lookup = self._original
-        self._pending = plan.group, batch, choice
+        self._pending = plan.group, batch, choice, found
 
     def _make_plan(self) -> Plan:
         """What lengths are to be chosen for in the next step, as far as it is known now."""
@@ -166,21 +168,22 @@ class Steering:
         if self._is_async:  # of a step in flight, all drafts may still be accepted
             room -= np.fromiter(map(_in_flight, group.requests), np.int64, len(room))
         ceiling = np.minimum(np.maximum(room, 0), self._max_length).astype(np.uint8)
-        batch = DecodeBatch(group.ids, ceiling, group.features, self._expected_prefill())
+        features = np.zeros((0, len(room)), np.float32)
+        batch = DecodeBatch(group.ids, ceiling, features, self._expected_prefill())
         # The step in between brings one token more than drafts at most.
         near = np.flatnonzero(room < 2 * self._max_length + 1)
         return Plan(group, batch, near.tolist())
 
-    def _as_it_is_now(self, plan: Plan) -> DecodeBatch:
+    def _as_it_is_now(self, plan: Plan, found: Found | None) -> DecodeBatch:
         """The plan's batch with what has changed since: prompts that have come, drafts found."""
-        batch, ceiling = plan.batch, plan.batch.ceiling
+        batch, ceiling, features = plan.batch, plan.batch.ceiling, plan.batch.features
         prefill = self._expected_prefill()
-        if self._method.is_lookup:
-            found = sizes(map(_drafts, plan.group.requests), batch.size)
-            ceiling = np.minimum(ceiling, found).astype(np.uint8)
+        if found is not None:
+            ceiling = np.minimum(ceiling, sizes(found.drafts, batch.size)).astype(np.uint8)
+            features = self._copies.features(found)
         elif prefill == batch.num_prefill_tokens:
             return batch
-        return DecodeBatch(batch.request_ids, ceiling, batch.features, prefill)
+        return DecodeBatch(batch.request_ids, ceiling, features, prefill)
 
     def _follow(self, last: Group | None = None) -> None:
         """Who is in the batch now, by number. ``last``: who was in the step before."""
@@ -260,10 +263,10 @@ class Steering:
         """Remember what the step holds, until its results come."""
         if self._pending is None or not output.total_num_scheduled_tokens:
             return
-        group, batch, choice = self._pending
+        group, batch, choice, found = self._pending
         self._pending = None
         running = self._scheduler.running.copy()
-        step = Step(output, group, batch, choice, running, self._clock())
+        step = Step(output, group, batch, choice, running, self._clock(), found)
         self._steps[id(output)] = step
         while len(self._steps) > MAX_STEPS_IN_FLIGHT:
             self._steps.popitem(last=False)
@@ -288,6 +291,8 @@ class Steering:
         num_waiting = len(self._scheduler.waiting)
         kv_usage = min(max(self._scheduler.kv_cache_manager.usage, 0.0), 1.0)
         for step in ended:
+            if step.found is not None:
+                self._copies.learn(step.found, step.came())
             facts = step.facts(self._method, num_waiting, kv_usage)
             self.stats.num_steps += 1
             self.stats.num_steered_steps += step.choice.source in STEERED

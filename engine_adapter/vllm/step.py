@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.base import F32, U64, DecodeBatch, StepFacts
+from smartspec.engine_adapter.base import U64, DecodeBatch, StepFacts
 from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, Choice
+from smartspec.engine_adapter.vllm.copies import Found
 from smartspec.engine_adapter.vllm.facts import Method
 
 _computed = attrgetter("num_computed_tokens")
@@ -36,7 +37,6 @@ class Group:
     names: list[str]  #: [B]
     ids: U64  #: [B]
     most_drafts: I64  #: [B], of the whole answer: k drafts bring k + 1 tokens at most
-    features: F32  #: [0, B]
 
     @classmethod
     def of(cls, requests: list[Any], numbers: dict[str, int]) -> Group:
@@ -47,7 +47,6 @@ class Group:
             names,
             np.array([numbers[name] for name in names], np.uint64),
             np.array([request.max_tokens - 1 for request in requests], np.int64),
-            np.zeros((0, len(names)), np.float32),
         )
 
     def take(self, rows: npt.NDArray[np.intp]) -> Group:
@@ -57,7 +56,6 @@ class Group:
             [self.names[i] for i in kept],
             self.ids[rows],
             self.most_drafts[rows],
-            self.features[:, rows],
         )
 
 
@@ -71,7 +69,9 @@ class Step:
     choice: Choice
     running: list[Any]  #: whoever runs, decoding or not
     scheduled_s: float
+    found: Found | None = None  #: of the group, by a lookup
     ceiling: Any = None  #: [B], of the group; None: not weighed yet
+    features: Any = None  #: [F, B], of the group
     context_tokens: int = 0
     num_decode_tokens: int = 0  #: of the group, in the pass
     step_s: float = 0.0
@@ -85,11 +85,13 @@ class Step:
         """Note who is in the pass and what it reads; idempotent. Before the next ``schedule()``."""
         if self.ceiling is not None:
             return
-        self.ceiling = self.batch.ceiling
+        self.ceiling, self.features = self.batch.ceiling, self.batch.features
         scheduled = self.output.num_scheduled_tokens
         if not all(map(scheduled.__contains__, self.group.names)):  # no KV room, or token budget
             rows = np.flatnonzero([name in scheduled for name in self.group.names])
             self.group, self.ceiling = self.group.take(rows), self.ceiling[rows]
+            self.features = self.features[:, rows]
+            self.found = self.found and self.found.take(rows)
         self.num_decode_tokens = sum(map(scheduled.__getitem__, self.group.names))
         computed = sum(map(_computed, self.group.requests))  # this step is counted in
         self.context_tokens = max(computed - self.num_decode_tokens, 0)
@@ -112,14 +114,20 @@ class Step:
         """Note what is left of it once vLLM has taken it in: it cuts these very lists."""
         self._num_emitted = list(map(len, self._sampled))
 
+    def came(self) -> list[list[int]]:
+        """Tokens that the step brought, [B] of the group."""
+        sampled = [*self._sampled, []]
+        return [sampled[self._places.get(name, -1)] for name in self.group.names]
+
     def facts(self, method: Method, num_waiting: int, kv_usage: float) -> StepFacts:
         """What there is to report, once vLLM has taken the results in; load as it is by then."""
-        group, ceiling, output = self.group, self.ceiling, self.output
+        group, ceiling, features = self.group, self.ceiling, self.features
         names, size = group.names, len(group.names)
         # A request without a result is at the last place, which brings nothing.
         places = np.fromiter(map(self._places.get, names, repeat(-1)), np.int64, size)
         num_sampled = np.array([*self._num_sampled, 0])[places]
         num_emitted = np.array([*self._num_emitted, 0])[places]
+        output = self.output
         drafts = output.scheduled_spec_decode_tokens
         num_drafted = sizes(map(drafts.get, names, repeat(())), size)
         if invalid := output.num_invalid_spec_tokens:
@@ -129,14 +137,14 @@ class Step:
             counts &= self._counts
         if not counts.all():
             rows = np.flatnonzero(counts)
-            group, ceiling = group.take(rows), ceiling[rows]
+            group, ceiling, features = group.take(rows), ceiling[rows], features[:, rows]
             num_sampled, num_drafted = num_sampled[rows], num_drafted[rows]
             num_emitted = num_emitted[rows]
         num_prefill = output.total_num_scheduled_tokens - self.num_decode_tokens
         is_uniform = not num_prefill and bool((num_drafted == num_drafted[:1]).all())
         forwards, num_draft_tokens, catch_up = _drafting(output, method)
         return StepFacts(
-            batch=DecodeBatch(group.ids, ceiling, group.features, num_prefill),
+            batch=DecodeBatch(group.ids, ceiling, features, num_prefill),
             num_drafted=num_drafted.astype(np.uint8),
             num_accepted=np.minimum(num_sampled - 1, num_drafted).astype(np.uint8),
             num_emitted=num_emitted.astype(np.uint8),
