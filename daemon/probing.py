@@ -3,9 +3,8 @@
 A controller that never tries a length learns nothing about it: what it believes of deep or switched
 off speculation would stay as it was. Probes are deliberate and paid from a budget: a share of the
 engine's time, which at the value of time is the same share of its goodput. They stop while requests
-wait. What a probe is planned to cost is paid in advance, and corrected by what it brought: an engine
-whose drafts are accepted less than was thought, or that runs one more forward because it was drafting,
-pays for it.
+wait. A probe is paid at what it is expected to cost, and then for what it brought less than
+expected, and for the drafter's forward that follows it where drafts go on by themselves.
 
 A first start sweeps: it tries lengths for all, the short ones first, so that what they show says
 whether the long ones can be afforded.
