@@ -27,9 +27,11 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import operator
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +88,20 @@ class Cell(NamedTuple):
         return self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
 
 
+class Course(NamedTuple):
+    """What decoding some answers took, whatever it costs."""
+
+    num_emitted: int  #: tokens of answers
+    num_steps: int
+    num_tokens: int  #: of the target's passes
+    num_forwards: int  #: of the draft model
+
+    def goodput(self, cell: Cell) -> float:
+        """Tokens per second at a cell's load."""
+        passes = self.num_steps + cell.token_share * self.num_tokens
+        return self.num_emitted / (BASE_S * (passes + cell.forward_share * self.num_forwards))
+
+
 class Result(NamedTuple):
     cell: Cell
     static: list[float]  #: goodput by length, tokens per second
@@ -116,10 +132,10 @@ class Replay:
         c = self.cell
         return BASE_S * (1.0 + c.token_share * num_tokens + c.forward_share * num_forwards)
 
-    def run(self, answers: Sequence[Answer], source: LengthSource) -> float:
-        """Tokens per second of decoding all ``answers``, in an order of the seed's."""
+    def run(self, answers: Sequence[Answer], source: LengthSource) -> Course:
+        """Decode all ``answers``, in an order of the seed's."""
         order = self._rng.permutation(len(answers)).tolist()
-        tokens, seconds = 0, 0.0
+        course = Course(0, 0, 0, 0)
         running: list[Decoding] = []
         shares: list[float] = []
         while True:
@@ -132,7 +148,7 @@ class Replay:
                     running.append(Decoding(self._next_id, answer, self.cell.style))
                     shares.append(-1.0)
             if not running:
-                return tokens / seconds
+                return course
             if isinstance(source, Clairvoyant):
                 source.look(running)
             batch = self._describe(running, shares)
@@ -144,8 +160,13 @@ class Replay:
             ]
             for i, (count, length) in enumerate(zip(accepted, lengths.tolist(), strict=True)):
                 shares[i] = count / length if length else shares[i]
-            tokens += sum(accepted) + len(running)
-            seconds += self._report(source, batch, lengths, np.array(accepted), began)
+            num_tokens = batch.size + int(lengths.sum())
+            depth = int(lengths.max(initial=0))
+            num_forwards = 0 if self.is_lookup else max(depth, int(began))
+            num_emitted = sum(accepted) + len(running)
+            added = num_emitted, 1, num_tokens, num_forwards
+            course = Course(*map(operator.add, course, added))
+            self._report(source, batch, lengths, np.array(accepted), num_forwards)
 
     def _describe(self, running: list[Decoding], shares: list[float]) -> DecodeBatch:
         known = features(running, self.rates) | {FEATURE_LAST_SHARE: np.array(shares)}
@@ -156,11 +177,15 @@ class Replay:
         )
 
     def _report(
-        self, source: LengthSource, batch: DecodeBatch, lengths: I64, accepted: I64, began: bool
-    ) -> float:
-        """Tell the source of a step; returns its seconds, without noise."""
-        depth, num_drafts = int(lengths.max(initial=0)), int(lengths.sum())
-        num_forwards = 0 if self.is_lookup else max(depth, int(began))
+        self,
+        source: LengthSource,
+        batch: DecodeBatch,
+        lengths: I64,
+        accepted: I64,
+        num_forwards: int,
+    ) -> None:
+        """Tell the source of a step."""
+        num_drafts = int(lengths.sum())
         target_s = self.seconds(batch.size + num_drafts, 0)
         draft_s = self.seconds(batch.size + num_drafts, num_forwards) - target_s
         noise = 1.0 + NOISE * self._rng.standard_normal(2)
@@ -178,7 +203,14 @@ class Replay:
                 num_draft_tokens=0 if self.is_lookup else num_drafts,
             )
         )
-        return target_s + draft_s
+
+
+@cache
+def static_course(style: str, batch: int, tasks: tuple[str, ...], length: int) -> Course:
+    """Of one length for all, which a load's costs do not change."""
+    answers = [answer for answer in load() if answer.task in tasks]
+    cell = Cell(style, batch, 0.0, 0.0, tasks, ())
+    return Replay(cell, SEED).run(answers, FixedLength(length))
 
 
 class Clairvoyant(FixedLength):
@@ -210,7 +242,7 @@ def clairvoyant(cell: Cell, answers: Sequence[Answer], value_of_time: float) -> 
     """Goodput of knowing every outcome, by Dinkelbach's iteration on the value of time."""
     for _ in range(4):
         replay = Replay(cell, SEED)
-        found = replay.run(answers, Clairvoyant(replay, value_of_time))
+        found = replay.run(answers, Clairvoyant(replay, value_of_time)).goodput(cell)
         if abs(found - value_of_time) < 1e-6 * found:
             break
         value_of_time = found
@@ -249,14 +281,14 @@ def play(group: Sequence[Cell]) -> list[Result]:
     for cell in group:
         measured = [answer for answer in answers if answer.task in cell.tasks]
         static = [
-            Replay(cell, SEED).run(measured, FixedLength(length))
+            static_course(cell.style, cell.batch, cell.tasks, length).goodput(cell)
             for length in range(MAX_LENGTH + 1)
         ]
-        cold = Replay(cell, SEED).run(measured, daemon_for(cell))
+        cold = Replay(cell, SEED).run(measured, daemon_for(cell)).goodput(cell)
         warmed = Replay(cell, SEED)
         warmed.rates = copy.deepcopy(served.rates)
         warmed._next_id = served._next_id
-        warm = warmed.run(measured, copy.deepcopy(steering))
+        warm = warmed.run(measured, copy.deepcopy(steering)).goodput(cell)
         results.append(Result(cell, static, cold, warm, clairvoyant(cell, measured, max(static))))
     return results
 

@@ -214,7 +214,7 @@ class Planner:
             if num_out_of_reach:
                 reason += f", {num_out_of_reach} of them out of reach"
         value_of_time, depth = optimum.value_of_time, optimum.depth
-        sweep_length = self.prober.sweep_length(observation) if steering else None
+        sweep_length = self.prober.next_sweep_length(observation) if steering else None
         if sweep_length is not None:
             # At no value of time every request takes all that the depth allows.
             value_of_time, depth = 0.0, sweep_length

@@ -257,6 +257,11 @@ class AcceptanceEstimator:
         """Times that acceptance was found to have changed for good, since the start."""
         return self._changes.num_alarms
 
+    @property
+    def rise(self) -> float:
+        """How far more acceptance than expected has come towards being such a change: 0 to 1."""
+        return self._changes.rise
+
     def _first(self, passed: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
         """Whether the first draft was accepted."""
         first: npt.NDArray[np.bool_] = passed > 0

@@ -14,7 +14,8 @@ N_batched + c_0) with what practice adds to it. A slope per segment, rather than
 slope, makes ">= 0 for every coefficient" the same as "the curve never falls with N", while concave
 (mixture of experts) and convex (compute-bound) shapes both remain possible. Neighbouring slopes
 are drawn together weakly, so that the curve goes on straight where nothing was seen. How it is
-fitted: least_squares.py.
+fitted: least_squares.py. On top of it the target's part has a factor for each of the smallest N,
+which may fall where it was seen to: size_levels.py.
 
 Engines that time target and draft apart
 feed the two parts of the model; those that know only the sum feed all of it at once.
@@ -39,6 +40,7 @@ from smartspec.estimators.least_squares import (
     RobustMean,
     learn,
 )
+from smartspec.estimators.size_levels import SIZES, SizeLevels
 
 
 class StepShape(NamedTuple):
@@ -78,6 +80,7 @@ class _Grid(NamedTuple):
 
     num_tokens: tuple[float, ...]
     tokens: F64
+    sizes: F64  #: tokens that the target computes
     segments: F64  #: [M, num_segments], units in each segment
 
 
@@ -105,6 +108,7 @@ _SEGMENT = _Term(16.0, 0.12)
 _FIXED, _BATCH, _VERIFY, _CONTEXT, _PREFILL, _EAGER, _RAGGED = range(7)
 _DRAFTING, _FORWARDS, _TOKENS, _CATCH_UP = range(7, 11)
 _SEGMENTS = 11  # and onwards: one per segment
+_SMALL = np.arange(1.0, SIZES + 2)  #: counts with a level of their own, and the next
 MAX_GRIDS = 128  #: ranges of tokens whose breakpoints are kept
 _NOISE = 0.1  # relative deviation of an observation that the prior's precision is in units of
 
@@ -190,6 +194,7 @@ class StepCost(Regressor):
             for name in ("target", "draft", "step")
         }
         self._overhead = RobustMean()
+        self._levels = SizeLevels()
         self._counts = np.zeros((len(self._low), 2), np.int64)
         self._error = 0.0
         self._num_observed = 0
@@ -211,15 +216,20 @@ class StepCost(Regressor):
         units: F64 = np.clip(num_tokens[..., None] - self._low, 0.0, self._width) / _SEGMENT.scale
         return units
 
+    def _size(self, num_tokens: float) -> float:
+        """As `_padded`, of one count."""
+        graphs = self.graph_sizes or ()
+        if not graphs or num_tokens > graphs[-1]:
+            return num_tokens
+        return graphs[bisect_left(graphs, num_tokens)]
+
     def row(self, shape: StepShape) -> F64:
         """[num_terms]: the features of a step of ``shape``, in the units of the terms."""
         # Plain Python: for one shape it takes half the time of the vectorised features.
         batch, verify, prefill, context, forwards, tokens, catch_up, ragged = shape
-        num_tokens = verify + prefill
         graphs = self.graph_sizes or ()
-        eager = bool(graphs) and num_tokens > graphs[-1]
-        if graphs and not eager:
-            num_tokens = graphs[bisect_left(graphs, num_tokens)]
+        eager = bool(graphs) and verify + prefill > graphs[-1]
+        num_tokens = self._size(verify + prefill)
         row = [
             1.0,
             batch / _TARGET_TERMS["batch"].scale,
@@ -238,7 +248,12 @@ class StepCost(Regressor):
         row += self._full[:within]
         row.append((num_tokens - below) / _SEGMENT.scale)
         row += [0.0] * (len(self.knots) - within)
-        return np.array(row)
+        features = np.array(row)
+        if num_tokens <= SIZES:
+            level = self._levels.of(num_tokens)
+            features[:_DRAFTING] *= level
+            features[_SEGMENTS:] *= level
+        return features
 
     # -- learning ---------------------------------------------------------------------------
 
@@ -265,16 +280,21 @@ class StepCost(Regressor):
             solver.rescale(max(step_s, RESOLUTION_S) / float(row @ solver.coef))
         overhead_s = self._overhead.value
         predicted = max(overhead_s + float(row @ solver.coef), RESOLUTION_S)
+        expected_s = float((row * self._of_target) @ solver.coef)
         residuals = self._filters["step"]
         name = "step" if target_s is None or draft_s is None else "target"
         band = self._band(shape)
         if target_s is None or draft_s is None:
-            clipped = learn(solver, residuals, row, step_s, overhead_s, band).clipped
+            verdict = learn(solver, residuals, row, step_s, overhead_s, band)
+            seen_s = verdict.value - (predicted - expected_s)
+            clipped = verdict.clipped
         else:
             residuals.judge(predicted, step_s, solver.leverage(row) / predicted**2, band)
             part_s = target_s
             of_target = row * self._of_target
-            clipped = learn(solver, self._filters["target"], of_target, target_s, 0.0, band).clipped
+            verdict = learn(solver, self._filters["target"], of_target, target_s, 0.0, band)
+            seen_s = verdict.value
+            clipped = verdict.clipped
             if shape.drafting or shape.catch_up_tokens > 0.0:
                 part_s += draft_s
                 of_draft = row * self._of_draft
@@ -285,6 +305,10 @@ class StepCost(Regressor):
         # prior, is believed.
         self._solver.prior_weight = (self._filters[name].noise / _NOISE) ** 2
         solver.solve()
+        size = self._size(shape.verify_tokens + shape.prefill_tokens)
+        if size <= SIZES and not verdict.shifted:
+            ratio = self._levels.of(size) * seen_s / max(expected_s, RESOLUTION_S)
+            self._levels.learn(int(size), ratio, verdict.trust)
 
         self._counts[band, int(shape.drafting)] += 1
         self._num_observed += 1
@@ -358,16 +382,17 @@ class StepCost(Regressor):
         shape : batch, context and mode of the step; no other count of it is used
         num_tokens : [M], tokens of the pass
 
-        Returns seconds [M] > 0, overhead included, never falling with N.
+        Returns seconds [M] > 0, overhead included. Falls with N only among the few smallest
+        counts, and where it was seen to (size_levels.py).
         """
         tokens = np.asarray(num_tokens, np.float64)
-        return self._curve(shape, tokens, self._segments(self._padded(tokens)))
+        sizes = self._padded(tokens)
+        return self._curve(shape, tokens, sizes, self._segments(sizes))
 
-    def _curve(self, shape: StepShape, tokens: F64, segments: F64) -> F64:
+    def _curve(self, shape: StepShape, tokens: F64, sizes: F64, segments: F64) -> F64:
         coef = self._solver.coef
         fixed = (
-            self._overhead.value
-            + coef[_FIXED]
+            coef[_FIXED]
             + coef[_BATCH] * shape.batch / _TARGET_TERMS["batch"].scale
             + coef[_CONTEXT] * shape.context_tokens / _TARGET_TERMS["context"].scale
             + coef[_RAGGED] * shape.ragged
@@ -377,6 +402,8 @@ class StepCost(Regressor):
         curve += tokens * (coef[_VERIFY] / _TARGET_TERMS["verify"].scale)
         if len(self._graphs):
             curve += coef[_EAGER] * (tokens > self._graphs[-1])
+        curve *= self._levels.at(sizes)
+        curve += self._overhead.value
         return np.maximum(curve, RESOLUTION_S)
 
     def breakpoints(self, lo: int, hi: int) -> npt.NDArray[np.int64]:
@@ -384,7 +411,7 @@ class StepCost(Regressor):
 
         A jump after a graph size is given as two neighbouring counts.
         """
-        inner = np.concatenate((self._low, self._graphs, self._graphs + 1.0))
+        inner = np.concatenate((self._low, _SMALL, self._graphs, self._graphs + 1.0))
         inner = inner[(inner > lo) & (inner < hi)]
         return np.unique(np.concatenate(([lo], inner, [hi])).astype(np.int64))
 
@@ -398,9 +425,10 @@ class StepCost(Regressor):
             if len(self._grids) >= MAX_GRIDS:
                 self._grids.clear()
             tokens = self.breakpoints(lo, hi).astype(np.float64)
-            grid = _Grid(tuple(tokens.tolist()), tokens, self._segments(self._padded(tokens)))
+            sizes = self._padded(tokens)
+            grid = _Grid(tuple(tokens.tolist()), tokens, sizes, self._segments(sizes))
             self._grids[lo, hi] = grid
-        return grid.num_tokens, self._curve(shape, grid.tokens, grid.segments)
+        return grid.num_tokens, self._curve(shape, grid.tokens, grid.sizes, grid.segments)
 
     def prefill_cost(self) -> float:
         """Seconds by which a token of a prompt is dearer than a verified one; may be negative."""
@@ -470,6 +498,7 @@ class StepCost(Regressor):
         if self.state()["params"] != other.state()["params"]:
             raise ValueError("models of different arguments cannot be merged")
         self._solver.join(other._solver)
+        self._levels.merge(other._levels)
         self._counts = np.maximum(self._counts, other._counts)
         self._num_observed = max(self._num_observed, other._num_observed)
 
@@ -489,6 +518,7 @@ class StepCost(Regressor):
             "solver": self._solver.state(),
             "filters": {name: part.state() for name, part in self._filters.items()},
             "overhead": self._overhead.state(),
+            "levels": self._levels.state(),
             "counts": self._counts.tolist(),
             "error": self._error,
             "num_observed": self._num_observed,
@@ -509,6 +539,8 @@ class StepCost(Regressor):
             for name, part in model._filters.items():
                 part.restore(state["filters"][name])
             model._overhead.restore(state["overhead"])
+            if "levels" in state:  # not before 2026-11-26
+                model._levels.restore(state["levels"])
             counts = np.array(state["counts"], np.int64)
             if counts.shape != model._counts.shape or counts.min() < 0:
                 raise ValueError("counts do not match the knots")

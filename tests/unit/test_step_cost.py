@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 from smartspec.estimators.least_squares import RecursiveLeastSquares, ResidualFilter
+from smartspec.estimators.size_levels import SIZES
 from smartspec.estimators.step_cost import MAX_GRIDS, StepCost, StepShape
 
 IDLE = StepShape(1, 1, 0, 500)
@@ -275,7 +276,7 @@ seconds = st.floats(1e-6, 10.0)
     st.lists(st.tuples(counts, st.integers(1, 600), counts, counts, seconds, seconds), max_size=25),
     st.booleans(),
 )
-def test_curve_is_positive_and_never_falls_when_observations_are_arbitrary(
+def test_curve_is_positive_and_rises_beyond_small_passes_when_observations_are_arbitrary(
     steps: list[tuple[int, int, int, int, float, float]], apart: bool
 ) -> None:
     model = StepCost(graph_sizes=(8, 16, 32))
@@ -285,9 +286,43 @@ def test_curve_is_positive_and_never_falls_when_observations_are_arbitrary(
         model.observe(shape, *parts, target + draft)
     curve = model.target_curve(StepShape(8, 8, 0, 100), np.arange(1, 2000))
     assert (curve > 0.0).all() and np.isfinite(curve).all()
-    assert (np.diff(curve) >= 0.0).all()
+    assert (np.diff(curve[SIZES:]) >= 0.0).all()
     assert all(cost >= 0.0 for cost in model.draft_cost())
     assert model.std(IDLE) > 0.0
+
+
+def falls(num_tokens: float) -> float:
+    """Seconds of a pass on a machine that takes four tokens sooner than three."""
+    return 0.05 + 0.004 * num_tokens + (0.015 if num_tokens == 3 else 0.0)
+
+
+def test_curve_falls_where_it_was_seen_to() -> None:
+    model, rng = StepCost(knots=(2, 16)), np.random.default_rng(0)
+    for _ in range(600):
+        tokens = int(rng.integers(1, 8))
+        seconds = falls(tokens) * (1.0 + 0.01 * rng.normal())
+        model.observe(StepShape(1, tokens), None, None, seconds)
+    sizes = np.arange(1, 8)
+    curve = model.target_curve(StepShape(1, 1), sizes)
+    assert curve == pytest.approx([falls(n) for n in sizes], rel=0.04)
+    tokens, seconds = model.whole_curve(StepShape(1, 1), 1, 40)
+    assert np.interp(sizes, tokens, seconds) == pytest.approx(curve)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_level_of_a_size_is_of_the_targets_pass_alone(apart: bool) -> None:
+    model, rng = StepCost(knots=(2, 16)), np.random.default_rng(1)
+    for _ in range(1200):
+        tokens, drafts = int(rng.integers(1, 8)), int(rng.integers(0, 4))
+        noise = 1.0 + 0.01 * rng.normal()
+        target_s, draft_s = falls(tokens) * noise, 0.02 * drafts * noise
+        parts = (target_s, draft_s) if apart else (None, None)
+        shape = StepShape(1, tokens, draft_forwards=drafts, draft_tokens=drafts)
+        model.observe(shape, *parts, target_s + draft_s)
+    for tokens, drafts in ((3, 0), (3, 3), (4, 3)):
+        shape = StepShape(1, tokens, draft_forwards=drafts, draft_tokens=drafts)
+        wanted = falls(tokens) + 0.02 * drafts
+        assert model.seconds(shape) == pytest.approx(wanted, rel=0.04)
 
 
 def test_prompts_are_priced_apart_when_their_tokens_are_dearer() -> None:
