@@ -26,8 +26,18 @@ L = -log h, a draft is a unit-rate event time t against an exposure L: accepted 
 Rejections count as events, and after d of them in exposure E, with a prior of mean 1 and shape
 alpha, the posterior mean is c = (alpha + d) / (alpha + E). Exposure is L when accepted and the
 expected time of the event when rejected, E[t | t < L] = 1 / c - L / (exp(c L) - 1), with the
-present c. At c = 1 a draft then has expected exposure 1 - exp(-L): that of its events. The table
-learns raw outcomes and c what is left over relative to the table, so nothing counts twice.
+present c. At c = 1 a draft then has expected exposure 1 - exp(-L): that of its events.
+
+The table is that of a request with c = 1: a draft that is reached counts, beside its outcome, with
+h - h ** c_i, so that the table comes to rest where sum(outcomes) = sum(h ** c_i). Raw outcomes
+would have in the hazards of deep drafts, which good requests alone reach and bad ones are not
+drafted for, what c says already, and lengths were too long. (Requests Beta over 0.4 with
+concentration 6: of old ones 1.13 and 1.27 times as many were expected to have 4 and 5 drafts
+accepted as had.) Of trees, whose nodes are not independent, the table has the raw outcomes.
+
+How much requests differ is learned too: alpha is an average, in the logarithm, of five values up
+to 4 times ``request_strength`` and down to a quarter of it, weighted by the likelihood that each
+gives to what came of later drafts (empirical Bayes).
 
 Two memories are chained: c of the last hundred steps is the mean that a second such posterior, of
 the last ten, starts from. In simulation (acceptance Beta(1.4, 0.6) over requests; nats per step;
@@ -35,7 +45,9 @@ the last ten, starts from. In simulation (acceptance Beta(1.4, 0.6) over request
 and 1.093 where each changes every 40 steps; one of 8 loses 0.946 and 1.028; the two, 0.918 and
 1.030. That was with alpha 2 and 4; real answers differ less, and with features in the table less is
 left for c: on recorded ones (benchmarks/bench_acceptance.py, the tasks for tuning, prompt lookup)
-alpha 2 and 4 lose 0.618 nats per draft and 12 and 32 0.600, at the price of following later.
+alpha 2 and 4 lose 0.618 nats per draft and 12 and 32 0.600, at the price of following later. Of the
+second alpha 64 is as good as 100, and better than 32, with the first one learned (draft model:
+0.6171, 0.6172 and 0.6179).
 
 Where little is drafted, the counts outlive what they were counted from: at length 0 only probes
 bring news, and a window of them can last for hours. Whether first drafts go on being accepted as
@@ -75,6 +87,10 @@ CHANGE_THRESHOLD = 12.0  #: deviations in sum: four surprises in a row of MAX_SU
 MAX_SURPRISE = 4.0  #: deviations that one step may count for
 SMALL_CHANGE = 0.1  #: of a hazard: the window follows such changes by itself
 MERGE_SWEEPS = 8  #: of Newton's method over all axes
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  #: times `request_strength`: how alike requests may be
+STRENGTH_WINDOW = 20_000  #: drafts that they are judged by
+SCORED_EVERY = 8  #: steps: how alike requests are changes slowly
+MAX_SCORE = 1e9
 KEPT_AFTER_CHANGE = 4.0  #: observations that the counts of a depth are worth after a change
 
 # Columns of a request's counts: rejections and exposures, long and short memory; matches and tries.
@@ -123,7 +139,7 @@ class AcceptanceEstimator:
     request_half_life, recent_half_life : drafted steps after which a request's rejections count
         half, in its long and its short memory
     request_strength, recent_strength : alpha of the two: the rejections that the expectation is
-        worth that a request is average, or goes on as it did
+        worth that a request is average (at first), or goes on as it did
     presence_half_life : steps after which a request's matches and misses count half
     max_requests : requests remembered; the least recently seen are forgotten
     axis_sizes : digits per axis of a bucket's index, the first axis slowest; their product is
@@ -132,6 +148,7 @@ class AcceptanceEstimator:
 
     #: where groups of depths begin that share their effects: the first depth, and the others
     _group_starts: ClassVar[tuple[int, ...]] = (0, 1)
+    _tells_apart: ClassVar[bool] = True  #: what is due to requests from what the table explains
     _params: ClassVar[tuple[str, ...]] = (  # arguments, in the order of the state
         "num_buckets",
         "max_length",
@@ -159,7 +176,7 @@ class AcceptanceEstimator:
         request_half_life: float = 48.0,
         recent_half_life: float = 6.0,
         request_strength: float = 12.0,
-        recent_strength: float = 32.0,
+        recent_strength: float = 64.0,
         presence_half_life: float = 16.0,
         max_requests: int = 4096,
         axis_sizes: tuple[int, ...] = (),
@@ -216,8 +233,13 @@ class AcceptanceEstimator:
         self._presence = np.zeros(2)  # discounted hits and tries, over all requests
         self._requests = RequestRows(max_requests, num_columns=6)
         self._changes = CumulativeSum(threshold=CHANGE_THRESHOLD)
+        self._strengths = request_strength * np.array(STRENGTHS)
+        self._strength = request_strength
+        self._scores = np.zeros(len(STRENGTHS) + 1)  # log-likelihoods; last: of how many drafts
+        self._num_unscored = 0  # steps
         self._log_survival: F32 | None = None
         self._hazard: F64 = np.zeros((0, 0))
+        self._log_hazard: F64 = np.zeros((0, 0))
         self._cumulative: F64 = np.zeros((0, 0))
 
     # -- learning ---------------------------------------------------------------------------
@@ -247,10 +269,14 @@ class AcceptanceEstimator:
         if len(rows):
             self._refresh()
             counts = self._requests.counts[rows]
-            c = self._posterior(counts)
+            c = self._posterior(counts, self._strength)
             self._watch(c, bucket, self._first(passed))
+            new = self._histogram(bucket, proposed, passed)
+            if self._tells_apart:
+                new[1] += self._due_to_requests(c, bucket, proposed, passed)
+                self._learn_strength(counts, bucket, proposed, passed)
             self._learn_requests(rows, counts, *self._events(c, bucket, proposed, passed))
-            self._learn_table(self._histogram(bucket, proposed, passed))
+            self._learn_table(new)
 
     @property
     def num_changes(self) -> int:
@@ -261,6 +287,9 @@ class AcceptanceEstimator:
     def rise(self) -> float:
         """How far more acceptance than expected has come towards being such a change: 0 to 1."""
         return self._changes.rise
+    def strength(self) -> float:
+        """Rejections that the expectation is worth that a request is average, as learned."""
+        return self._strength
 
     def _first(self, passed: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
         """Whether the first draft was accepted."""
@@ -341,6 +370,55 @@ class AcceptanceEstimator:
         new[:, -1] = new[:, :-1].sum(axis=1)
         return new
 
+    def _due_to_requests(
+        self,
+        c: F64,
+        bucket: npt.NDArray[np.intp],
+        proposed: npt.NDArray[np.intp],
+        passed: npt.NDArray[np.intp],
+    ) -> F64:
+        """How many more drafts average requests would have accepted: [num_buckets + 1, K].
+
+        h - h ** c for each draft reached. What is counted with it is what the table alone explains.
+        """
+        log_hazard = self._log_hazard[bucket]
+        more = np.exp(log_hazard) - np.exp(c[:, None] * log_hazard)
+        reached = np.minimum(passed + 1, proposed)
+        more *= np.arange(self.max_length) < reached[:, None]
+        cells = bucket[:, None] * self.max_length + np.arange(self.max_length)
+        size = self.num_buckets * self.max_length
+        due = np.empty((self.num_buckets + 1, self.max_length))
+        due[:-1] = np.bincount(cells.ravel(), more.ravel(), size).reshape(due[:-1].shape)
+        due[-1] = more.sum(axis=0)
+        return due
+
+    def _learn_strength(
+        self,
+        counts: F64,
+        bucket: npt.NDArray[np.intp],
+        proposed: npt.NDArray[np.intp],
+        passed: npt.NDArray[np.intp],
+    ) -> None:
+        """Take in how likely each of `STRENGTHS` would have held what became of these drafts."""
+        self._num_unscored += 1
+        if self._num_unscored < SCORED_EVERY:
+            return
+        self._num_unscored = 0
+        c = self._posterior(counts, self._strengths[:, None])  # [strengths, B]
+        before = self._cumulative[bucket, passed]
+        after = self._cumulative[bucket, np.minimum(passed + 1, self.max_length)]
+        rejection = np.log(-np.expm1(-c * np.maximum(after - before, 1e-9)))
+        likelihood = np.where(passed < proposed, rejection, 0.0) - c * before
+        self._scores *= (1.0 - 1.0 / STRENGTH_WINDOW) ** len(bucket)
+        self._scores[:-1] += likelihood.sum(axis=1)
+        self._scores[-1] += len(bucket)
+        self._weigh_strengths()
+
+    def _weigh_strengths(self) -> None:
+        scores = self._scores[:-1]
+        weight = np.exp(scores - scores.max())
+        self._strength = float(np.exp(weight @ np.log(self._strengths) / weight.sum()))
+
     def _learn_table(self, new: F64) -> None:
         # m observations at once: what was there fades by (1 - 1 / window)^m, and they bring what
         # they would have brought one by one, so that counts never exceed the window.
@@ -348,6 +426,7 @@ class AcceptanceEstimator:
         mass = self.window * (1.0 - fade) / np.maximum(new[0], 1.0)
         self._counts *= fade
         self._counts += new * mass
+        np.clip(self._counts[1], 0.0, self._counts[0], out=self._counts[1])
         self._fit_effects()
         self._log_survival = None
 
@@ -420,6 +499,7 @@ class AcceptanceEstimator:
             reached[:-1] + self.bucket_weight
         )
         self._hazard = _clipped(hazard, HAZARD_RANGE)
+        self._log_hazard = np.log(self._hazard)
         self._cumulative = np.zeros((self.num_buckets + 1, self.max_length + 1))
         self._cumulative[:, 1:] = self._cumulate(self._hazard)
         self._log_survival = -self._cumulative[:-1, 1:].astype(np.float32)
@@ -465,8 +545,8 @@ class AcceptanceEstimator:
         """Discounted observations per cell, [num_buckets, max_length], each <= window."""
         return self._counts[0, :-1].copy()
 
-    def _posterior(self, counts: F64) -> F64:
-        alpha, recent = self.request_strength, self.recent_strength
+    def _posterior(self, counts: F64, strength: float | F64) -> F64:
+        alpha, recent = strength, self.recent_strength
         c: F64 = (alpha + counts[:, _EVENTS]) / (alpha + counts[:, _EXPOSURE])
         c *= (recent + counts[:, _RECENT_EVENTS]) / (recent + c * counts[:, _RECENT_EXPOSURE])
         return _clipped(c, CORRECTION_RANGE)
@@ -474,7 +554,7 @@ class AcceptanceEstimator:
     def corrections(self, rows: Rows) -> F32:
         """c of each request, [B]: its survivals are its bucket's to this power; 1 when unknown."""
         self._requests.check(rows)
-        return self._posterior(self._requests.counts[rows]).astype(np.float32)
+        return self._posterior(self._requests.counts[rows], self._strength).astype(np.float32)
 
     def pooled_presence(self) -> float:
         """Share of requests and steps for which drafts are to be had; 0.5 when unknown."""
@@ -526,7 +606,7 @@ class AcceptanceEstimator:
         correction = 1.0
         row = None if request is None else self._requests.find(request)
         if row is not None:
-            correction = float(self._posterior(self._requests.counts[[row]])[0])
+            correction = float(self._posterior(self._requests.counts[[row]], self._strength)[0])
         log_survival = self.log_survival()[bucket, :drafted].astype(np.float64)
         survival: F64 = np.exp(correction * log_survival)
         return survival
@@ -554,6 +634,8 @@ class AcceptanceEstimator:
             "counts": pack(self._counts),
             "presence": pack(self._presence),
             "changes": self._changes.state(),
+            "scores": pack(self._scores),
+            "num_unscored": self._num_unscored,
             "requests": self._requests.state() if requests else None,
         }
 
@@ -567,6 +649,9 @@ class AcceptanceEstimator:
             raise ValueError("estimators of different arguments cannot be merged")
         self._counts = _joined(self._counts, other._counts, of=0)
         self._presence = _joined(self._presence, other._presence, of=1)
+        if other._scores[-1] > self._scores[-1]:
+            self._scores = other._scores.copy()
+            self._weigh_strengths()
         for _ in range(MERGE_SWEEPS * len(self._sizes)):  # the effects are a function of the counts
             self._fit_effects()
         self._log_survival = None
@@ -596,7 +681,12 @@ class AcceptanceEstimator:
                 raise ValueError("presence is not of hits among tries")
             if max(counts.max(), presence[1]) > model.window * (1 + 1e-9):
                 raise ValueError("counts are above the window")
-            model._counts, model._presence = counts, presence
+            scores = unpack(state, "scores", model._scores.shape)
+            if np.abs(scores).max() > MAX_SCORE or not 0.0 <= scores[-1] <= 1.01 * STRENGTH_WINDOW:
+                raise ValueError("scores are not log-likelihoods of so many drafts")
+            model._num_unscored = _whole("num_unscored", state["num_unscored"]) % SCORED_EVERY
+            model._counts, model._presence, model._scores = counts, presence, scores
+            model._weigh_strengths()
             model._changes.restore(state["changes"])
             if state["requests"] is not None:
                 model._requests.restore(state["requests"])

@@ -59,6 +59,7 @@ class TreeAcceptance(AcceptanceEstimator):
     """
 
     _group_starts: ClassVar[tuple[int, ...]] = (0, 1, 3, 7, 15, 31)
+    _tells_apart: ClassVar[bool] = False
     _params: ClassVar[tuple[str, ...]] = ("num_buckets", "max_length", "max_requests", "axis_sizes")
 
     def __init__(
@@ -68,7 +69,13 @@ class TreeAcceptance(AcceptanceEstimator):
         max_requests: int = 4096,
         axis_sizes: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(num_buckets, max_length, max_requests=max_requests, axis_sizes=axis_sizes)
+        super().__init__(
+            num_buckets,
+            max_length,
+            recent_strength=32.0,
+            max_requests=max_requests,
+            axis_sizes=axis_sizes,
+        )
         self._forwards = np.zeros(2)  # discounted sums: (forwards - 1) log2 k, and log2 k squared
 
     def _outcomes(self, *columns: npt.ArrayLike) -> list[npt.NDArray[Any]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from smartspec.estimators.acceptance import AcceptanceEstimator
+from smartspec.estimators.base import F64
 from smartspec.estimators.request_rows import RequestRows
 
 
@@ -45,9 +46,8 @@ def test_hazards_are_recovered_when_the_plain_ratio_is_biased() -> None:
 
 def test_table_is_finite_and_falls_with_depth_when_all_or_nothing_is_accepted() -> None:
     estimator = AcceptanceEstimator(num_buckets=3, max_length=5)
-    rows = estimator.rows(np.arange(2))
-    for _ in range(5000):
-        estimator.learn_many(rows, [0, 1], [5, 5], [5, 0])
+    for step in range(5000):  # of others each time: what one request does, its correction says
+        estimator.learn_many(estimator.rows([2 * step, 2 * step + 1]), [0, 1], [5, 5], [5, 0])
     table = estimator.log_survival()
     assert table.shape == (3, 5) and table.dtype == np.float32
     assert np.isfinite(table).all()
@@ -127,12 +127,50 @@ def test_counts_are_bounded_and_kept_when_one_cell_is_observed_for_ever() -> Non
 
 def test_batches_weigh_as_single_observations_when_learned_at_once() -> None:
     one, many = (AcceptanceEstimator(num_buckets=1, max_length=2, window=100) for _ in range(2))
-    for _ in range(300):
+    for step in range(300):
         for _ in range(8):
             one.learn_one({"drafted": 2}, 1)
-        many.learn_many(many.rows(np.arange(8)), np.zeros(8, int), np.full(8, 2), np.ones(8, int))
+        rows = many.rows(8 * step + np.arange(8))  # requests of which nothing is known
+        many.learn_many(rows, np.zeros(8, int), np.full(8, 2), np.ones(8, int))
     assert many.num_observed() == pytest.approx(one.num_observed())
     assert many.hazards() == pytest.approx(one.hazards())
+
+
+def serve(estimator: AcceptanceEstimator, spread: float, num_steps: int) -> tuple[F64, F64]:
+    """32 requests at once for 40 steps each, of Beta(0.4 spread, 0.6 spread) acceptance.
+
+    Returns expected and true survivals of all that are at least 20 steps old, by depth, of the
+    last third of the steps.
+    """
+    rng = np.random.default_rng(5)
+    zeros, full, depths = np.zeros(32, int), np.full(32, 5), np.arange(1, 6)
+    rate = np.zeros(32)
+    expected, true = [], []
+    for step in range(num_steps):
+        age = (step + np.arange(32)) % 40
+        rate = np.where(age == 0, rng.beta(0.4 * spread, 0.6 * spread, 32), rate)
+        rows = estimator.rows(np.arange(32) + 32 * ((step + np.arange(32)) // 40))
+        if 3 * step > 2 * num_steps:
+            c = estimator.corrections(rows)[age >= 20]
+            expected.append(np.exp(estimator.log_survival()[0] * c[:, None]))
+            true.append(rate[age >= 20, None] ** depths)
+        accepted = draft(rng, np.repeat(rate[:, None], 5, axis=1), full)
+        estimator.learn_many(rows, zeros, full, accepted)
+    return np.concatenate(expected), np.concatenate(true)
+
+
+def test_deep_drafts_are_rated_as_they_fare_when_requests_differ() -> None:
+    expected, true = serve(AcceptanceEstimator(num_buckets=1, max_length=5), 6.0, 900)
+    assert expected.mean(axis=0) == pytest.approx(true.mean(axis=0), rel=0.1)
+
+
+def test_strength_falls_when_requests_differ_and_rises_when_they_do_not() -> None:
+    found = []
+    for spread in (3.0, 1e6):
+        estimator = AcceptanceEstimator(num_buckets=1, max_length=5)
+        serve(estimator, spread, 900)
+        found.append(estimator.strength)
+    assert found[0] < 5.0 and found[1] > 24.0
 
 
 def test_table_follows_a_change_when_traffic_changes() -> None:
