@@ -287,6 +287,8 @@ class AcceptanceEstimator:
     def rise(self) -> float:
         """How far more acceptance than expected has come towards being such a change: 0 to 1."""
         return self._changes.rise
+
+    @property
     def strength(self) -> float:
         """Rejections that the expectation is worth that a request is average, as learned."""
         return self._strength
