@@ -182,23 +182,23 @@ class Loss(enum.StrEnum):
 
 @app.command()
 def distill(
-    prompts: Annotated[
-        Path | None,
-        typer.Argument(help='JSON lines with a "prompt"; none: train on the answers in --work.'),
-    ] = None,
+    prompts: Annotated[Path, typer.Argument(help='JSON lines, each with a "prompt".')],
     out: Annotated[
         Path | None, typer.Option(help="The drafter's file; none: only answer the prompts.")
     ] = None,
     work: Annotated[Path, typer.Option(help="Folder of the answers.")] = Path("build/distill"),
     model: Annotated[str | None, typer.Option(help="Hugging Face id or local path.")] = None,
     start: Annotated[Path | None, typer.Option(help="A drafter to train on from.")] = None,
+    train_only: Annotated[
+        bool, typer.Option("--train-only", help="Make do with the answers that are in --work.")
+    ] = False,
     layers: Annotated[
         str | None,
         typer.Option(metavar="I,J,...", help="It reads the target's states after these layers."),
     ] = None,
     num_draft_tokens: Annotated[
         int, typer.Option(min=2, help="It drafts the most frequent of them.")
-    ] = 6144,
+    ] = 8192,
     intermediate_size: Annotated[int, typer.Option(min=1, help="Width of its layer.")] = 1536,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer ones are left out.")] = 800,
     max_answer_tokens: Annotated[int, typer.Option(min=2, help="Longer ones are ended.")] = 192,
@@ -239,8 +239,8 @@ def distill(
         )
     except ValueError:
         fail(f"--layers {layers}: expected layer numbers, e.g. 3,15,30")
-    if prompts is None and out is None:
-        fail("expected prompts to answer, or --out to train")
+    if train_only and out is None:
+        fail("--train-only: give --out, the file to write")
     raise typer.Exit(
         command.run(
             prompts,
@@ -249,6 +249,7 @@ def distill(
             recipe,
             model=model,
             start=start,
+            train_only=train_only,
             device=device,
             threads=threads,
             as_json=json,

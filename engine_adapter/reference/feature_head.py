@@ -29,7 +29,6 @@ from smartspec.engine_adapter.reference import attention
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 
 FORMAT = "smartspec-feature-head-1"
-ROPE_THETA = 10000.0
 PROBED_VALUES = 1024  #: of each of the target's parameters, that its fingerprint looks at
 
 
@@ -47,6 +46,7 @@ class HeadConfig:
     num_heads: int
     num_key_heads: int
     intermediate_size: int
+    rope_theta: float = 10000.0
 
     @property
     def head_dim(self) -> int:
@@ -92,7 +92,7 @@ class FeatureHead(nn.Module):
         self.down = nn.Linear(inner, size, bias=False)
         self.norm_output = nn.Parameter(torch.ones(size))
         self.register_buffer("token_ids", token_ids)
-        turns = ROPE_THETA ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+        turns = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         self.register_buffer("_turns", turns, persistent=False)
         embedding: Any = target.get_input_embeddings()
         unembedding: Any = target.get_output_embeddings()  # type: ignore[no-untyped-call]

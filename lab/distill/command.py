@@ -28,7 +28,7 @@ class Recipe:
     ----------
     layers : after how many of the target's layers its states are read; (): after a tenth of them,
         half, and all
-    num_draft_tokens : the most frequent tokens of the answers, which it can draft
+    num_draft_tokens : how many tokens it can draft, the most frequent
     max_prompt_tokens, max_answer_tokens : longer prompts are left out, longer answers ended
     hot : temperature of every third answer; the others are greedy
     part, parts : which of how many processes answers; the others' prompts are left alone
@@ -37,7 +37,7 @@ class Recipe:
     """
 
     layers: tuple[int, ...] = ()
-    num_draft_tokens: int = 6144
+    num_draft_tokens: int = 8192
     intermediate_size: int = 1536
     max_prompt_tokens: int = 800
     max_answer_tokens: int = 192
@@ -54,13 +54,14 @@ class Recipe:
 
 
 def run(
-    prompts: Path | None,
+    prompts: Path,
     out: Path | None,
     work: Path,
     recipe: Recipe,
     *,
     model: str | None = None,
     start: Path | None = None,
+    train_only: bool = False,
     device: str = "auto",
     threads: int | None = None,
     as_json: bool = False,
@@ -69,19 +70,20 @@ def run(
 
     Parameters
     ----------
-    prompts : what the target is to answer; None: train on the answers that there are
+    prompts : what the target is to answer
     out : the drafter's file; None: only answer
     work : folder of the answers
     start : a drafter to train on from
+    train_only : make do with the answers that there are
     """
     if threads is not None:
         torch.set_num_threads(threads)
     told: dict[str, Any] = {}
     try:
-        if prompts is not None:
+        if not train_only:
             told |= _answer(prompts, work / f"part-{recipe.part}", recipe, model, device)
         if out is not None:
-            told |= _train(out, work, recipe, model, device, start)
+            told |= _train(out, work, prompts, recipe, model, device, start)
     except (models.ModelNotAvailable, OSError, RuntimeError, ValueError) as error:
         print(f"smartspec distill: {error}", file=sys.stderr)
         return 2
@@ -103,9 +105,11 @@ def _answer(
 ) -> dict[str, Any]:
     # States are kept in half precision anyhow, and the pass is much faster.
     target = models.load(model, device=device, dtype="bfloat16")
-    asked = data.read_prompts(prompts, target.tokenizer, recipe.max_prompt_tokens, recipe.hot)
+    limit = getattr(target.model.config, "max_position_embeddings", None) or 1 << 30
+    length = min(recipe.max_prompt_tokens + recipe.max_answer_tokens, limit)
+    longest = length - recipe.max_answer_tokens
+    asked = data.read_prompts(prompts, target.tokenizer, longest, recipe.hot)
     asked = asked[recipe.part :: recipe.parts]
-    length = recipe.max_prompt_tokens + recipe.max_answer_tokens
     shards = data.record(
         folder,
         ModelRunner(target.model, min(NUM_ROWS, len(asked)), length),
@@ -126,7 +130,13 @@ def _answer(
 
 
 def _train(
-    out: Path, work: Path, recipe: Recipe, model: str | None, device: str, start: Path | None
+    out: Path,
+    work: Path,
+    prompts: Path,
+    recipe: Recipe,
+    model: str | None,
+    device: str,
+    start: Path | None,
 ) -> dict[str, Any]:
     found = [a for file in sorted(work.rglob("*.safetensors")) for a in data.read(file)]
     found = [a for a in found if len(a.log_mass) > recipe.num_rounds]
@@ -136,16 +146,19 @@ def _train(
     answers = [answer for i, answer in enumerate(found) if i not in kept]
     if not answers or not held_out:
         raise ValueError(f"{work} holds too few answers: {len(found)}")
-    target = models.load(model, device=device, dtype="float32").model
+    loaded = models.load(model, device=device, dtype="float32")
+    target = loaded.model
     if start is None:
-        head = training.new_head(
-            target,
+        asked = data.read_prompts(prompts, loaded.tokenizer, recipe.max_prompt_tokens, 0.0)
+        tokens = training.frequent_tokens(
             answers,
-            _layers(recipe, target),
+            (one.tokens for one in asked),
             recipe.num_draft_tokens,
-            recipe.intermediate_size,
-            recipe.seed,
+            target.config.get_text_config().vocab_size,
         )
+        layers = _layers(recipe, target)
+        size = recipe.intermediate_size
+        head = training.new_head(target, answers, layers, size, tokens, recipe.seed)
     else:
         head = feature_head.load(start, target)
     size = head.config.hidden_size

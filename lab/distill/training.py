@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadCon
 from smartspec.lab.distill.answers import Answer
 
 Loss: TypeAlias = Literal["kl", "reverse-kl", "tv"]
-MAX_PROMPT_TOKENS = 256  #: the last of a prompt, that training shows the head
+MAX_PROMPT_TOKENS = 128  #: the last of a prompt, that training shows the head
 ROUND_WEIGHT = 0.9  #: of each round over the one before
+PROMPT_WEIGHT = 0.3  #: of a token in a prompt over one in an answer, when the frequent are chosen
 
 
 class Batch(NamedTuple):
@@ -39,6 +40,9 @@ class Batch(NamedTuple):
     final: Tensor  #: [B, A, hidden], the target's own, from which its distribution follows
     log_mass: Tensor  #: [B, A], log of the sum of exp of all its logits; infinite: no token
     said: Tensor  #: [B, A], the token that the answer goes on with; -1: none
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
 
 
 def batch_of(answers: Sequence[Answer], hidden_size: int) -> Batch:
@@ -72,7 +76,7 @@ def batch_of(answers: Sequence[Answer], hidden_size: int) -> Batch:
 def rounds(head: FeatureHead, batch: Batch, num_rounds: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each round: states [B, A, hidden] after the answer's tokens, and which of them count."""
     P = batch.num_prompt
-    positions = torch.arange(batch.tokens.shape[1])[None]
+    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
     causal = positions[0][:, None] >= positions[0]
     sees = (causal & batch.present[:, None]) | (positions[0][:, None] == positions[0])
     kept: list[tuple[Tensor, Tensor]] = []
@@ -155,14 +159,14 @@ def score(head: FeatureHead, batches: Sequence[Batch], depth: int) -> Score:
     right, tried = torch.zeros(depth), torch.zeros(depth)
     accepted = steps = 0
     with torch.inference_mode():
-        for batch in batches:
-            runs = torch.zeros(batch.said.shape, dtype=torch.long)
-            alive = torch.ones(batch.said.shape, dtype=torch.bool)
+        for batch in (batch.to(head.device) for batch in batches):
+            runs = torch.zeros_like(batch.said)
+            alive = torch.ones_like(batch.said, dtype=torch.bool)
             for number, (states, counts) in enumerate(rounds(head, batch, depth)):
                 drafts = head.token_ids[head.logits(states).argmax(-1)]
                 agrees = (drafts == batch.said) & counts
-                right[number] += agrees.sum()
-                tried[number] += counts.sum()
+                right[number] += int(agrees.sum())
+                tried[number] += int(counts.sum())
                 # Place a of this round is the draft of a chain that began ``number`` places before.
                 ahead = torch.zeros_like(alive)
                 ahead[:, : ahead.shape[1] - number] = agrees[:, number:]
@@ -226,7 +230,7 @@ def train(
     weights = [ROUND_WEIGHT**number for number in range(num_rounds)]
     since: list[float] = []
     for step, chosen in enumerate(plan, 1):
-        batch = batch_of([answers[i] for i in chosen], size)
+        batch = batch_of([answers[i] for i in chosen], size).to(head.device)
         found: list[Tensor] = []
         with torch.autocast(head.device.type, torch.bfloat16):
             aim = target_log(head, batch)
@@ -250,11 +254,16 @@ def train(
 
 def _batches(answers: Sequence[Answer], batch_tokens: int, rng: random.Random) -> list[list[int]]:
     """All answers in random order, those of like lengths together, by their places."""
+
+    def shape(i: int) -> tuple[int, int]:
+        before = min(answers[i].num_prompt, MAX_PROMPT_TOKENS)
+        return before // 16, len(answers[i].tokens) - answers[i].num_prompt
+
     order = list(range(len(answers)))
     rng.shuffle(order)
     found: list[list[int]] = []
-    for begin in range(0, len(order), 128):
-        pool = sorted(order[begin : begin + 128], key=lambda i: len(answers[i].tokens))
+    for begin in range(0, len(order), 256):
+        pool = sorted(order[begin : begin + 256], key=shape)
         batch: list[int] = []
         tokens = 0
         for i in pool:
@@ -269,24 +278,34 @@ def _batches(answers: Sequence[Answer], batch_tokens: int, rng: random.Random) -
     return found
 
 
-def frequent_tokens(answers: Iterable[Answer], count: int, vocabulary: int) -> Tensor:
-    """The tokens that are said most, [count] at most, in rising order of their ids."""
-    counts = torch.zeros(vocabulary, dtype=torch.long)
+def frequent_tokens(
+    answers: Iterable[Answer], prompts: Iterable[list[int]], count: int, vocabulary: int
+) -> Tensor:
+    """The ``count`` tokens that are most frequent, in rising order of their ids.
+
+    In answers and, at a third of the weight, in prompts: they know more of the rare ones.
+    """
+    counts = torch.zeros(vocabulary)
     for answer in answers:
         counts += torch.bincount(answer.tokens[answer.num_prompt :], minlength=vocabulary)
-    kept = counts.topk(min(count, vocabulary)).indices
-    return kept[counts[kept] > 0].sort().values
+    for prompt in prompts:
+        counts += PROMPT_WEIGHT * torch.bincount(torch.tensor(prompt), minlength=vocabulary)
+    return counts.topk(min(count, vocabulary)).indices.sort().values
 
 
 def new_head(
     target: PreTrainedModel,
     answers: Sequence[Answer],
     layers: tuple[int, ...],
-    num_draft_tokens: int,
     intermediate_size: int,
+    token_ids: Tensor,
     seed: int = 0,
+    warm: bool = True,
 ) -> FeatureHead:
-    """An untrained head that begins near the target's own last state."""
+    """An untrained head, which begins as the target's last layer where they are of one shape.
+
+    What the layer adds to its input is scaled down as the input is: states are of unit size here.
+    """
     config = target.config.get_text_config()
     heads = config.num_attention_heads
     shape = HeadConfig(
@@ -296,17 +315,48 @@ def new_head(
         num_heads=heads,
         num_key_heads=getattr(config, "num_key_value_heads", None) or heads,
         intermediate_size=intermediate_size,
+        rope_theta=(getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0),
     )
     torch.manual_seed(seed)
-    chosen = frequent_tokens(answers, num_draft_tokens, config.vocab_size)
-    head = FeatureHead(shape, chosen, target)
+    head = FeatureHead(shape, token_ids, target)
     size = shape.hidden_size
     last = torch.cat([answer.features[-64:, -size:].float() for answer in answers[:256]])
     with torch.no_grad():
         for module in head.modules():
             if isinstance(module, nn.Linear):
-                module.weight.normal_(0, 0.02)
+                module.weight.normal_(0, 0.02 if module.in_features == size else 0.01)
         head.fuse.weight[:, -size:] += torch.eye(size)
         head.join.weight[:, size:] += torch.eye(size)
         head.norm_output.copy_(last.pow(2).mean(0).sqrt())
-    return head
+        if warm:
+            _begin_as(head, target, answers[0].tokens)
+    return head.to(target.device)
+
+
+def _begin_as(head: FeatureHead, target: Any, text: Tensor) -> None:
+    """Take over the target's last layer, if it has Llama's parts and the head's shape."""
+    try:
+        layer = target.get_decoder().layers[-1]
+        attention, mlp = layer.self_attn, layer.mlp
+        pairs = [
+            (head.query.weight, attention.q_proj.weight),
+            (head.key.weight, attention.k_proj.weight),
+            (head.value.weight, attention.v_proj.weight),
+            (head.output.weight, attention.o_proj.weight),
+            (head.gate.weight, mlp.gate_proj.weight),
+            (head.up.weight, mlp.up_proj.weight),
+            (head.down.weight, mlp.down_proj.weight),
+            (head.norm_attention, layer.input_layernorm.weight),
+            (head.norm_mlp, layer.post_attention_layernorm.weight),
+        ]
+    except AttributeError:
+        return
+    if any(ours.shape != theirs.shape for ours, theirs in pairs):
+        return
+    for ours, theirs in pairs:
+        ours.copy_(theirs)
+    text = text[None].to(target.device)
+    states = target(input_ids=text, output_hidden_states=True).hidden_states[-2][0]
+    size = float(states.pow(2).mean(-1).sqrt().median())
+    head.output.weight /= size
+    head.down.weight /= size

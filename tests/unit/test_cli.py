@@ -108,8 +108,8 @@ def test_settings_in_force_are_shown_when_file_and_flags_are_given(tmp_path: Pat
         (["worker", "--draft-drop-layers", "a"], "--draft-drop-layers a"),
         (["worker", "--proposer", "draft-tree"], "--proposer draft-tree: give --draft-model"),
         (["worker", "--proposer", "eagle", "--model", "x"], "--proposer eagle: give --drafter"),
-        (["distill"], "expected prompts to answer, or --out to train"),
-        (["distill", "--layers", "a", "--out", "x"], "--layers a: expected layer numbers"),
+        (["distill", "p", "--train-only"], "--train-only: give --out"),
+        (["distill", "p", "--layers", "a"], "--layers a: expected layer numbers"),
         (["demo", "--arms", ","], "--arms"),
     ],
 )
@@ -197,7 +197,7 @@ def test_options_of_distill_reach_the_training(
 
     seen: dict[str, Any] = {}
 
-    def capture(prompts: Path | None, out: Path | None, work: Path, recipe: Any, **how: Any) -> int:
+    def capture(prompts: Path, out: Path | None, work: Path, recipe: Any, **how: Any) -> int:
         seen.update(prompts=prompts, out=out, work=work, recipe=recipe, **how)
         return 0
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, tiny_head, tiny_model
+from tiny_models import VOCABULARY, save_tiny_model, tiny_head, tiny_model
 from torch import Tensor
 
 from smartspec.engine_adapter.base import FixedLength
 from smartspec.engine_adapter.reference import feature_head
+from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.events import Finished
 from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.sequence import Request
 from smartspec.engine_adapter.reference.worker import Worker
 from smartspec.lab.distill import answers as data
-from smartspec.lab.distill import training
+from smartspec.lab.distill import command, training
 from smartspec.lab.distill.answers import Answer, Asked
 
 LAYERS = (1, 2)
@@ -119,7 +123,7 @@ def test_score_is_what_the_worker_accepts() -> None:
 def test_training_lowers_the_loss_and_the_file_can_be_loaded(tmp_path: Path) -> None:
     found = answered()
     target = tiny_model("llama").float()
-    head = training.new_head(target, found, LAYERS, 40, 24)
+    head = training.new_head(target, found, LAYERS, 24, torch.arange(40))
     losses = [
         step.loss for step in training.train(head, found, epochs=40, batch_tokens=60, every=10)
     ]
@@ -160,3 +164,40 @@ def test_prompts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert [(len(one.tokens), one.temperature) for one in asked] == [(3, 0.8), (1, 0.0)]
     with pytest.raises(ValueError, match="no prompt of at most 0 tokens"):
         data.read_prompts(file, Letters(), 0, 0.8)
+
+
+def test_head_begins_as_the_targets_last_layer_where_it_fits() -> None:
+    target = tiny_model("llama").float()
+    found = answered()
+    own: Any = target
+    layer = own.model.layers[-1]
+    same = training.new_head(target, found, LAYERS, 48, torch.arange(40))
+    assert torch.equal(same.query.weight, layer.self_attn.q_proj.weight)
+    ratio = same.down.weight / layer.mlp.down_proj.weight
+    assert ratio.std() < 1e-4 and ratio.mean() != 1
+    other = training.new_head(target, found, LAYERS, 24, torch.arange(40))
+    assert not torch.equal(other.query.weight, layer.self_attn.q_proj.weight)
+    training.new_head(tiny_model("gpt2").float(), found, LAYERS, 48, torch.arange(40))
+
+
+def test_command_makes_a_drafter_and_answers_only_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(save_tiny_model(tmp_path / "model"))
+    prompts, out, work = tmp_path / "prompts.jsonl", tmp_path / "own.safetensors", tmp_path / "work"
+    lines = [json.dumps({"prompt": f"{i} and {i + 1}"}) for i in range(9)]
+    prompts.write_text("\n".join(lines))
+    recipe = command.Recipe(max_answer_tokens=20, held_out=2, epochs=2, intermediate_size=24)
+    assert command.run(prompts, out, work, recipe, model=model, device="cpu", as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_answers"] == 9
+    assert told["bytes"] == out.stat().st_size
+    assert 0 <= told["held_out_accepted_per_step"] <= recipe.num_rounds
+    assert len(told["held_out_right_by_depth"]) == recipe.num_rounds
+    feature_head.load(out, models.load(model, device="cpu").model)
+    again = replace(recipe, epochs=1)
+    assert command.run(prompts, out, work, again, model=model, start=out, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["num_answers"] == 0
+    empty = tmp_path / "empty"
+    assert command.run(prompts, out, empty, recipe, model=model, train_only=True) == 2
+    assert "too few answers: 0" in capsys.readouterr().err
