@@ -47,6 +47,7 @@ class Mode(enum.StrEnum):
 class Proposer(enum.StrEnum):
     lookup = "lookup"
     draft = "draft"
+    eagle = "eagle"
     lookup_tree = "lookup-tree"
     draft_tree = "draft-tree"
     none = "none"
@@ -299,6 +300,10 @@ def worker(
         str | None,
         typer.Option(metavar="I,J,...", help="Draft with the model itself less these layers."),
     ] = None,
+    drafter: Annotated[
+        Path | None,
+        typer.Option(help="Of eagle: a file of `smartspec distill`; default: that of the model."),
+    ] = None,
     max_length: Annotated[
         int, typer.Option(min=0, max=64, help="Longest speculation; of trees the most nodes.")
     ] = 8,
@@ -370,6 +375,8 @@ def worker(
     drafting = proposer in (Proposer.draft, Proposer.draft_tree)
     if drafting and not (draft_model or draft_drop_layers):
         fail(f"--proposer {proposer.value}: give --draft-model or --draft-drop-layers")
+    if proposer is Proposer.eagle and model is not None and drafter is None:
+        fail("--proposer eagle: give --drafter; `smartspec distill` makes one for a model")
     if speculation is Speculation.static and length > max_length:
         fail(f"--length {length}: expected at most --max-length ({max_length})")
     try:
@@ -408,6 +415,7 @@ def worker(
             proposer=proposer.value,
             draft_model=draft_model,
             draft_drop_layers=dropped,
+            drafter=drafter,
             max_length=max_length,
             speculation=speculation.value,
             length=length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -171,6 +172,89 @@ def profile(
     """
     command = optional("smartspec.lab.profiles.command", "daemon")
     raise typer.Exit(command.run(recording, engine, out, json))
+
+
+class Loss(enum.StrEnum):
+    kl = "kl"
+    reverse_kl = "reverse-kl"
+    tv = "tv"
+
+
+@app.command()
+def distill(
+    prompts: Annotated[Path, typer.Argument(help='JSON lines, each with a "prompt".')],
+    out: Annotated[
+        Path | None, typer.Option(help="The drafter's file; none: only answer the prompts.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Folder of the answers.")] = Path("build/distill"),
+    model: Annotated[str | None, typer.Option(help="Hugging Face id or local path.")] = None,
+    start: Annotated[Path | None, typer.Option(help="A drafter to train on from.")] = None,
+    train_only: Annotated[
+        bool, typer.Option("--train-only", help="Make do with the answers that are in --work.")
+    ] = False,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="I,J,...", help="It reads the target's states after these layers."),
+    ] = None,
+    num_draft_tokens: Annotated[
+        int, typer.Option(min=2, help="It drafts the most frequent of them.")
+    ] = 8192,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="Width of its layer.")] = 1536,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer ones are left out.")] = 800,
+    max_answer_tokens: Annotated[int, typer.Option(min=2, help="Longer ones are ended.")] = 192,
+    hot: Annotated[float, typer.Option(min=0, help="Temperature of every third answer.")] = 0.8,
+    part: Annotated[int, typer.Option(min=0, help="Answer this part of the prompts only.")] = 0,
+    parts: Annotated[int, typer.Option(min=1, help="Of so many, for a process each.")] = 1,
+    num_rounds: Annotated[
+        int, typer.Option(min=1, help="Drafts in a row that it is trained for.")
+    ] = 5,
+    loss: Annotated[Loss, typer.Option(help="What is made small.")] = Loss.kl,
+    epochs: Annotated[int, typer.Option(min=1, help="Times that each answer is shown.")] = 3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of answers and training.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: cuda if any.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU.")] = None,
+    json: Json = False,
+) -> None:
+    """Make a drafter for `smartspec worker --proposer eagle`, from the model's own answers.
+
+    What is in --work is not answered again. Exit code: 2 it cannot be made.
+    """
+    command = optional("smartspec.lab.distill.command", "worker")
+    try:
+        recipe = command.Recipe(
+            layers=command.parse_layers(layers),
+            num_draft_tokens=num_draft_tokens,
+            intermediate_size=intermediate_size,
+            max_prompt_tokens=max_prompt_tokens,
+            max_answer_tokens=max_answer_tokens,
+            hot=hot,
+            part=part,
+            parts=parts,
+            num_rounds=num_rounds,
+            loss=loss.value,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+    except ValueError:
+        fail(f"--layers {layers}: expected layer numbers, e.g. 3,15,30")
+    if train_only and out is None:
+        fail("--train-only: give --out, the file to write")
+    raise typer.Exit(
+        command.run(
+            prompts,
+            out,
+            work,
+            recipe,
+            model=model,
+            start=start,
+            train_only=train_only,
+            device=device,
+            threads=threads,
+            as_json=json,
+        )
+    )
 
 
 @app.command()

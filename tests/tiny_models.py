@@ -24,6 +24,7 @@ from smartspec.engine_adapter.base import DecodeBatch, StepFacts
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
 from smartspec.engine_adapter.reference.events import Finished
+from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadConfig, fingerprint
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
 from smartspec.engine_adapter.reference.worker import Worker
@@ -64,6 +65,21 @@ def tiny_model(family: str, seed: int = 0, num_layers: int = 2) -> PreTrainedMod
             )
         )
     return model.to(torch.float64).eval()
+
+
+def tiny_head(target: PreTrainedModel, seed: int = 0) -> FeatureHead:
+    """An untrained head: it drafts three quarters of the tokens."""
+    torch.manual_seed(seed)
+    config = HeadConfig(
+        target=fingerprint(target),
+        layers=(1, 2),
+        hidden_size=32,
+        num_heads=4,
+        num_key_heads=2,
+        intermediate_size=24,
+    )
+    head = FeatureHead(config, torch.arange(0, VOCABULARY * 3 // 4), target)
+    return head.to(torch.float64).eval()
 
 
 class LetterTokenizer:

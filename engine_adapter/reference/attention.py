@@ -20,7 +20,14 @@ from transformers import AttentionInterface
 NAME = "smartspec_ragged"
 KEYWORD = "ragged_groups"  #: how a pass's groups travel through the model's keyword arguments
 
-_IGNORED = {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"}
+_IGNORED = {
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "cache_position",
+}
 
 
 class ModelNotSupported(ValueError):

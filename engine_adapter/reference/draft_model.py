@@ -116,7 +116,7 @@ class DraftModel:
             stayed = torch.from_numpy(np.flatnonzero(np.isin(before, active)))
             fresh = tokens[stayed.to(tokens.device)]
             segments = [Segment(s.row, s.num_tokens + depth - 1, [0], 1) for s in chosen]
-            logits = self._runner.forward(segments, fresh)
+            logits = self._go_on(chosen, segments, fresh)
             passes.append((active, self._draw(logits, chosen, depth)))
             self._spent = self._spent.plus(num_forwards=1)
             for sequence in chosen:
@@ -127,6 +127,20 @@ class DraftModel:
         for row, token in zip(rows, drawn, strict=True):
             drafts[row].append(token)
         return Proposal([DraftTree.chain(draft) for draft in drafts], *self._spent)
+
+    def _feed(self, sequences: list[Sequence], segments: list[Segment]) -> torch.Tensor:
+        """Logits of a pass over known tokens, a segment per sequence."""
+        return self._runner.forward(segments)
+
+    def _go_on(
+        self, sequences: list[Sequence], segments: list[Segment], fresh: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits after the latest draft of each sequence, ``fresh``."""
+        return self._runner.forward(segments, fresh)
+
+    def _num_kept(self, num_fed: int) -> int:
+        """Of accepted drafts that were fed: how many the cache holds as if they had been known."""
+        return num_fed
 
     def _first_drafts(self, sequences: list[Sequence]) -> torch.Tensor:
         """The first draft of each, [B]: as it was looked at, or run now."""
@@ -141,7 +155,7 @@ class DraftModel:
     def _begin(self, sequences: list[Sequence]) -> torch.Tensor:
         """Logits of the first draft, [B, vocabulary], after all that is known of each."""
         self._catch_up(sequences)
-        logits = self._runner.forward([self._unseen(s) for s in sequences])
+        logits = self._feed(sequences, [self._unseen(s) for s in sequences])
         self._spent = self._spent.plus(num_forwards=1)
         for sequence in sequences:
             self._num_computed[sequence.id] = sequence.num_tokens
@@ -163,7 +177,7 @@ class DraftModel:
                 reached = sequence.tokens[start - 1 : start + min(count, num_fed)]
                 before += reached
                 outcome += [depth < count for depth in range(len(reached))]
-                self._num_computed[sequence.id] += min(count, num_fed)
+                self._num_computed[sequence.id] += self._num_kept(min(count, num_fed))
         self._rates.learn(before, outcome)
 
     def forget(self, sequence: Sequence) -> None:
@@ -187,14 +201,16 @@ class DraftModel:
         while left > self._max_pass_tokens:
             room = self._max_pass_tokens
             segments = []
+            fed = []
             for sequence in sequences:
                 if (size := min(room, lag[sequence.id])) > 0:
                     start = self._num_computed.get(sequence.id, 0)
                     tokens = sequence.tokens[start : start + size]
                     segments.append(Segment(sequence.row, start, tokens, 0))
+                    fed.append(sequence)
                     self._num_computed[sequence.id] = start + size
                     lag[sequence.id] -= size
                     room -= size
-            self._runner.forward(segments)
+            self._feed(fed, segments)
             self._spent = self._spent.plus(num_forwards=1)
             left = sum(lag.values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -78,7 +78,6 @@ class ModelRunner:
         self.cache = KvCache(num_rows, max_model_len)
         self._install()
 
-    @torch.inference_mode()
     def forward(self, segments: Sequence[Segment], fresh: Tensor | None = None) -> Tensor:
         """Logits [sum of num_logits, vocabulary] of one pass, in the order of the segments.
 
@@ -87,6 +86,33 @@ class ModelRunner:
         segments : one per row at most, of one token at least; long ones are cut in two here
         fresh : [len(segments)], tokens that are on the device already and take the place of the
             segments' own, which must be one each (their values are ignored)
+        """
+        logits: Tensor = self._pass(segments, fresh)[0].logits[0]
+        return logits
+
+    def forward_with_features(
+        self, segments: Sequence[Segment], layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits as of `forward`, and hidden states of all tokens, in the segments' order.
+
+        ``layers`` : after how many layers, side by side; all of them: after the last norm too.
+        The states are [sum of tokens, len(layers) * hidden_size].
+        """
+        output, places = self._pass(segments, output_hidden_states=True)
+        states = torch.cat([output.hidden_states[layer][0] for layer in layers], -1)
+        return output.logits[0], states[places]
+
+    @torch.inference_mode()
+    def _pass(
+        self,
+        segments: Sequence[Segment],
+        fresh: Tensor | None = None,
+        states: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Any, Tensor]:
+        """The model's output, and where in the packed sequence each token of the segments is.
+
+        ``states`` : [sum of tokens, ...], what the model reads besides each token
         """
         if fresh is None:
             segments = _without_long_tails(segments)
@@ -119,6 +145,18 @@ class ModelRunner:
             if segment.num_logits
         ]
         keep = self._to_device(np.concatenate(wanted) if wanted else np.empty(0, np.int64))
+        places = self._to_device(
+            np.concatenate(
+                [
+                    np.arange(end - len(segment.tokens), end)
+                    for segment, end in zip(segments, last.tolist(), strict=True)
+                ]
+            )
+        )
+        if states is not None:
+            packed = torch.empty_like(states)
+            packed[places] = states
+            options["states"] = packed[None]
         self.cache.write_at(rows, slots)
         output = self.model(
             input_ids=tokens[None],
@@ -127,9 +165,9 @@ class ModelRunner:
             use_cache=True,
             logits_to_keep=keep,
             **{attention.KEYWORD: groups},
+            **options,
         )
-        logits: Tensor = output.logits[0]
-        return logits
+        return output, places
 
     def _layout(
         self, segments: Sequence[Segment], trees: dict[int, npt.NDArray[np.bool_]]

@@ -11,10 +11,11 @@ number of its nodes: what the target has to verify.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from smartspec.engine_adapter.base import F32, U8
 from smartspec.engine_adapter.reference.draft_tree import NO_DRAFTS, DraftTree
@@ -57,6 +58,20 @@ class Proposer(Protocol):
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has left."""
+
+
+@runtime_checkable
+class ReadsFeatures(Protocol):
+    """A proposer that drafts from the target's hidden states."""
+
+    feature_layers: tuple[int, ...]  #: after how many of the target's layers
+
+    def read(self, sequences: list[Sequence], features: list[Tensor]) -> None:
+        """What the target's layers held at each sequence's tokens that are new in its cache.
+
+        ``features`` : by sequence [new tokens, layers * hidden_size]; those of a sequence that is
+        still at its prompt too
+        """
 
 
 class NoProposer:

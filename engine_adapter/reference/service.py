@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
 import torch
@@ -13,9 +14,11 @@ import torch
 from smartspec.engine_adapter.curve import EngineKeys
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
+from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.commands import Mode
 from smartspec.engine_adapter.reference.draft_model import DraftModel
+from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
 from smartspec.engine_adapter.reference.line_server import LineServer, LinkFactory, WorkerFacts
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
@@ -24,9 +27,11 @@ from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
 from smartspec.engine_adapter.reference.tree_lookup import TreeLookup
 from smartspec.engine_adapter.reference.worker import Worker
 
-ProposerName: TypeAlias = Literal["lookup", "draft", "lookup-tree", "draft-tree", "none"]
+ProposerName: TypeAlias = Literal["lookup", "draft", "eagle", "lookup-tree", "draft-tree", "none"]
 
 KNOWN_FIRST = (PromptLookup.name, TreeLookup.name)  #: drafts exist before lengths are chosen
+#: Made for the default model (docs/drafter.md).
+DEFAULT_DRAFTER = Path(__file__).with_name(f"{models.DEFAULT_MODEL}-drafter.safetensors")
 TREES = (TreeLookup.name, TreeDraftModel.name)
 
 
@@ -37,16 +42,23 @@ def make_proposer(
     *,
     draft_model: str | None = None,
     draft_drop_layers: Sequence[int] = (),
+    drafter: Path | None = None,
     max_num_running: int,
     max_model_len: int,
 ) -> Proposer:
-    """The proposer by name; a draft model is the target without some layers, or a named model."""
+    """The proposer by name; a draft model is the target without some layers, or a named model.
+
+    ``drafter`` : of eagle, a file of `smartspec distill`; None: the one of the default model
+    """
     if name == "none" or max_length == 0:
         return NoProposer()
     if name == "lookup":
         return PromptLookup(max_length)
     if name == "lookup-tree":
         return TreeLookup(max_length)
+    if name == "eagle":
+        head = feature_head.load(drafter or DEFAULT_DRAFTER, target.model)
+        return FeatureDraft(head, max_num_running, max_model_len, max_length)
     if draft_model is not None:
         model = models.load(
             draft_model,
@@ -103,6 +115,7 @@ def run_worker(
     proposer: ProposerName = "lookup",
     draft_model: str | None = None,
     draft_drop_layers: Sequence[int] = (),
+    drafter: Path | None = None,
     max_length: int = 8,
     speculation: Mode = "own",
     length: int = 3,
@@ -146,6 +159,7 @@ def run_worker(
             proposer=proposer,
             draft_model=draft_model,
             draft_drop_layers=draft_drop_layers,
+            drafter=drafter,
             max_length=max_length,
             length=length,
             device=device,
@@ -180,6 +194,7 @@ def _build(
     proposer: ProposerName,
     draft_model: str | None,
     draft_drop_layers: Sequence[int],
+    drafter: Path | None,
     max_length: int,
     length: int,
     device: str,
@@ -202,6 +217,7 @@ def _build(
         loaded,
         draft_model=draft_model,
         draft_drop_layers=draft_drop_layers,
+        drafter=drafter,
         max_num_running=max_num_running,
         max_model_len=max_model_len,
     )
@@ -219,6 +235,8 @@ def _build(
     if proposer in ("draft", "draft-tree"):
         dropped = ",".join(map(str, draft_drop_layers))
         draft = (draft_model or loaded.name) + (f" without layers {dropped}" if dropped else "")
+    elif proposer == "eagle":
+        draft = (drafter or DEFAULT_DRAFTER).stem
     facts = WorkerFacts(
         model=loaded.name,
         draft_model=draft,

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartspec.engine_adapter.base import (
@@ -27,7 +29,12 @@ from smartspec.engine_adapter.reference.events import (
     Tokens,
 )
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
-from smartspec.engine_adapter.reference.proposer import NoProposer, Proposal, Proposer
+from smartspec.engine_adapter.reference.proposer import (
+    NoProposer,
+    Proposal,
+    Proposer,
+    ReadsFeatures,
+)
 from smartspec.engine_adapter.reference.sampling import Draws, sample, token_logprobs
 from smartspec.engine_adapter.reference.scheduler import Schedule, Scheduler
 from smartspec.engine_adapter.reference.sequence import Request, Sequence
@@ -70,6 +77,7 @@ class Worker:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.proposer: Proposer = proposer if proposer is not None else NoProposer()
+        self._reader = self.proposer if isinstance(self.proposer, ReadsFeatures) else None
         self.length_source: LengthSource = length_source or FixedLength(self.proposer.max_length)
         self.features = (FEATURE_LAST_SHARE, *self.proposer.features)
         self._runner = ModelRunner(model, max_num_running, max_model_len)
@@ -158,7 +166,7 @@ class Worker:
         draft = self._clock()
         proposal = self.proposer.propose(decoding, lengths)
         verify = self._clock()
-        drawn, logprobs = self._verify(schedule, proposal)
+        drawn, logprobs, features = self._verify(schedule, proposal)
         paths = [agreeing_path(t, d) for t, d in zip(proposal.drafts, drawn, strict=False)]
         self._runner.cache.compact(
             (s.row, s.num_tokens, path) for s, path in zip(decoding, paths, strict=True)
@@ -166,6 +174,7 @@ class Worker:
         done = self._clock()
 
         context_tokens = sum(sequence.num_tokens for sequence in decoding)
+        self._hand_on(schedule, features, paths)
         emitted = self._accept(schedule, proposal, drawn, logprobs, paths, events)
         facts = StepFacts(
             batch=batch,
@@ -217,11 +226,12 @@ class Worker:
 
     def _verify(
         self, schedule: Schedule, proposal: Proposal
-    ) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]]]:
+    ) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]], tuple[Tensor, ...]]:
         """The target's tokens after each known token and draft: decoding requests, then prompts.
 
         One pass, one transfer from the device. A prompt that is not finished yet has none. Then,
-        by sequence id, the log-probabilities of these tokens, where they were asked for.
+        by sequence id, the log-probabilities of these tokens, where they were asked for; and of
+        each request the hidden states [its tokens, features], where the proposer reads them.
         """
         segments = []
         places: list[list[int]] = []
@@ -239,7 +249,13 @@ class Worker:
             segments.append(Segment(sequence.row, sequence.num_computed, tokens, last))
             places.append([end] * last)
         sequences = schedule.decoding + [sequence for sequence, _ in schedule.prefilling]
-        logits = self._runner.forward(segments)
+        features: tuple[Tensor, ...] = ()
+        if self._reader is None:
+            logits = self._runner.forward(segments)
+        else:
+            layers = self._reader.feature_layers
+            logits, packed = self._runner.forward_with_features(segments, layers)
+            features = torch.split(packed, [len(segment.tokens) for segment in segments])
         asked = zip(sequences, places, strict=True)
         draws = Draws.of((s.request.sampling, s.seed, place) for s, place in asked)
         flat = sample(logits, draws).tolist()
@@ -250,7 +266,20 @@ class Worker:
         for sequence, tokens, begin, end in zip(sequences, drawn, begins, ends, strict=True):
             if tokens and (count := sequence.request.num_logprobs) is not None:
                 logprobs[sequence.id] = token_logprobs(logits[begin:end], tokens, count)
-        return drawn, logprobs
+        return drawn, logprobs, features
+
+    def _hand_on(
+        self, schedule: Schedule, features: tuple[Tensor, ...], paths: list[list[int]]
+    ) -> None:
+        """Tell a proposer that reads them the hidden states of all tokens but rejected drafts."""
+        if self._reader is None:
+            return
+        sequences = schedule.decoding + [sequence for sequence, _ in schedule.prefilling]
+        kept = [
+            states[[0, *(node + 1 for node in path)]]
+            for states, path in zip(features, paths, strict=False)
+        ]
+        self._reader.read(sequences, kept + list(features[len(paths) :]))
 
     def _accept(
         self,

@@ -15,6 +15,7 @@ from tiny_models import (
     RandomProposer,
     RandomTrees,
     answers,
+    tiny_head,
     tiny_model,
 )
 
@@ -22,6 +23,7 @@ from smartspec.engine_adapter.reference import model_runner
 from smartspec.engine_adapter.reference import worker as worker_module
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree, agreeing_path
+from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
@@ -47,6 +49,9 @@ PROPOSERS: dict[str, Callable[[str, bool], Proposer]] = {
     "other_weights": lambda family, sampled: _draft(tiny_model(family, seed=1)),
     "fewer_layers": lambda family, sampled: _draft(without_layers(tiny_model(family), [1])),
     "itself": lambda family, sampled: _draft(tiny_model(family)),
+    "eagle": lambda family, sampled: FeatureDraft(
+        tiny_head(tiny_model(family)), MAX_RUNNING, MAX_LEN, MAX_LENGTH, max_pass_tokens=40
+    ),
     "random": lambda family, sampled: RandomProposer(MAX_LENGTH, seed=3),
     "random_trees": lambda family, sampled: _random_trees(family, sampled),
     "lookup_tree": lambda family, sampled: TreeLookup(MAX_TREE, 1, 4, history_tokens=600),

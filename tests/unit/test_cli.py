@@ -107,6 +107,9 @@ def test_settings_in_force_are_shown_when_file_and_flags_are_given(tmp_path: Pat
         (["worker", "--speculation", "static", "--length", "9"], "--length 9"),
         (["worker", "--draft-drop-layers", "a"], "--draft-drop-layers a"),
         (["worker", "--proposer", "draft-tree"], "--proposer draft-tree: give --draft-model"),
+        (["worker", "--proposer", "eagle", "--model", "x"], "--proposer eagle: give --drafter"),
+        (["distill", "p", "--train-only"], "--train-only: give --out"),
+        (["distill", "p", "--layers", "a"], "--layers a: expected layer numbers"),
         (["demo", "--arms", ","], "--arms"),
     ],
 )
@@ -185,6 +188,25 @@ def test_options_of_worker_reach_the_engine(
     assert seen["speculation"] == "smartspec"
     engine = repository / "engine_adapter" / "reference" / "service.py"
     assert set(seen) <= parameters_of(engine, "run_worker")
+
+
+def test_options_of_distill_reach_the_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from smartspec.lab.distill import command
+
+    seen: dict[str, Any] = {}
+
+    def capture(prompts: Path, out: Path | None, work: Path, recipe: Any, **how: Any) -> int:
+        seen.update(prompts=prompts, out=out, work=work, recipe=recipe, **how)
+        return 0
+
+    monkeypatch.setattr(command, "run", capture)
+    result = invoke("distill", "p.jsonl", "--out", "x", "--layers", "1,2", "--loss", "tv", "--json")
+    assert result.exit_code == 0
+    assert (seen["prompts"], seen["out"]) == (Path("p.jsonl"), Path("x"))
+    assert (seen["recipe"].layers, seen["recipe"].loss) == ((1, 2), "tv")
+    assert seen["as_json"] is True
 
 
 def test_worker_connects_to_a_daemon_elsewhere_when_it_has_keys(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from tiny_models import tiny_model
+from tiny_models import tiny_head, tiny_model
 
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.reference.line_server import WorkerFacts
@@ -29,6 +30,16 @@ def test_proposer_is_the_one_of_that_name(name: ProposerName) -> None:
     assert made.max_length == (0 if name == "none" else 6)
 
 
+def test_drafter_is_loaded_and_must_be_the_targets(tmp_path: Path) -> None:
+    file = tmp_path / "head.safetensors"
+    tiny_head(tiny_model("llama")).save(file)
+    target = LoadedModel("tiny", "", tiny_model("llama"), None, frozenset())
+    made = make_proposer("eagle", 6, target, drafter=file, max_num_running=2, max_model_len=32)
+    assert (made.name, made.max_length) == ("eagle", 6)
+    with pytest.raises(ValueError, match="made for another model"):  # the default model's
+        make_proposer("eagle", 6, target, max_num_running=2, max_model_len=32)
+
+
 @pytest.mark.parametrize("name", ["draft", "draft-tree"])
 def test_draft_model_is_needed_to_draft(name: ProposerName) -> None:
     target = LoadedModel("tiny", "", tiny_model("llama"), None, frozenset())
@@ -38,7 +49,8 @@ def test_draft_model_is_needed_to_draft(name: ProposerName) -> None:
 
 @pytest.mark.parametrize(
     ("name", "known_first", "trees"),
-    [("lookup", True, False), ("draft", False, False), ("lookup-tree", True, True),
+    [("lookup", True, False), ("draft", False, False),
+     ("eagle", False, False), ("lookup-tree", True, True),
      ("draft-tree", False, True)],
 )  # fmt: skip
 def test_daemon_is_told_what_lengths_mean(name: str, known_first: bool, trees: bool) -> None:

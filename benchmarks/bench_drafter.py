@@ -1,0 +1,215 @@
+"""The shipped drafter on Spec-Bench, of which it was shown nothing: acceptance, cost, goodput.
+
+* *acceptance*: greedy answers of the default model, chains of five, eight requests together: drafts
+  accepted per step, by task; beside it the target without five of its thirty layers.
+* *forward*: a pass of the drafter over one token, and of the target, in turns, after 300 tokens.
+* *goodput* at batch 1: each prompt is answered without speculation and with chains, one run after
+  the other; tokens per second of the steps after the prompt.
+
+Without times, nothing depends on what else the machine does.
+
+Run: python benchmarks/bench_drafter.py [--prompts-per-task 12] [--timed-per-task 3]
+     [--lengths 3,5] [--drafter FILE] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from figures import record
+from record_acceptance import MODEL_LEN, ask
+from rich.console import Console
+from rich.table import Table
+from spec_bench import TASKS, Prompt, prompts
+
+from smartspec.engine_adapter.base import FixedLength
+from smartspec.engine_adapter.reference import feature_head
+from smartspec.engine_adapter.reference import model as models
+from smartspec.engine_adapter.reference.draft_model import DraftModel
+from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadRunner
+from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
+from smartspec.engine_adapter.reference.proposer import Proposer
+from smartspec.engine_adapter.reference.service import DEFAULT_DRAFTER
+from smartspec.engine_adapter.reference.worker import Worker
+
+CHAIN = 5
+ROWS = 8
+CONTEXT_TOKENS = 300
+
+
+class Decoded(NamedTuple):
+    """Steps after the prompts."""
+
+    steps: int = 0
+    accepted: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def plus(self, other: Decoded) -> Decoded:
+        return Decoded(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def decode(
+    target: models.LoadedModel, proposer: Proposer | None, asked: Sequence[Prompt], length: int
+) -> dict[int, Decoded]:
+    """Answer prompts together; of each, by its place, the steps in which it was drafted for."""
+    rows = min(ROWS, len(asked))
+    worker = Worker(
+        target.model,
+        proposer=proposer,
+        length_source=FixedLength(length),
+        max_num_running=rows,
+        max_model_len=MODEL_LEN,
+        max_prefill_tokens=MODEL_LEN,
+        eos_token_ids=target.eos_token_ids,
+    )
+    ids = [worker.add_request(ask(prompt, target.tokenizer, 0.0)) for prompt in asked]
+    found = dict.fromkeys(ids, Decoded())
+    while worker.has_work:
+        facts = worker.step().facts
+        if facts is None:
+            continue
+        share = facts.step_s / max(1, len(facts.batch.request_ids))
+        columns = zip(
+            facts.batch.request_ids.tolist(),
+            facts.num_accepted.tolist(),
+            facts.num_emitted.tolist(),
+            strict=True,
+        )
+        for request, accepted, emitted in columns:
+            found[request] = found[request].plus(Decoded(1, accepted, emitted, share))
+    return {place: found[request] for place, request in enumerate(ids)}
+
+
+def by_task(asked: Sequence[Prompt], found: dict[int, Decoded]) -> dict[str, Decoded]:
+    """Sums by task, and over all of them."""
+    sums = dict.fromkeys((*TASKS, "all"), Decoded())
+    for place, decoded in found.items():
+        for name in (asked[place].task, "all"):
+            sums[name] = sums[name].plus(decoded)
+    return sums
+
+
+def first_of_each(per_task: int) -> list[Prompt]:
+    chosen = []
+    for task in TASKS:
+        chosen += [prompt for prompt in prompts() if prompt.task == task][:per_task]
+    return chosen
+
+
+def acceptance(
+    target: models.LoadedModel, proposers: dict[str, Proposer], asked: list[Prompt]
+) -> dict[str, float]:
+    """Accepted per step, chains of `CHAIN`."""
+    figures = {}
+    # Those of like lengths together: rows are read up to the longest.
+    asked = sorted(asked, key=lambda prompt: len(prompt.text))
+    for name, proposer in proposers.items():
+        for task, sums in by_task(asked, decode(target, proposer, asked, CHAIN)).items():
+            figures[f"{name}_{task}_accepted_per_step"] = sums.accepted / sums.steps
+    return figures
+
+
+def forward_share(
+    target: models.LoadedModel, head: FeatureHead, repetitions: int
+) -> dict[str, float]:
+    """Medians over passes of one token, in turns."""
+    whole = ModelRunner(target.model, 1, MODEL_LEN)
+    small = HeadRunner(head, 1, MODEL_LEN)
+    tokens = [(7 * i + 3) % 40_000 for i in range(CONTEXT_TOKENS)]
+    states = torch.zeros(CONTEXT_TOKENS, head.config.hidden_size)
+    whole.forward([Segment(0, 0, tokens, 1)])
+    small.advance([Segment(0, 0, tokens, 1)], states)
+    one = [Segment(0, CONTEXT_TOKENS, tokens[:1], 1)]
+    taken: dict[str, list[float]] = {"target": [], "draft": []}
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        whole.forward(one)
+        middle = time.perf_counter()
+        small.advance(one, states[:1])
+        taken["target"].append(middle - begin)
+        taken["draft"].append(time.perf_counter() - middle)
+    target_s, draft_s = (float(np.median(taken[name])) for name in ("target", "draft"))
+    return {
+        "target_forward_ms": 1e3 * target_s,
+        "draft_forward_ms": 1e3 * draft_s,
+        "draft_over_target_forward": draft_s / target_s,
+    }
+
+
+def goodput(
+    target: models.LoadedModel, head: FeatureHead, asked: list[Prompt], lengths: list[int]
+) -> dict[str, float]:
+    """At batch 1, over no speculation, in turns prompt by prompt."""
+    sums: dict[int, dict[str, Decoded]] = {}
+    for prompt in asked:
+        for length in (0, *lengths):
+            drafts = FeatureDraft(head, 1, MODEL_LEN, length) if length else None
+            one = by_task([prompt], decode(target, drafts, [prompt], length))
+            before = sums.get(length)
+            sums[length] = {
+                task: decoded.plus(before[task]) if before else decoded
+                for task, decoded in one.items()
+            }
+    figures = {}
+    for task in sums[0]:
+        pace = {length: s[task].tokens / s[task].seconds for length, s in sums.items()}
+        figures[f"none_{task}_tokens_per_s"] = pace[0]
+        for length in lengths:
+            figures[f"chain_{length}_{task}_goodput_ratio"] = pace[length] / pace[0]
+    return figures
+
+
+def show(title: str, figures: dict[str, float], suffix: str) -> None:
+    """The figures that end so, a row per arm, a column per task."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", *TASKS, "all"):
+        table.add_column(column, justify="right")
+    ends = [f"_{task}_{suffix}" for task in (*TASKS, "all")]
+    arms = dict.fromkeys(
+        key.removesuffix(end) for key in figures for end in ends if key.endswith(end)
+    )
+    for arm in arms:
+        table.add_row(arm, *(f"{figures[arm + end]:.3f}" for end in ends))
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    """Measure, print tables, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts-per-task", type=int, default=12, help="for acceptance; 0: none")
+    parser.add_argument("--timed-per-task", type=int, default=3, help="0: no times")
+    parser.add_argument("--lengths", default="3,5")
+    parser.add_argument("--drafter", type=Path, default=DEFAULT_DRAFTER)
+    parser.add_argument("--without-copy", action="store_true", help="leave the truncated copy out")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    target = models.load(device="cpu")
+    head = feature_head.load(arguments.drafter, target.model)
+    figures: dict[str, float] = {}
+    if arguments.prompts_per_task:
+        proposers: dict[str, Proposer] = {"drafter": FeatureDraft(head, ROWS, MODEL_LEN, CHAIN)}
+        if not arguments.without_copy:
+            thin: Any = models.without_layers(target.model, models.DEFAULT_DRAFT_DROP_LAYERS)
+            proposers["copy"] = DraftModel(ModelRunner(thin, ROWS, MODEL_LEN), CHAIN)
+        figures |= acceptance(target, proposers, first_of_each(arguments.prompts_per_task))
+        show(f"accepted per step, chains of {CHAIN}", figures, "accepted_per_step")
+    if arguments.timed_per_task:
+        figures |= forward_share(target, head, repetitions=60)
+        lengths = [int(part) for part in arguments.lengths.split(",")]
+        figures |= goodput(target, head, first_of_each(arguments.timed_per_task), lengths)
+        show("goodput over no speculation, batch 1", figures, "goodput_ratio")
+    record("drafter", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The prompts that the shipped drafter was made with: of public sets, with none of Spec-Bench's.
+
+* openai/grade-school-math @ 3101c7d, `data/train.jsonl`, MIT;
+* yizhongw/self-instruct @ 0b26cca, Apache-2.0: `data/seed_tasks.jsonl`, which people wrote,
+  `human_eval/user_oriented_instructions.jsonl`, and of `data/finetuning/t0_train_50k`, which is
+  taken from T0's training data, CNN/DailyMail (Apache-2.0), CommonGen and Gigaword (MIT), Quoref,
+  ROPES, CosmosQA and QASC (CC BY 4.0);
+* sentences of our own: tasks over subjects, and German to translate.
+
+What has 8 words in a row with a Spec-Bench prompt is left out. The order is shuffled, so that any
+beginning is a fair sample.
+
+Run: python benchmarks/drafter_prompts.py GRADE_SCHOOL_MATH SELF_INSTRUCT > prompts.jsonl, with the
+repositories' folders (or bare git directories)
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spec_bench import FILE
+
+from smartspec.lab.public_data import data_folder
+
+T0 = "data/finetuning/t0_train_50k/data_per_template"
+WORDS = 8  #: in a row, that no prompt may share with Spec-Bench
+MAX_CHARACTERS = 2600
+
+TASKS = (
+    "Write a short blog post about {}.",
+    "Explain {} to a ten-year-old.",
+    "What are the advantages and disadvantages of {}?",
+    "Write a letter to a friend about {}.",
+    "List five facts about {}, each with a sentence of explanation.",
+    "How has {} changed over the last hundred years?",
+    "You are an expert on {}. Introduce yourself and answer the most common question about it.",
+    "Write a Python function that has something to do with {}, and explain it.",
+    "Write a short story in which {} plays a part.",
+    "Compare {} with what it replaced.",
+    "Who was important in the history of {}?",
+    "Give step-by-step advice to somebody who is new to {}.",
+)
+SUBJECTS = (
+    "bicycles",
+    "bread",
+    "the steam engine",
+    "vaccines",
+    "inflation",
+    "chess",
+    "photosynthesis",
+    "black holes",
+    "the Roman Empire",
+    "volcanoes",
+    "jazz",
+    "the printing press",
+    "databases",
+    "solar power",
+    "elections",
+    "the human heart",
+    "coral reefs",
+    "cheese",
+    "maps",
+    "the violin",
+    "space travel",
+    "gravity",
+    "electric cars",
+    "tea",
+    "robots",
+    "the Olympic Games",
+    "bees",
+    "encryption",
+    "the ocean tides",
+    "libraries",
+    "bridges",
+    "football",
+    "earthquakes",
+    "statistics",
+    "the telephone",
+    "public transport",
+    "gardening",
+    "the stock market",
+    "dinosaurs",
+    "poetry",
+)
+WHO = (
+    "Die Regierung",
+    "Der Bürgermeister von Bremen",
+    "Ein Sprecher der Bahn",
+    "Die Europäische Union",
+    "Der Verein",
+    "Die junge Ärztin",
+    "Das Unternehmen aus Stuttgart",
+    "Die Polizei",
+    "Eine Gruppe von Forschern",
+    "Der frühere Minister",
+    "Die Lehrerin",
+    "Der Präsident",
+)
+WHEN = (
+    "hat am Dienstag",
+    "hat im vergangenen Jahr",
+    "hat nach langen Verhandlungen",
+    "hat trotz der Krise",
+    "hat zum ersten Mal",
+    "hat ohne Vorankündigung",
+)
+WHAT = (
+    "einen neuen Plan für den Bau von Wohnungen vorgestellt.",
+    "mehr Geld für Schulen und Krankenhäuser gefordert.",
+    "die Ergebnisse einer großen Untersuchung veröffentlicht.",
+    "den Vertrag mit dem Trainer um zwei Jahre verlängert.",
+    "vor den Folgen des Klimawandels für die Landwirtschaft gewarnt.",
+    "die Preise für Strom und Gas deutlich gesenkt.",
+    "drei Verdächtige in der Nähe des Bahnhofs festgenommen.",
+    "ein altes Haus am Fluss gekauft, in dem einmal ein Dichter lebte.",
+    "sich mit Vertretern der Gewerkschaft auf höhere Löhne geeinigt.",
+    "die Reise nach Japan wegen des schlechten Wetters verschoben.",
+    "ein Buch über die Geschichte der Stadt geschrieben, das viele Leser gefunden hat.",
+    "erklärt, dass die Brücke im Frühjahr wieder geöffnet werden soll.",
+)
+CLOSED_BOOK = (
+    "What is the capital of {}?",
+    "Which languages are spoken in {}?",
+    "When did {} become a state?",
+    "What is the largest river in {}?",
+    "Who is the best-known writer of {}?",
+    "What is the national dish of {}?",
+    "How many people live in {}?",
+    "What is the highest mountain in {}?",
+)
+COUNTRIES = (
+    "Norway",
+    "Peru",
+    "Kenya",
+    "Japan",
+    "Portugal",
+    "India",
+    "Canada",
+    "Egypt",
+    "Poland",
+    "Brazil",
+    "Vietnam",
+    "Greece",
+    "Mexico",
+    "Ireland",
+    "Turkey",
+    "Chile",
+    "Finland",
+    "Morocco",
+    "Austria",
+    "Thailand",
+    "Hungary",
+    "Ghana",
+    "Iceland",
+    "Colombia",
+    "Nepal",
+)
+
+
+class Source(NamedTuple):
+    """A repository's folder, with a work tree or without."""
+
+    folder: Path
+
+    def rows(self, path: str) -> list[dict[str, Any]]:
+        command = ["git", "-C", str(self.folder), "show", f"HEAD:{path}"]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def of_grade_school(source: Source, count: int) -> list[str]:
+    rows = source.rows("grade_school_math/data/train.jsonl")
+    return [row["question"] for row in rows[:count]]
+
+
+def of_self_instruct(source: Source) -> Iterator[str]:
+    for path in ("data/seed_tasks.jsonl", "human_eval/user_oriented_instructions.jsonl"):
+        for row in source.rows(path):
+            for instance in row["instances"]:
+                yield "\n\n".join(filter(None, (row["instruction"], instance["input"])))
+    templates = {
+        "cnn_dailymail_3_0_0_2_or_3_sentences": 90,
+        "cnn_dailymail_3_0_0_news_summary": 60,
+        "quoref_Given_Context_Answer_Question": 60,
+        "quoref_Found_Context_Online": 90,
+        "quoref_Guess_Title_For_Context": 30,
+        "ropes_prompt_beginning": 90,
+        "ropes_plain_no_background": 60,
+        "cosmos_qa_context_description_question_text": 200,
+        "cosmos_qa_context_answer_to_question": 80,
+        "qasc_qa_with_combined_facts_1": 120,
+        "common_gen_topic_to_sentence": 60,
+        "common_gen_Given_concepts_type_2": 60,
+        "gigaword_write_an_article": 150,
+        "gigaword_generate_summary_for_this": 60,
+    }
+    for name, count in templates.items():
+        rows = source.rows(f"{T0}/{name}.jsonl")
+        # The templates of a set share its rows: each takes another part of them.
+        rows = rows[-count:] if name.endswith(("news_summary", "Online", "background")) else rows
+        yield from (row["prompt"].strip() for row in rows[:count])
+    articles = source.rows(f"{T0}/cnn_dailymail_3_0_0_news_summary.jsonl")
+    for row in articles[90:140]:
+        yield "Summarize: " + max(row["prompt"].split("\n"), key=len)
+    contexts = source.rows(f"{T0}/quoref_Given_Context_Answer_Question.jsonl")
+    for row in contexts[60:110]:
+        question, *_, context = [part for part in row["prompt"].split("\n") if part.strip()]
+        yield f"{context}\n\n{question}"
+    for row in contexts:  # the question alone, from memory
+        yield row["prompt"].split("\n")[0]
+
+
+def of_our_own(rng: random.Random) -> Iterator[str]:
+    pairs = list(itertools.product(TASKS, SUBJECTS))
+    yield from (task.format(subject) for task, subject in rng.sample(pairs, 360))
+    german = list(itertools.product(WHO, WHEN, WHAT))
+    for words in rng.sample(german, 240):
+        yield "Translate German to English: " + " ".join(words)
+    questions = list(itertools.product(CLOSED_BOOK, COUNTRIES))
+    yield from (question.format(country) for question, country in rng.sample(questions, 150))
+
+
+def runs_of_words(text: str) -> set[tuple[str, ...]]:
+    words = text.lower().split()
+    return {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+
+
+def main() -> None:
+    """Write the prompts as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("grade_school_math", type=Path)
+    parser.add_argument("self_instruct", type=Path)
+    parser.add_argument("--num-math", type=int, default=1200)
+    arguments = parser.parse_args()
+    rng = random.Random(1)
+    found = [
+        *of_grade_school(Source(arguments.grade_school_math), arguments.num_math),
+        *of_self_instruct(Source(arguments.self_instruct)),
+        *of_our_own(rng),
+    ]
+    held_out: set[tuple[str, ...]] = set()
+    exact = set()
+    for line in (data_folder() / FILE).read_text().splitlines():
+        for turn in json.loads(line)["turns"]:
+            held_out |= runs_of_words(turn)
+            exact.add(turn.strip().lower())
+    prompts = [
+        text
+        for text in dict.fromkeys(prompt[:MAX_CHARACTERS].strip() for prompt in found)
+        if text.lower() not in exact and not runs_of_words(text) & held_out
+    ]
+    rng.shuffle(prompts)
+    for text in prompts:
+        print(json.dumps({"prompt": text}, ensure_ascii=False))
+    print(f"{len(prompts)} prompts of {len(found)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

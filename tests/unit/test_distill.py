@@ -1,0 +1,203 @@
+"""Answers are the target's own, training foresees what drafting will see, and it learns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, save_tiny_model, tiny_head, tiny_model
+from torch import Tensor
+
+from smartspec.engine_adapter.base import FixedLength
+from smartspec.engine_adapter.reference import feature_head
+from smartspec.engine_adapter.reference import model as models
+from smartspec.engine_adapter.reference.events import Finished
+from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
+from smartspec.engine_adapter.reference.sequence import Request
+from smartspec.engine_adapter.reference.worker import Worker
+from smartspec.lab.distill import answers as data
+from smartspec.lab.distill import command, training
+from smartspec.lab.distill.answers import Answer, Asked
+
+LAYERS = (1, 2)
+PROMPTS = [[(3 * i + j) % VOCABULARY for j in range(2 + i % 5)] for i in range(12)]
+
+
+def answered(hot: float = 0.0, size: int = 24) -> list[Answer]:
+    target = tiny_model("llama").float()
+    asked = [Asked(prompt, hot) for prompt in PROMPTS]
+    found = data.answer(ModelRunner(target, 5, 64), asked, LAYERS, frozenset({7}), size)
+    return [answer for _, answer in sorted(found, key=lambda pair: pair[0])]
+
+
+def test_answers_are_what_the_worker_says() -> None:
+    worker = Worker(
+        tiny_model("llama").float(), max_num_running=2, max_model_len=64,
+        eos_token_ids=frozenset({7}),
+    )  # fmt: skip
+    ids = [worker.add_request(Request(prompt, 24)) for prompt in PROMPTS]
+    said: dict[int, list[int]] = {}
+    while worker.has_work:
+        for event in worker.step().events:
+            if isinstance(event, Finished):
+                said[event.id] = event.tokens
+    for answer, number, prompt in zip(answered(), ids, PROMPTS, strict=True):
+        assert answer.tokens.tolist() == prompt + said[number]
+
+
+def test_states_and_masses_are_those_of_the_whole_text() -> None:
+    target = tiny_model("llama").float()
+    runner = ModelRunner(target, 1, 64)
+    for answer in answered(hot=0.9):
+        size = len(answer.tokens) - 1
+        text = answer.tokens.tolist()[:size]
+        logits, features = runner.forward_with_features([Segment(0, 0, text, size)], LAYERS)
+        torch.testing.assert_close(answer.features.float(), features, atol=0.01, rtol=0.01)
+        masses = logits.logsumexp(-1)[answer.num_prompt - 1 :]
+        torch.testing.assert_close(answer.log_mass, masses, atol=1e-4, rtol=1e-4)
+
+
+def test_an_answer_that_goes_round_in_circles_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "LOOP_TOKENS", 12)
+    monkeypatch.setattr(data, "LONGEST_LOOP", 4)
+    row = data._Row(0, Asked([1, 2], 0.0), [1, 2])
+    for token in [5, 6, 7, 8, 9, 10] + [1, 2, 3] * 3 + [1, 2]:
+        row.tokens.append(token)
+        assert not row.loops
+    row.tokens.append(3)
+    assert row.loops
+
+
+def test_recording_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "SHARD_ANSWERS", 5)
+    runner = ModelRunner(tiny_model("llama").float(), 3, 64)
+    asked = [Asked(prompt, 0.0) for prompt in PROMPTS]
+    how = {"eos_token_ids": frozenset({7}), "max_answer_tokens": 24}
+    assert len(list(data.record(tmp_path, runner, asked, LAYERS, **how))) == 3
+    files = sorted(tmp_path.iterdir())
+    files[1].unlink()
+    (again,) = data.record(tmp_path, runner, asked, LAYERS, **how)
+    assert len(again) == 5
+    whole = [answer for file in files for answer in data.read(file)]
+    for found, expected in zip(whole, answered(), strict=True):
+        assert found.num_prompt == expected.num_prompt
+        assert found.tokens.tolist() == expected.tokens.tolist()
+        torch.testing.assert_close(found.features, expected.features, atol=0.01, rtol=0.01)
+        torch.testing.assert_close(found.log_mass, expected.log_mass)
+
+
+def test_score_is_what_the_worker_accepts() -> None:
+    """So that training's rounds see exactly what drafting sees: positions, states and all."""
+    target = tiny_model("llama").float()
+    head = tiny_head(tiny_model("llama")).float()
+    found = answered()
+    trained = list(training.train(head, found, num_rounds=4, epochs=30, batch_tokens=60))
+    assert trained
+    head.eval()
+    batches = [training.batch_of(found[i : i + 5], 32) for i in range(0, len(found), 5)]
+    score = training.score(head, batches, 4)
+    worker = Worker(
+        target, proposer=FeatureDraft(head, 4, 64, 4), length_source=FixedLength(4),
+        max_num_running=4, max_model_len=64, eos_token_ids=frozenset({7}),
+    )  # fmt: skip
+    for prompt in PROMPTS:
+        # One more token to go than the answer has, or the last drafts were cut for want of room.
+        worker.add_request(Request(prompt, 24))
+    accepted = steps = 0
+    while worker.has_work:
+        facts = worker.step().facts
+        if facts is not None:
+            accepted += int(facts.num_accepted.sum())
+            steps += len(facts.num_accepted)
+    assert score.accepted > 0.5
+    assert score.accepted == pytest.approx(accepted / steps, rel=0.02)
+
+
+def test_training_lowers_the_loss_and_the_file_can_be_loaded(tmp_path: Path) -> None:
+    found = answered()
+    target = tiny_model("llama").float()
+    head = training.new_head(target, found, LAYERS, 24, torch.arange(40))
+    losses = [
+        step.loss for step in training.train(head, found, epochs=40, batch_tokens=60, every=10)
+    ]
+    assert losses[-1] < 0.7 * losses[0]
+    head.save(tmp_path / "head.safetensors")
+    again = feature_head.load(tmp_path / "head.safetensors", target)
+    assert again.token_ids.tolist() == head.token_ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["kl", "reverse-kl", "tv"])
+def test_loss_is_least_where_the_draft_says_what_the_target_says(kind: training.Loss) -> None:
+    torch.manual_seed(0)
+    whole = torch.randn(3, 9).log_softmax(-1)
+    aim = whole[:, :6]  # the target says three more tokens, which cannot be drafted
+
+    def loss(logits: Tensor) -> Tensor:
+        return training.loss_of(kind, aim, logits)
+
+    assert loss(aim).abs().max() < 1e-6
+    for _ in range(20):
+        assert (loss(aim + 0.3 * torch.randn(3, 6)) > 0).all()
+
+
+def test_prompts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+
+    class Letters:
+        chat_template = None
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [ord(letter) % VOCABULARY for letter in text]
+
+    file.write_text('{"prompt": "abc"}\n{"question": "abc"}\n')
+    with pytest.raises(ValueError, match="line 2: expected an object with a prompt"):
+        data.read_prompts(file, Letters(), 10, 0.8)
+    file.write_text('{"prompt": "abc"}\n{"prompt": "abcdefghijklmno"}\n{"prompt": "b"}\n')
+    asked = data.read_prompts(file, Letters(), 10, 0.8)
+    assert [(len(one.tokens), one.temperature) for one in asked] == [(3, 0.8), (1, 0.0)]
+    with pytest.raises(ValueError, match="no prompt of at most 0 tokens"):
+        data.read_prompts(file, Letters(), 0, 0.8)
+
+
+def test_head_begins_as_the_targets_last_layer_where_it_fits() -> None:
+    target = tiny_model("llama").float()
+    found = answered()
+    own: Any = target
+    layer = own.model.layers[-1]
+    same = training.new_head(target, found, LAYERS, 48, torch.arange(40))
+    assert torch.equal(same.query.weight, layer.self_attn.q_proj.weight)
+    ratio = same.down.weight / layer.mlp.down_proj.weight
+    assert ratio.std() < 1e-4 and ratio.mean() != 1
+    other = training.new_head(target, found, LAYERS, 24, torch.arange(40))
+    assert not torch.equal(other.query.weight, layer.self_attn.q_proj.weight)
+    training.new_head(tiny_model("gpt2").float(), found, LAYERS, 48, torch.arange(40))
+
+
+def test_command_makes_a_drafter_and_answers_only_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(save_tiny_model(tmp_path / "model"))
+    prompts, out, work = tmp_path / "prompts.jsonl", tmp_path / "own.safetensors", tmp_path / "work"
+    lines = [json.dumps({"prompt": f"{i} and {i + 1}"}) for i in range(9)]
+    prompts.write_text("\n".join(lines))
+    recipe = command.Recipe(max_answer_tokens=20, held_out=2, epochs=2, intermediate_size=24)
+    assert command.run(prompts, out, work, recipe, model=model, device="cpu", as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_answers"] == 9
+    assert told["bytes"] == out.stat().st_size
+    assert 0 <= told["held_out_accepted_per_step"] <= recipe.num_rounds
+    assert len(told["held_out_right_by_depth"]) == recipe.num_rounds
+    feature_head.load(out, models.load(model, device="cpu").model)
+    again = replace(recipe, epochs=1)
+    assert command.run(prompts, out, work, again, model=model, start=out, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["num_answers"] == 0
+    empty = tmp_path / "empty"
+    assert command.run(prompts, out, empty, recipe, model=model, train_only=True) == 2
+    assert "too few answers: 0" in capsys.readouterr().err
