@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from smartspec.engine_adapter.base import FEATURE_DRAFT_CONFIDENCE
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadRunner
@@ -71,7 +72,7 @@ class FeatureDraft(DraftModel):
                 self._copied[sequence.id] = match
                 self._num_fed.pop(sequence.id, None)  # no first draft of the head's
         offer = super().available(sequences)
-        confidence = offer.features[-1]
+        confidence = offer.features[self.features.index(FEATURE_DRAFT_CONFIDENCE)]
         for place, sequence in enumerate(sequences):
             if sequence.id in self._copied:
                 confidence[place] = self._copied[sequence.id].agreement
@@ -142,4 +143,4 @@ class FeatureDraft(DraftModel):
         return whole
 
     def _num_kept(self, num_fed: int) -> int:
-        return 0
+        return 0  # they were fed with the head's own states, which are guesses

@@ -42,7 +42,15 @@ class Batch(NamedTuple):
     said: Tensor  #: [B, A], the token that the answer goes on with; -1: none
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
+        return Batch(
+            self.tokens.to(device),
+            self.features.to(device),
+            self.num_prompt,
+            self.present.to(device),
+            self.final.to(device),
+            self.log_mass.to(device),
+            self.said.to(device),
+        )
 
 
 def batch_of(answers: Sequence[Answer], hidden_size: int) -> Batch:
