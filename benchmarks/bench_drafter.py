@@ -1,7 +1,8 @@
 """The shipped drafter on Spec-Bench, of which it was shown nothing: acceptance, cost, goodput.
 
 * *acceptance*: greedy answers of the default model, chains of five, eight requests together: drafts
-  accepted per step, by task; beside it the target without five of its thirty layers.
+  accepted per step, by task; the head by itself, and with copies where the answer repeats itself,
+  as the worker drafts; beside them the target without five of its thirty layers.
 * *forward*: a pass of the drafter over one token, and of the target, in turns, after 300 tokens.
 * *goodput* at batch 1: each prompt is answered without speculation and with chains, one run after
   the other; tokens per second of the steps after the prompt.
@@ -197,7 +198,10 @@ def main() -> None:
     head = feature_head.load(arguments.drafter, target.model)
     figures: dict[str, float] = {}
     if arguments.prompts_per_task:
-        proposers: dict[str, Proposer] = {"drafter": FeatureDraft(head, ROWS, MODEL_LEN, CHAIN)}
+        proposers: dict[str, Proposer] = {
+            "drafter": FeatureDraft(head, ROWS, MODEL_LEN, CHAIN),
+            "head": FeatureDraft(head, ROWS, MODEL_LEN, CHAIN, copies=False),
+        }
         if not arguments.without_copy:
             thin: Any = models.without_layers(target.model, models.DEFAULT_DRAFT_DROP_LAYERS)
             proposers["copy"] = DraftModel(ModelRunner(thin, ROWS, MODEL_LEN), CHAIN)

@@ -1,14 +1,28 @@
-"""Drafts with a head that reads the target's hidden states, token after token, for the batch."""
+"""Drafts with a head that reads the target's hidden states, token after token, for the batch.
+
+Where the answer repeats what stands in the request already, a copy is better and costs nothing. So
+a request of which the latest tokens, `MIN_COPIED` or more, occurred before is drafted for as prompt
+lookup would, and by the head otherwise.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from smartspec.engine_adapter.base import FEATURE_DRAFT_CONFIDENCE
 from smartspec.engine_adapter.reference.draft_model import DraftModel
+from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadRunner
 from smartspec.engine_adapter.reference.model_runner import Segment
+from smartspec.engine_adapter.reference.prompt_lookup import Match, NgramIndex
+from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
+
+MIN_COPIED = 4  #: latest tokens that must have occurred before, for a copy
+MAX_COPIED = 16  #: that are looked at
 
 
 class FeatureDraft(DraftModel):
@@ -24,6 +38,7 @@ class FeatureDraft(DraftModel):
     head : made for the worker's target
     num_rows, max_model_len : as of the target's cache
     max_length, max_pass_tokens : as of `DraftModel`
+    copies : whether to draft by copying where that is better
     """
 
     name = "eagle"
@@ -35,13 +50,45 @@ class FeatureDraft(DraftModel):
         max_model_len: int,
         max_length: int = 8,
         max_pass_tokens: int = 512,
+        copies: bool = True,
     ) -> None:
         self._heads = HeadRunner(head, num_rows, max_model_len)
         super().__init__(self._heads, max_length, max_pass_tokens)
         self.feature_layers = head.config.layers
         self._head = head
         self._waiting: dict[int, list[Tensor]] = {}  # states of slots that were not fed yet
+        self._copies = copies
+        self._indexes: dict[int, NgramIndex] = {}
+        self._copied: dict[int, Match] = {}  # requests that are copied for in this step
         self._state: dict[int, Tensor] = {}  # the head's own, after its latest draft
+
+    def available(self, sequences: list[Sequence]) -> Availability:
+        self._copied = {}
+        for sequence in sequences if self._copies else ():
+            if sequence.id not in self._indexes:
+                self._indexes[sequence.id] = NgramIndex(MIN_COPIED, MAX_COPIED)
+            match = self._indexes[sequence.id].find(sequence.tokens)
+            if match.length:
+                self._copied[sequence.id] = match
+                self._num_fed.pop(sequence.id, None)  # no first draft of the head's
+        offer = super().available(sequences)
+        confidence = offer.features[self.features.index(FEATURE_DRAFT_CONFIDENCE)]
+        for place, sequence in enumerate(sequences):
+            if sequence.id in self._copied:
+                confidence[place] = self._copied[sequence.id].agreement
+        return offer
+
+    def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
+        copied = np.array([sequence.id in self._copied for sequence in sequences], bool)
+        proposal = super().propose(sequences, np.where(copied, 0, lengths))
+        for place in np.flatnonzero(copied & (lengths > 0)):
+            sequence = sequences[place]
+            begin = self._copied[sequence.id].end
+            text = sequence.tokens[begin : begin + int(lengths[place])]
+            # A match near the end is a repetition: the copy runs on into itself.
+            text = [text[i % len(text)] for i in range(lengths[place])]
+            proposal.drafts[place] = DraftTree.chain(text)
+        return proposal
 
     @torch.inference_mode()
     def read(self, sequences: list[Sequence], features: list[Tensor]) -> None:
@@ -58,6 +105,7 @@ class FeatureDraft(DraftModel):
         super().forget(sequence)
         self._waiting.pop(sequence.id, None)
         self._state.pop(sequence.id, None)
+        self._indexes.pop(sequence.id, None)
 
     def _relieve(self, sequence: Sequence) -> None:
         """Feed a pass of what waits."""
@@ -95,4 +143,4 @@ class FeatureDraft(DraftModel):
         return whole
 
     def _num_kept(self, num_fed: int) -> int:
-        return 0
+        return 0  # they were fed with the head's own states, which are guesses

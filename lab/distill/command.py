@@ -178,7 +178,7 @@ def _train(
     told: dict[str, Any] = {}
     for step in progress:
         line = f"step {step.step} of {step.num_steps}: loss {step.loss:.4f}"
-        if step.step == step.num_steps or step.step % 100 == 0:
+        if step.step == step.num_steps or step.step % 50 == 0:
             result = training.score(head, batches, recipe.num_rounds)
             told = {
                 "num_trained_tokens": num_tokens,

@@ -42,7 +42,15 @@ class Batch(NamedTuple):
     said: Tensor  #: [B, A], the token that the answer goes on with; -1: none
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in self))
+        return Batch(
+            self.tokens.to(device),
+            self.features.to(device),
+            self.num_prompt,
+            self.present.to(device),
+            self.final.to(device),
+            self.log_mass.to(device),
+            self.said.to(device),
+        )
 
 
 def batch_of(answers: Sequence[Answer], hidden_size: int) -> Batch:
@@ -150,35 +158,45 @@ def loss_of(kind: Loss, target_log: Tensor, logits: Tensor) -> Tensor:
 class Score(NamedTuple):
     """How well a head foresees answers."""
 
-    right: list[float]  #: by round: share of its likeliest tokens that the answer went on with
-    accepted: float  #: drafts accepted per step, with chains as long as there are rounds
+    right: list[float]  #: by depth: share of drafts, all before them right, that are right too
+    accepted: float  #: drafts accepted per step, with chains of as many as there are depths
 
 
 def score(head: FeatureHead, batches: Sequence[Batch], depth: int) -> Score:
     """Of greedy answers: what decoding with chains of ``depth`` would have accepted, exactly."""
-    right, tried = torch.zeros(depth), torch.zeros(depth)
+    tried, right = [0] * depth, [0] * depth
     accepted = steps = 0
-    with torch.inference_mode():
-        for batch in (batch.to(head.device) for batch in batches):
-            runs = torch.zeros_like(batch.said)
-            alive = torch.ones_like(batch.said, dtype=torch.bool)
-            for number, (states, counts) in enumerate(rounds(head, batch, depth)):
-                drafts = head.token_ids[head.logits(states).argmax(-1)]
-                agrees = (drafts == batch.said) & counts
-                right[number] += int(agrees.sum())
-                tried[number] += int(counts.sum())
-                # Place a of this round is the draft of a chain that began ``number`` places before.
-                ahead = torch.zeros_like(alive)
-                ahead[:, : ahead.shape[1] - number] = agrees[:, number:]
-                alive &= ahead
-                runs += alive
-            for run, size in zip(runs.tolist(), (batch.said >= 0).sum(-1).tolist(), strict=True):
-                place = 0
-                while place < size:
-                    accepted += run[place]
-                    steps += 1
-                    place += run[place] + 1
-    return Score((right / tried).tolist(), accepted / max(steps, 1))
+    for batch in batches:
+        lengths = (batch.said >= 0).sum(-1).tolist()
+        for run, length in zip(runs(head, batch, depth).tolist(), lengths, strict=True):
+            place = 0
+            while place < length:
+                accepted += run[place]
+                steps += 1
+                place += run[place] + 1
+            for begin, size in enumerate(run[:length]):
+                for at in range(min(size + 1, depth, length - begin)):
+                    tried[at] += 1
+                    right[at] += at < size
+    shares = [a / max(b, 1) for a, b in zip(right, tried, strict=True)]
+    return Score(shares, accepted / max(steps, 1))
+
+
+@torch.inference_mode()
+def runs(head: FeatureHead, batch: Batch, depth: int) -> Tensor:
+    """How many drafts of a chain that begins at each place would be right, [B, A]."""
+    batch = batch.to(head.device)
+    found = torch.zeros_like(batch.said)
+    alive = torch.ones_like(batch.said, dtype=torch.bool)
+    for number, (states, counts) in enumerate(rounds(head, batch, depth)):
+        drafts = head.token_ids[head.logits(states).argmax(-1)]
+        agrees = (drafts == batch.said) & counts
+        # Place a of this round is the draft of a chain that began ``number`` places before.
+        ahead = torch.zeros_like(alive)
+        ahead[:, : ahead.shape[1] - number] = agrees[:, number:]
+        alive &= ahead
+        found += alive
+    return found
 
 
 def target_log(head: FeatureHead, batch: Batch) -> Tensor:

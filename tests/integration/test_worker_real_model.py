@@ -14,14 +14,16 @@ import pytest
 from tiny_models import RandomLengths, answers, tiny_model
 
 from smartspec.engine_adapter.base import FixedLength
+from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.events import Finished
+from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import Proposer
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
-from smartspec.engine_adapter.reference.service import run_worker
+from smartspec.engine_adapter.reference.service import DEFAULT_DRAFTER, run_worker
 from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
 from smartspec.engine_adapter.reference.tree_lookup import TreeLookup
 from smartspec.engine_adapter.reference.worker import Worker
@@ -77,6 +79,7 @@ def test_output_is_the_same_when_the_real_model_speculates(loaded: models.Loaded
         for proposer in (
             PromptLookup(5),
             DraftModel(ModelRunner(thin, 3, 160), 3),
+            FeatureDraft(feature_head.load(DEFAULT_DRAFTER, loaded.model), 3, 160, 5),
             TreeLookup(8),
             TreeDraftModel(ModelRunner(thin, 3, 160), 6),
         ):
@@ -87,6 +90,16 @@ def test_output_is_the_same_when_the_real_model_speculates(loaded: models.Loaded
         if sampling is greedy:
             assert "Paris" in plain[0].text
             assert plain[0].reason == "eos"
+
+
+def test_shipped_drafter_is_small_and_is_right_by_itself(loaded: models.LoadedModel) -> None:
+    assert DEFAULT_DRAFTER.stat().st_size < 15e6
+    head = feature_head.load(DEFAULT_DRAFTER, loaded.model)
+    alone = FeatureDraft(head, 3, 160, 1, copies=False)
+    found = decode(loaded, alone, SamplingParams(), FixedLength(1))
+    drafted, accepted = (sum(getattr(f, n) for f in found) for n in ("num_drafted", "num_accepted"))
+    assert drafted >= 30
+    assert accepted / drafted > 0.25  # at chance it would be one in thousands
 
 
 @pytest.mark.timeout(120)

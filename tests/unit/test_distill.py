@@ -104,7 +104,7 @@ def test_score_is_what_the_worker_accepts() -> None:
     batches = [training.batch_of(found[i : i + 5], 32) for i in range(0, len(found), 5)]
     score = training.score(head, batches, 4)
     worker = Worker(
-        target, proposer=FeatureDraft(head, 4, 64, 4), length_source=FixedLength(4),
+        target, proposer=FeatureDraft(head, 4, 64, 4, copies=False), length_source=FixedLength(4),
         max_num_running=4, max_model_len=64, eos_token_ids=frozenset({7}),
     )  # fmt: skip
     for prompt in PROMPTS:
@@ -116,7 +116,7 @@ def test_score_is_what_the_worker_accepts() -> None:
         if facts is not None:
             accepted += int(facts.num_accepted.sum())
             steps += len(facts.num_accepted)
-    assert score.accepted > 0.5
+    assert score.accepted > 0.3
     assert score.accepted == pytest.approx(accepted / steps, rel=0.02)
 
 

@@ -49,7 +49,7 @@ class Watched(FeatureDraft):
     """Keeps what it proposed, with the tokens that it knew."""
 
     def __init__(self, head: FeatureHead, max_pass_tokens: int = 512) -> None:
-        super().__init__(head, 3, MAX_LEN, 4, max_pass_tokens)
+        super().__init__(head, 3, MAX_LEN, 4, max_pass_tokens, copies=False)
         self.seen: list[tuple[list[int], list[int]]] = []
 
     def propose(self, sequences: list[Sequence], lengths: np.ndarray):  # type: ignore[no-untyped-def]
@@ -87,6 +87,32 @@ def test_drafts_are_those_of_whole_passes_whatever_was_accepted_before(
     with torch.inference_mode():
         for known, drafts in drafted:
             assert drafts == drafts_by_hand(head, known, len(drafts))
+
+
+def test_text_that_repeats_itself_is_copied_without_a_pass() -> None:
+    head = tiny_head(tiny_model("llama"))
+    proposer = FeatureDraft(head, 2, MAX_LEN, 6)
+    once = Sequence(1, Request([1, 2, 3, 4, 5, 6, 7, 8, 9]), 20, 0, 0.0)
+    again = Sequence(2, Request([1, 2, 3, 4, 5, 9, 9, 2, 3, 4, 5]), 20, 0, 0.0)
+    target = ModelRunner(tiny_model("llama"), 2, MAX_LEN)
+    for row, sequence in enumerate((once, again)):
+        sequence.row = row
+        known = [Segment(row, 0, sequence.tokens[:-1], 0)]
+        proposer.read([sequence], [target.forward_with_features(known, LAYERS)[1]])
+    offer = proposer.available([once, again])
+    proposal = proposer.propose([once, again], np.array([6, 6]))
+    assert proposal.drafts[1].tokens == [9, 9, 2, 3, 4, 5]
+    assert proposal.num_draft_tokens == 6  # the other's alone
+    assert offer.features[-1, 1] == 0.5  # of one occurrence
+    # What it did not read meanwhile it catches up with.
+    again.tokens += [40, 41]
+    more = [Segment(1, 10, again.tokens[10:-1], 0)]
+    proposer.accepted([again], [[]])
+    proposer.read([again], [target.forward_with_features(more, LAYERS)[1]])
+    proposer.available([again])
+    with torch.inference_mode():
+        drafts = drafts_by_hand(head, again.tokens, 6)
+    assert proposer.propose([again], np.array([6])).drafts[0].tokens == drafts
 
 
 def test_states_do_not_pile_up_when_nothing_is_drafted() -> None:
