@@ -186,7 +186,7 @@ class Program:
         make: Callable[[DecodeBatch], Choice | None],
         batch: DecodeBatch,
     ) -> Choice | None:
-        """What ``make`` makes of a batch; the last one's again where neither it nor ``by`` is new."""
+        """What ``make`` makes of a batch; the last again where neither it nor ``by`` is new."""
         # As bytes: compared at once, and an engine may use the same arrays for its next batch.
         columns = [
             column if column is None else column.tobytes()
