@@ -35,7 +35,7 @@ CHURN_TOKENS = 20, 200  #: of an answer
 WARM_UP = 40
 STEPS = 200
 TTL_S = 1.0
-FALLBACK_S = 15.0  #: as long as a phase without the daemon takes
+FALLBACK_S = 10.0  #: longer than a phase without the daemon takes
 OURS = ("own", "meanwhile")  #: times in our own code, in the two calls and while the model runs
 
 
@@ -105,11 +105,12 @@ def inside(endpoint: str, load: str, size: int, daemon: int, step_s: float) -> d
     found["steered_share"] = (steering.stats.num_steered_steps - before[0]) / STEPS
     found["policies_per_step"] = (link.num_policies - before[1]) / STEPS
     os.kill(daemon, signal.SIGSTOP)
+    over_s = time.monotonic() + 2 * TTL_S + FALLBACK_S
     time.sleep(2 * TTL_S)
     steps(WARM_UP)
     found["daemon_stopped"] = steps(STEPS)
     assert link.state == "fallback", link.state
-    time.sleep(FALLBACK_S)
+    time.sleep(max(over_s - time.monotonic(), 0.0))
     steps(WARM_UP)
     found["fallback_over"] = steps(STEPS)
     assert link.state == "own", link.state
@@ -141,6 +142,7 @@ def measure(python: str, load: str, size: int, step_s: float) -> dict[str, float
     for setting in (
         "telemetry.enabled=false",
         "state.enabled=false",
+        "adoption.check_share=0",  # else some steps are the engine's own
         f"control.ttl_s={TTL_S}",
         f"control.fallback_s={FALLBACK_S}",
     ):

@@ -106,7 +106,7 @@ class Program:
         self._roster_bytes = self.roster.tobytes()
         self._columns: list[bytes | None] = []  #: of the last batch
         self._ladder: Ladder | None = None  #: of the same
-        self._made: tuple[str, int] | None = None  #: what chose for it, and tokens of its prompts
+        self._made: tuple[str, int] | None = None  #: what chose, and prompt tokens that it minded
         self._chosen: Choice | None = None
 
     def _read_axes(self, policy: Policy, features: tuple[str, ...]) -> None:
@@ -172,18 +172,21 @@ class Program:
 
     def choose(self, batch: DecodeBatch) -> Choice:
         """The lengths of greatest ``gain - value_of_time * T`` for the present batch."""
-        choice = self._once("policy", self._choose, batch)
+        choice = self._once(("policy", batch.num_prefill_tokens), self._choose, batch)
         assert choice is not None
         return choice
 
     def fallback(self, batch: DecodeBatch) -> Choice | None:
         """The learned length for a batch of this size; None when the policy brought no table."""
-        return self._once("fallback", self._fall_back, batch)
+        return self._once(("fallback", 0), self._fall_back, batch)
 
     def _once(
-        self, source: str, make: Callable[[DecodeBatch], Choice | None], batch: DecodeBatch
+        self,
+        by: tuple[str, int],
+        make: Callable[[DecodeBatch], Choice | None],
+        batch: DecodeBatch,
     ) -> Choice | None:
-        """What ``make`` makes of a batch; the last one's again where nothing has changed."""
+        """What ``make`` makes of a batch; the last again where neither it nor ``by`` is new."""
         # As bytes: compared at once, and an engine may use the same arrays for its next batch.
         columns = [
             column if column is None else column.tobytes()
@@ -198,7 +201,6 @@ class Program:
         ]
         if columns != self._columns:
             self._columns, self._ladder, self._made = columns, None, None
-        by = source, batch.num_prefill_tokens
         if by != self._made:
             self._chosen, self._made = make(batch), by
             if self._chosen is not None:

@@ -3,7 +3,7 @@
     python tests/vllm/run_vllm_own_tests.py SOURCE --python PATH
 
 SOURCE is a tree of vLLM's source of the version that PATH, a Python with vLLM, pytest,
-pytest-asyncio and tblib, has installed (the tests are not in its wheels). Each file is run three
+pytest-asyncio and tblib, has installed (the tests are not in its wheels). They are run three
 times: with vLLM's own classes (*theirs*), with ours and nobody to steer them (*ours*), and with
 ours under a source that steers every step to the full length (*steered*), by which nothing should
 change but tests of vLLM's own table of lengths. An error that our class contained fails the test.
@@ -122,33 +122,34 @@ def _hub(folder: Path) -> None:
     (repository / "snapshots" / ("0" * 40)).symlink_to(model_dir())
 
 
-def _play(
-    python: str, folder: Path, file: str, arm: str, select: str
-) -> dict[str, tuple[str, int]]:
+def _play(python: str, folder: Path, arm: str, select: str) -> dict[str, tuple[str, int]]:
     """Outcome of each test, and schedulers under steering in it."""
-    report = folder / "report.xml"
-    report.unlink(missing_ok=True)
+    report = folder / f"{arm}.xml"
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", Path(__file__).stem]
     command += ["-k", select] if select else []
-    subprocess.run(
-        [*command, f"--junitxml={report}", f"tests/{file}"],
-        cwd=folder,
-        env={
-            **os.environ,
-            ARM: arm,
-            "HF_HOME": str(folder),
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": f"{HERE}:{folder}",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-        },
-        stdout=(folder / f"{arm}.log").open("ab"),
-        stderr=subprocess.STDOUT,
-    )
+    with (folder / f"{arm}.log").open("wb") as log:
+        subprocess.run(
+            [*command, f"--junitxml={report}", *(f"tests/{file}" for file in FILES)],
+            cwd=folder,
+            env={
+                **os.environ,
+                ARM: arm,
+                "HF_HOME": str(folder),
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": f"{HERE}:{folder}",
+                "VLLM_LOGGING_LEVEL": "ERROR",
+            },
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    modules = {f"tests/{file}".removesuffix(".py").replace("/", "."): file for file in FILES}
     told: dict[str, tuple[str, int]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         bad = case.find("failure") is not None or case.find("error") is not None
         outcome = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
         steered = [p.get("value", "0") for p in case.iter("property") if p.get("name") == "steered"]
+        module = case.get("classname", "")
+        file = next((f for name, f in modules.items() if module.startswith(name)), module)
         told[f"{file}::{case.get('name')}"] = outcome, int(steered[0]) if steered else 0
     return told
 
@@ -169,13 +170,14 @@ def main() -> None:
         _hub(folder)
         # A copy: beside the tests lies a package of vLLM's that was never built.
         shutil.copytree(chosen.source / "tests", folder / "tests")
+        for arm in ARMS:
+            told[arm] = _play(chosen.python, folder, arm, chosen.select)
         print("| file | " + " | ".join(f"{arm}: passed, failed, skipped" for arm in ARMS) + " |")
         for file in FILES:
             cells = []
             for arm in ARMS:
-                found = _play(chosen.python, folder, file, arm, chosen.select)
-                told[arm] |= found
-                count = Counter(outcome for outcome, _ in found.values())
+                of_file = [what for name, (what, _) in told[arm].items() if name.startswith(file)]
+                count = Counter(of_file)
                 cells.append(f"{count['passed']}, {count['failed']}, {count['skipped']}")
             print(f"| `{file}` | {' | '.join(cells)} |", flush=True)
         if chosen.logs:
