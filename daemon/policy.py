@@ -36,6 +36,9 @@ YOUNG = 200  #: decisions in which the table is still moving fast
 FALLBACK_EVERY = 50  #: decisions between two fallback tables: it changes slowly
 TOLD_EVERY = 16  #: decisions between two policies at most, whether or not anything has changed
 WORTH_TELLING = 0.005  #: share of goodput by which the policy in force must fall short
+#: Share by which the value of time must have moved, where drafts are chosen by confidence: what
+#: that costs grows with its square.
+VALUE_WORTH_TELLING = 0.02
 
 
 RELEASE_TTL_S = 1e-9  #: of a policy that has expired by the time it is looked at
@@ -134,6 +137,7 @@ class Planner:
         self._fallback: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._table: npt.NDArray[np.float32] | None = None
         self._told_roster: int | None = None  #: of the last policy that was news
+        self._told_value = 0.0  #: of time, by the same
         self._num_untold = 0
         self._num_decisions = 0
         self._arm = Arm.SMARTSPEC
@@ -219,6 +223,13 @@ class Planner:
             # At no value of time every request takes all that the depth allows.
             value_of_time, depth = 0.0, sweep_length
             reason = f"{len(batch.ids)} running: seed sweep, length {sweep_length} for all"
+        # Targets bind the step as a whole, which is not known before it is drafted.
+        wanted = self._meet_targets and batch.target is not None
+        by_confidence = engine.hello.limits.confidences and steering and sweep_length is None
+        by_confidence = by_confidence and not wanted
+        if by_confidence:
+            depth = engine.max_length
+            reason += "; drafts by their confidence"
         is_news = True
         binding = num_targets > num_out_of_reach  # targets bend the engine's choice, not ours
         if arm is Arm.NONE:
@@ -230,6 +241,9 @@ class Planner:
             # Told again only where that did not arrive: its own arrival makes it look alive.
             waiting = observation.report.policy_seq <= self._arm_after
             is_news = observation.report.source != "own" and waiting
+        elif by_confidence and not num_probes and self._may_keep():
+            moved = abs(value_of_time - self._told_value)
+            is_news = moved > VALUE_WORTH_TELLING * self._told_value
         elif sweep_length is None and not num_probes and not binding and self._may_keep():
             if presence is not None:  # of what this step could draft
                 ladder = Ladder(survival, batch.weight, batch.floor, observation.num_available)
@@ -237,6 +251,7 @@ class Planner:
         if is_news:
             seq = engine.next_policy_seq(observation.report.seq)
             self._told_roster = batch.version
+            self._told_value = value_of_time
             self._num_untold = 0
         else:
             seq = engine.policy_seq
@@ -271,6 +286,7 @@ class Planner:
             predicted_goodput=optimum.goodput,
             reason=reason,
             meet_targets=self._meet_targets and steering,
+            by_confidence=by_confidence,
         )
         if arm is Arm.OWN and is_news:
             policy = self._release(seq, reason)

@@ -11,12 +11,14 @@ number of its nodes: what the target has to verify.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from smartspec.engine_adapter.base import F32, U8
+from smartspec.engine_adapter.prices import Prices
+from smartspec.engine_adapter.reference.chain_growth import Cut
 from smartspec.engine_adapter.reference.draft_tree import NO_DRAFTS, DraftTree
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.sequence import Sequence
@@ -36,6 +38,7 @@ class Proposal(NamedTuple):
     num_forwards: int = 0  #: sequential passes of a draft model
     num_draft_tokens: int = 0  #: tokens drafted in them
     num_catch_up_tokens: int = 0  #: tokens fed only to bring the draft model up to date
+    cut: Cut | None = None  #: what was drafted beyond ``drafts`` and will not be verified
 
 
 class Proposer(Protocol):
@@ -57,6 +60,16 @@ class Proposer(Protocol):
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has left."""
+
+
+@runtime_checkable
+class ConfidentProposer(Proposer, Protocol):
+    """One that knows how sure it is of its drafts, and can stop and cut by that."""
+
+    def propose_at(
+        self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
+    ) -> Proposal:
+        """Draft as far as it pays, at most ``lengths`` [B], and keep what is worth verifying."""
 
 
 class NoProposer:

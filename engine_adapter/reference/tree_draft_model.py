@@ -138,7 +138,7 @@ class TreeDraftModel(DraftModel):
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         chosen = [s for s, length in zip(sequences, lengths, strict=True) if length]
-        self._num_fed = {s.id: 0 for s in chosen}
+        self._goes_on = {s.id for s in chosen}
         self._growths = {
             s.id: Growth(int(length), self._calibration)
             for s, length in zip(sequences, lengths, strict=True)
