@@ -26,12 +26,11 @@ import copy
 import sys
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from acceptance_stream import Decoding
-from acceptance_traces import SPLIT, Answer, load
+from acceptance_traces import SPLIT, load
 from bench_replay import SEED, Cell, Drafted, Replay, daemon_for
 from figures import record
 
@@ -39,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from fakes import Steering
 
-from smartspec.engine_adapter.base import DecodeBatch, FixedLength, StepFacts
+from smartspec.engine_adapter.base import DecodeBatch, FixedLength, LengthSource, StepFacts
 from smartspec.engine_adapter.lengths import F64, I64, Choice
 from smartspec.engine_adapter.reference.calibration import (
     NUM_BANDS,
@@ -101,18 +100,17 @@ class ConfidentReplay(Replay):
             self.calibration.learn(tree, sure, list(range(accepted[i])), int(self._bands[i]))
 
 
-class PushedLengths(Steering):
-    """What a daemon chooses by the last report, request by request, and no more than that.
+class PushedLengths:
+    """A `LengthSource`: what a daemon chooses by the last report, request by request, and no more.
 
     Parameters
     ----------
-    steering : whose engine and planner go on
-    late : steps by which lengths come late
+    daemon : chooses; what it says is not late in itself
+    late : steps by which its lengths come late
     """
 
-    def __init__(self, steering: Steering, late: int) -> None:
-        super().__init__(steering.engine, steering.planner)
-        self.program = steering.program
+    def __init__(self, daemon: Steering, late: int) -> None:
+        self._daemon = daemon
         self._lengths: dict[int, int] = {}
         self._queue: deque[dict[int, int]] = deque([{}] * late)
 
@@ -124,27 +122,24 @@ class PushedLengths(Steering):
         return Choice(np.minimum(pushed, batch.ceiling).astype(np.int64))
 
     def report(self, facts: StepFacts) -> None:
-        super().report(facts)
-        chosen: dict[int, int] = {}
-        if self.program is not None:
-            choice = self.program.choose(facts.batch)
-            if self._probing:
-                choice = self.program.with_probes(choice, facts.batch)
-                self._probing = False
-            self._chosen = (self.program.policy.seq, choice.source)
-            ids = facts.batch.request_ids.tolist()
-            chosen = dict(zip(ids, choice.lengths.tolist(), strict=True))
-        self._queue.append(chosen)
+        self._daemon.report(facts)
+        ids = facts.batch.request_ids.tolist()
+        chosen = self._daemon.choose(facts.batch).lengths.tolist()
+        self._queue.append(dict(zip(ids, chosen, strict=True)))
         self._lengths = self._queue.popleft()
 
+    def idle(self) -> None:
+        pass
 
-def source_for(arm: str, served: Steering, late: int) -> Steering:
+    def close(self) -> None:
+        pass
+
+
+def source_for(arm: str, served: Steering, late: int) -> LengthSource:
     """A copy of what has served, whose word comes ``late`` steps late."""
     copied = copy.deepcopy(served)
-    if arm == "lengths":
-        return PushedLengths(copied, late)
-    copied.delay(late)
-    return copied
+    copied.delay(0 if arm == "lengths" else late)
+    return PushedLengths(copied, late) if arm == "lengths" else copied
 
 
 def seconds(token_share: float, forward_share: float) -> dict[str, F64]:
@@ -156,12 +151,10 @@ def seconds(token_share: float, forward_share: float) -> dict[str, F64]:
         before = [answer for answer in answers if answer.task in other]
         measured = [answer for answer in answers if answer.task in half]
 
-        def play(name: str, replay: Replay, source: Any, measured: list[Answer] = measured) -> None:
-            replay.run(measured, source)
-            found.setdefault(name, []).append(replay.spent)
-
         for length in FIXED:
-            play(f"fixed_{length}", Replay(cell, SEED), FixedLength(length))
+            replay = Replay(cell, SEED)
+            replay.run(measured, FixedLength(length))
+            found.setdefault(f"fixed_{length}", []).append(replay.spent)
         past = {}
         for confidences in (False, True):
             source, served = daemon_for(cell, confidences), ConfidentReplay(cell, SEED + 1)
@@ -172,7 +165,8 @@ def seconds(token_share: float, forward_share: float) -> dict[str, F64]:
             for late in LATE:
                 replay = copy.deepcopy(served)
                 replay.reseed(SEED)
-                play(f"{arm}_{late}", replay, source_for(arm, source, late))
+                replay.run(measured, source_for(arm, source, late))
+                found.setdefault(f"{arm}_{late}", []).append(replay.spent)
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -189,7 +183,7 @@ def main() -> None:
     parser.add_argument("--forward-share", type=float, default=0.05, help="per draft forward")
     args = parser.parse_args()
     spent = seconds(args.token_share, args.forward_share)
-    num_tokens = sum(answer.size - 1 for answer in load() if answer.size > 1)
+    num_tokens = sum(answer.size - 1 for answer in load())
     size = len(next(iter(spent.values())))
     draws = np.random.default_rng(SEED).integers(0, size, (NUM_SAMPLES, size))
     figures = {"num_answers": float(size)}

@@ -121,7 +121,7 @@ class Replay:
         self.rates = rates_for(cell.style)
         self._rng = np.random.default_rng(seed)
         self._next_id = 0
-        self.spent: F64 = np.zeros(0)  #: seconds by answer of the last run: its share of each step's
+        self.spent: F64 = np.zeros(0)  #: seconds of each answer in the last run
 
     def reseed(self, seed: int) -> None:
         """Draw order and noise anew; what was learned stays."""

@@ -61,7 +61,7 @@ class Prices(NamedTuple):
         """
         begin = size + self.num_other_tokens + num_drafts
         before_s, after_s = self.curves[0].at((begin, begin + size)).tolist()
-        return max(0.0, self.value_of_time * (after_s - before_s) / size)
+        return float(max(0.0, self.value_of_time * (after_s - before_s) / size))
 
     def pay(self, gain: F64, starting: bool) -> Bools:
         """Who gets one more draft, [B]: those worth their token, if all together pay the forward.

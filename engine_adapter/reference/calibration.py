@@ -53,7 +53,7 @@ class Calibration:
         self._counts = np.zeros((num_bands, NUM_BINS, 2))  # [right, tried]
         self._drafted = np.ones((num_bands, NUM_BINS))  # however they were chosen from
 
-    def rates(self, confidences: npt.ArrayLike, bands: npt.ArrayLike = 0) -> F64:
+    def rates(self, confidences: npt.ArrayLike, bands: I64 | int = 0) -> F64:
         """P(right | its parent is), in the shape of ``confidences``, which are in [0, 1]."""
         given = np.asarray(confidences, np.float64)
         right, tried = np.moveaxis(self._counts[bands, self._bins(given)], -1, 0)
@@ -74,8 +74,8 @@ class Calibration:
         np.add.at(counts, bins, np.stack((right, np.ones(len(tried))), axis=1))
         counts *= np.minimum(1.0, MEMORY / np.maximum(counts[:, 1:], 1.0))
 
-    def note(self, confidences: npt.ArrayLike, bands: npt.ArrayLike) -> None:
-        """Take in of what confidences drafts come: all of them, verified or not."""
+    def note(self, confidences: npt.ArrayLike, bands: I64) -> None:
+        """Take in how sure the drafter is of its drafts: of all, verified or not."""
         np.add.at(self._drafted, (bands, self._bins(np.asarray(confidences, np.float64))), 1.0)
         total = self._drafted.sum(axis=1, keepdims=True)
         self._drafted *= np.minimum(1.0, SHARE_MEMORY / total)

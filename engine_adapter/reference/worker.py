@@ -198,7 +198,7 @@ class Worker:
         return StepOutput(events, facts, lengths, choice.source)
 
     def _propose(self, decoding: list[Sequence], lengths: I64, prices: Prices | None) -> Proposal:
-        if prices is not None and isinstance(self.proposer, ConfidentProposer):
+        if prices is not None and decoding and isinstance(self.proposer, ConfidentProposer):
             return self.proposer.propose_at(decoding, lengths, prices)
         return self.proposer.propose(decoding, lengths)
 
