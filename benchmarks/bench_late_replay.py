@@ -25,12 +25,13 @@ import argparse
 import copy
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from acceptance_stream import Decoding
-from acceptance_traces import SPLIT, load
+from acceptance_traces import SPLIT, Answer, load
 from bench_replay import SEED, Cell, Drafted, Replay, daemon_for
 from figures import record
 
@@ -142,10 +143,11 @@ def source_for(arm: str, served: Steering, late: int) -> LengthSource:
     return PushedLengths(copied, late) if arm == "lengths" else copied
 
 
-def seconds(token_share: float, forward_share: float) -> dict[str, F64]:
+def seconds(
+    answers: Sequence[Answer], token_share: float, forward_share: float
+) -> dict[str, F64]:
     """By arm and lateness, and fixed length: seconds of each answer."""
     found: dict[str, list[F64]] = {}
-    answers = [answer for answer in load() if answer.size > 1]
     for half, other in (SPLIT, SPLIT[::-1]):
         cell = Cell("draft", BATCH, token_share, forward_share, half, other)
         before = [answer for answer in answers if answer.task in other]
@@ -167,6 +169,7 @@ def seconds(token_share: float, forward_share: float) -> dict[str, F64]:
                 replay.reseed(SEED)
                 replay.run(measured, source_for(arm, source, late))
                 found.setdefault(f"{arm}_{late}", []).append(replay.spent)
+                print(f"{arm}, {late} late: {replay.spent.sum():.1f} s", flush=True)
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -181,9 +184,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--token-share", type=float, default=0.05, help="of a step, per token")
     parser.add_argument("--forward-share", type=float, default=0.05, help="per draft forward")
+    parser.add_argument("--every", type=int, default=1, help="take one answer of so many")
     args = parser.parse_args()
-    spent = seconds(args.token_share, args.forward_share)
-    num_tokens = sum(answer.size - 1 for answer in load())
+    answers = [answer for answer in load() if answer.size > 1][:: args.every]
+    spent = seconds(answers, args.token_share, args.forward_share)
+    num_tokens = sum(answer.size - 1 for answer in answers)
     size = len(next(iter(spent.values())))
     draws = np.random.default_rng(SEED).integers(0, size, (NUM_SAMPLES, size))
     figures = {"num_answers": float(size)}

@@ -208,7 +208,12 @@ class Planner:
         if self._num_decisions and self._num_decisions % every == 0:
             self._fallback = self._fallback_table(ladder, even, draft)
         self._num_decisions += 1
-        reason = self._reason(optimum, none.goodput, num_probes, probe_length)
+        sweep_length = self.prober.sweep_length(observation) if steering else None
+        # Targets bind a step as a whole, which is not known before it is drafted.
+        wanted = self._meet_targets and batch.target is not None
+        by_confidence = engine.hello.limits.confidences and steering and sweep_length is None
+        by_confidence = by_confidence and not wanted
+        reason = self._reason(optimum, none.goodput, num_probes, probe_length, by_confidence)
         num_targets = num_out_of_reach = 0
         if self._meet_targets and batch.target is not None:
             tokens = expected_tokens(survival if presence is None else survival * presence)
@@ -218,18 +223,12 @@ class Planner:
             if num_out_of_reach:
                 reason += f", {num_out_of_reach} of them out of reach"
         value_of_time, depth = optimum.value_of_time, optimum.depth
-        sweep_length = self.prober.sweep_length(observation) if steering else None
-        if sweep_length is not None:
+        if by_confidence:
+            depth = engine.max_length
+        elif sweep_length is not None:
             # At no value of time every request takes all that the depth allows.
             value_of_time, depth = 0.0, sweep_length
             reason = f"{len(batch.ids)} running: seed sweep, length {sweep_length} for all"
-        # Targets bind the step as a whole, which is not known before it is drafted.
-        wanted = self._meet_targets and batch.target is not None
-        by_confidence = engine.hello.limits.confidences and steering and sweep_length is None
-        by_confidence = by_confidence and not wanted
-        if by_confidence:
-            depth = engine.max_length
-            reason += "; drafts by their confidence"
         is_news = True
         binding = num_targets > num_out_of_reach  # targets bend the engine's choice, not ours
         if arm is Arm.NONE:
@@ -426,13 +425,23 @@ class Planner:
         best = goodput.best_by_batch(average, presence, batches, curve, draft)
         return tuple(batches.tolist()), tuple(best.tolist())
 
-    def _reason(self, optimum: Optimum, none: float, num_probes: int, probe_length: int) -> str:
+    def _reason(
+        self,
+        optimum: Optimum,
+        none: float,
+        num_probes: int,
+        probe_length: int,
+        by_confidence: bool,
+    ) -> str:
         lengths = optimum.choice.lengths
         size, report = len(lengths), self.engine.last
         waiting = report.report.num_waiting if report else 0
         load = f"{size} running" + (f", {waiting} waiting" if waiting else "")
         top = int(lengths.max(initial=0))
-        if top == 0:
+        if by_confidence:
+            what = "as many drafts as their confidences pay for"
+            what += f"; without them lengths {int(lengths.min())}-{top}"
+        elif top == 0:
             what = "no speculation: drafts would cost more than they bring"
         elif lengths.min() == top:
             what = f"length {top} for all"

@@ -88,7 +88,7 @@ def confident(confidences: bool = True) -> Engine:
 def test_drafts_are_left_to_confidences_when_the_engine_has_them() -> None:
     policy = decision_for(confident()).policy
     assert policy.by_confidence and policy.depth == policy.max_length
-    assert policy.reason.endswith("drafts by their confidence")
+    assert "as many drafts as their confidences pay for" in policy.reason
     assert not decision_for(confident(False)).policy.by_confidence
 
 

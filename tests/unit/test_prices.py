@@ -1,4 +1,4 @@
-"""Stopping and cutting at prices: equal to brute force, and to looking ahead as far as one likes."""
+"""Stopping and cutting at prices: equal to brute force, and to looking far ahead."""
 
 from __future__ import annotations
 
