@@ -59,8 +59,9 @@ from smartspec.engine_adapter.base import (
     LengthSource,
     StepFacts,
 )
-from smartspec.engine_adapter.lengths import I64, Choice
+from smartspec.engine_adapter.lengths import F64, I64, Choice
 from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
+from smartspec.engine_adapter.reference.chain_growth import Cut
 
 BASE_S = 0.02
 TOKEN_SHARES = (0.05, 0.1, 0.2, 0.5)  #: of the base, per token of the target's pass
@@ -118,6 +119,15 @@ class Result(NamedTuple):
         return (goodput - self.best) / room if room > 1e-9 * self.best else float("nan")
 
 
+class Drafted(NamedTuple):
+    """What was drafted in a step."""
+
+    lengths: I64  #: [B], verified
+    num_forwards: int
+    num_tokens: int  #: in these forwards
+    cut: Cut | None = None
+
+
 class Replay:
     """Decodes recorded answers to their end, `cell.batch` at a time, with lengths from a source."""
 
@@ -127,6 +137,11 @@ class Replay:
         self.rates = rates_for(cell.style)
         self._rng = np.random.default_rng(seed)
         self._next_id = 0
+        self.spent: F64 = np.zeros(0)  #: seconds of each answer in the last run
+
+    def reseed(self, seed: int) -> None:
+        """Draw order and noise anew; what was learned stays."""
+        self._rng = np.random.default_rng(seed)
 
     def seconds(self, num_tokens: int, num_forwards: int) -> float:
         c = self.cell
@@ -136,15 +151,19 @@ class Replay:
         """Decode all ``answers``, in an order of the seed's."""
         order = self._rng.permutation(len(answers)).tolist()
         course = Course(0, 0, 0, 0)
+        self.spent = np.zeros(len(answers))
+        place_of: dict[int, int] = {}
         running: list[Decoding] = []
         shares: list[float] = []
         while True:
             alive = [i for i, one in enumerate(running) if not one.done]
             running, shares = [running[i] for i in alive], [shares[i] for i in alive]
             while order and len(running) < self.cell.batch:
-                answer = answers[order.pop()]
+                place = order.pop()
+                answer = answers[place]
                 if answer.size > 1:
                     self._next_id += 1
+                    place_of[self._next_id] = place
                     running.append(Decoding(self._next_id, answer, self.cell.style))
                     shares.append(-1.0)
             if not running:
@@ -152,21 +171,22 @@ class Replay:
             if isinstance(source, Clairvoyant):
                 source.look(running)
             batch = self._describe(running, shares)
-            lengths = np.minimum(source.choose(batch).lengths, batch.ceiling).astype(np.int64)
-            began = any(one.goes_on for one in running)
+            drafted = self._draft(running, batch, source.choose(batch))
+            lengths = drafted.lengths
             accepted = [
                 one.advance(length, self.rates)
                 for one, length in zip(running, lengths.tolist(), strict=True)
             ]
             for i, (count, length) in enumerate(zip(accepted, lengths.tolist(), strict=True)):
                 shares[i] = count / length if length else shares[i]
-            num_tokens = batch.size + int(lengths.sum())
-            depth = int(lengths.max(initial=0))
-            num_forwards = 0 if self.is_lookup else max(depth, int(began))
-            num_emitted = sum(accepted) + len(running)
-            added = num_emitted, 1, num_tokens, num_forwards
+            self._learn(running, lengths, accepted)
+            num_tokens, num_emitted = batch.size + int(lengths.sum()), sum(accepted) + len(running)
+            added = num_emitted, 1, num_tokens, drafted.num_forwards
             course = Course(*map(operator.add, course, added))
-            self._report(source, batch, lengths, np.array(accepted), num_forwards)
+            for one in running:
+                step_s = self.seconds(num_tokens, drafted.num_forwards)
+                self.spent[place_of[one.number]] += step_s / len(running)
+            self._report(source, batch, drafted, np.array(accepted))
 
     def _describe(self, running: list[Decoding], shares: list[float]) -> DecodeBatch:
         known = features(running, self.rates) | {FEATURE_LAST_SHARE: np.array(shares)}
@@ -176,15 +196,22 @@ class Replay:
             features=np.array([known[name] for name in FEATURES[self.cell.style]], np.float32),
         )
 
+    def _draft(self, running: list[Decoding], batch: DecodeBatch, choice: Choice) -> Drafted:
+        lengths = np.minimum(choice.lengths, batch.ceiling).astype(np.int64)
+        if self.is_lookup:
+            return Drafted(lengths, 0, 0)
+        began = any(one.goes_on for one in running)
+        num_forwards = max(int(lengths.max(initial=0)), int(began))
+        return Drafted(lengths, num_forwards, int(lengths.sum()))
+
+    def _learn(self, running: list[Decoding], lengths: I64, accepted: list[int]) -> None:
+        """Take in what became of a step."""
+
     def _report(
-        self,
-        source: LengthSource,
-        batch: DecodeBatch,
-        lengths: I64,
-        accepted: I64,
-        num_forwards: int,
+        self, source: LengthSource, batch: DecodeBatch, drafted: Drafted, accepted: I64
     ) -> None:
         """Tell the source of a step."""
+        lengths, num_forwards, num_draft_tokens, cut = drafted
         num_drafts = int(lengths.sum())
         target_s = self.seconds(batch.size + num_drafts, 0)
         draft_s = self.seconds(batch.size + num_drafts, num_forwards) - target_s
@@ -200,7 +227,9 @@ class Replay:
                 draft_s=float(draft_s * noise[1]),
                 context_tokens=200 * batch.size,
                 num_draft_forwards=num_forwards,
-                num_draft_tokens=0 if self.is_lookup else num_drafts,
+                num_draft_tokens=num_draft_tokens,
+                num_cut=None if cut is None else cut.num_cut,
+                num_cut_accepted=None if cut is None else cut.num_cut_accepted,
             )
         )
 
@@ -249,8 +278,11 @@ def clairvoyant(cell: Cell, answers: Sequence[Answer], value_of_time: float) -> 
     return value_of_time
 
 
-def daemon_for(cell: Cell) -> Steering:
-    """A daemon that knows nothing, and whose policies come one step late."""
+def daemon_for(cell: Cell, confidences: bool = False) -> Steering:
+    """A daemon that knows nothing, and whose policies come one step late.
+
+    ``confidences`` : whether the engine stops and cuts its drafts by them
+    """
     lookup = cell.style == "lookup"
     limits = Limits(
         max_length=MAX_LENGTH,
@@ -258,6 +290,7 @@ def daemon_for(cell: Cell) -> Steering:
         static_length=3,
         features=FEATURES[cell.style],
         drafts_known_first=lookup,
+        confidences=confidences,
     )
     proposer = "lookup" if lookup else "draft_model"
     hello = Hello(

@@ -75,7 +75,10 @@ class Observation(NamedTuple):
     batch: Batch
     num_drafted: U8  #: [B]
     num_accepted: U8  #: [B]
-    accepted: npt.NDArray[Any]  #: for the estimator: `num_accepted`; of trees ranks, [B, K] bools
+    #: for the estimator: `num_accepted`, and what is told of drafts that were cut; of trees ranks,
+    #: [B, K] bools
+    accepted: npt.NDArray[Any]
+    num_learned: U8  #: [B], for the estimator: drafts that were verified or are told of
     num_available: U8  #: [B]
     num_emitted: int
     buckets: I64  #: [B]
@@ -205,7 +208,7 @@ class Engine:
         require(bool((accepted <= drafted).all()), "num_accepted: more than drafted")
         require(bool((drafted <= self.max_length).all()), "num_drafted: over limits.max_length")
         require(bool((emitted <= accepted + 1).all()), "num_emitted: more than accepted + 1")
-        outcome = self._accepted_ranks(report, drafted, accepted) if self.key.trees else accepted
+        outcome, told = self._outcome(report, drafted, accepted)
         names = self.hello.limits.features
         features = unpack(report.features, "f32", (len(names), *size), "features", 0.0)
         columns = [features[row] for row in self._feature_rows]
@@ -220,11 +223,33 @@ class Engine:
             drafted,
             accepted,
             outcome,
+            told,
             available,
             int(emitted.sum()),
             buckets,
             staleness,
         )
+
+    def _outcome(
+        self, report: StepReport, drafted: U8, accepted: U8
+    ) -> tuple[npt.NDArray[Any], U8]:
+        """What the estimator learns from: (accepted, drafted).
+
+        Drafts that were cut for want of confidence are not observed. To learn of the others alone
+        would take those that drafters are sure of for all. So they count as the engine tells that
+        they would have turned out, unless one before them was rejected: then they are not reached.
+        """
+        if self.key.trees:
+            return self._accepted_ranks(report, drafted, accepted), drafted
+        if not report.num_cut:
+            return accepted, drafted
+        cut = unpack(report.num_cut, "u8", drafted.shape, "num_cut")
+        passed = unpack(report.num_cut_accepted, "u8", drafted.shape, "num_cut_accepted", 0)
+        most = drafted.astype(np.int64) + cut
+        require(bool((most <= self.max_length).all()), "num_cut: over limits.max_length")
+        require(bool((passed <= cut).all()), "num_cut_accepted: more than cut")
+        told = np.where(accepted == drafted, accepted + passed, accepted)
+        return told, most.astype(np.uint8)
 
     def _accepted_ranks(
         self, report: StepReport, drafted: U8, accepted: U8
@@ -272,16 +297,17 @@ class Engine:
         self.num_unsaved += 1
         self.learned.num_steps += 1
         self.learned.num_steered += report.source in STEERED
+        learned = observation.num_learned
         if len(batch.ids):
             rows = self.rows(batch)
             if self.hello.limits.drafts_known_first:
                 self.acceptance.learn_presence(rows, observation.num_available > 0)
-            tried = np.flatnonzero(drafted)
+            tried = np.flatnonzero(learned)
             if len(tried):
                 self.acceptance.learn_many(
                     rows[tried],
                     observation.buckets[tried],
-                    drafted[tried],
+                    learned[tried],
                     observation.accepted[tried],
                 )
         num_draft_tokens = report.num_draft_tokens

@@ -36,6 +36,9 @@ YOUNG = 200  #: decisions in which the table is still moving fast
 FALLBACK_EVERY = 50  #: decisions between two fallback tables: it changes slowly
 TOLD_EVERY = 16  #: decisions between two policies at most, whether or not anything has changed
 WORTH_TELLING = 0.005  #: share of goodput by which the policy in force must fall short
+#: Share by which the value of time must have moved, where drafts are chosen by confidence: what
+#: that costs grows with its square.
+VALUE_WORTH_TELLING = 0.02
 
 
 RELEASE_TTL_S = 1e-9  #: of a policy that has expired by the time it is looked at
@@ -134,6 +137,7 @@ class Planner:
         self._fallback: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._table: npt.NDArray[np.float32] | None = None
         self._told_roster: int | None = None  #: of the last policy that was news
+        self._told_value = 0.0  #: of time, by the same
         self._num_untold = 0
         self._num_decisions = 0
         self._arm = Arm.SMARTSPEC
@@ -204,7 +208,12 @@ class Planner:
         if self._num_decisions and self._num_decisions % every == 0:
             self._fallback = self._fallback_table(ladder, even, draft)
         self._num_decisions += 1
-        reason = self._reason(optimum, none.goodput, num_probes, probe_length)
+        sweep_length = self.prober.next_sweep_length(observation) if steering else None
+        # Targets bind a step as a whole, which is not known before it is drafted.
+        wanted = self._meet_targets and batch.target is not None
+        by_confidence = engine.hello.limits.confidences and steering and sweep_length is None
+        by_confidence = by_confidence and not wanted
+        reason = self._reason(optimum, none.goodput, num_probes, probe_length, by_confidence)
         num_targets = num_out_of_reach = 0
         if self._meet_targets and batch.target is not None:
             tokens = expected_tokens(survival if presence is None else survival * presence)
@@ -214,8 +223,9 @@ class Planner:
             if num_out_of_reach:
                 reason += f", {num_out_of_reach} of them out of reach"
         value_of_time, depth = optimum.value_of_time, optimum.depth
-        sweep_length = self.prober.next_sweep_length(observation) if steering else None
-        if sweep_length is not None:
+        if by_confidence:
+            depth = engine.max_length
+        elif sweep_length is not None:
             # At no value of time every request takes all that the depth allows.
             value_of_time, depth = 0.0, sweep_length
             reason = f"{len(batch.ids)} running: seed sweep, length {sweep_length} for all"
@@ -230,6 +240,9 @@ class Planner:
             # Told again only where that did not arrive: its own arrival makes it look alive.
             waiting = observation.report.policy_seq <= self._arm_after
             is_news = observation.report.source != "own" and waiting
+        elif by_confidence and not num_probes and self._may_keep():
+            moved = abs(value_of_time - self._told_value)
+            is_news = moved > VALUE_WORTH_TELLING * self._told_value
         elif sweep_length is None and not num_probes and not binding and self._may_keep():
             if presence is not None:  # of what this step could draft
                 ladder = Ladder(survival, batch.weight, batch.floor, observation.num_available)
@@ -237,6 +250,7 @@ class Planner:
         if is_news:
             seq = engine.next_policy_seq(observation.report.seq)
             self._told_roster = batch.version
+            self._told_value = value_of_time
             self._num_untold = 0
         else:
             seq = engine.policy_seq
@@ -271,6 +285,7 @@ class Planner:
             predicted_goodput=optimum.goodput,
             reason=reason,
             meet_targets=self._meet_targets and steering,
+            by_confidence=by_confidence,
         )
         if arm is Arm.OWN and is_news:
             policy = self._release(seq, reason)
@@ -410,13 +425,23 @@ class Planner:
         best = goodput.best_by_batch(average, presence, batches, curve, draft)
         return tuple(batches.tolist()), tuple(best.tolist())
 
-    def _reason(self, optimum: Optimum, none: float, num_probes: int, probe_length: int) -> str:
+    def _reason(
+        self,
+        optimum: Optimum,
+        none: float,
+        num_probes: int,
+        probe_length: int,
+        by_confidence: bool,
+    ) -> str:
         lengths = optimum.choice.lengths
         size, report = len(lengths), self.engine.last
         waiting = report.report.num_waiting if report else 0
         load = f"{size} running" + (f", {waiting} waiting" if waiting else "")
         top = int(lengths.max(initial=0))
-        if top == 0:
+        if by_confidence:
+            what = "as many drafts as their confidences pay for"
+            what += f"; without them lengths {int(lengths.min())}-{top}"
+        elif top == 0:
             what = "no speculation: drafts would cost more than they bring"
         elif lengths.min() == top:
             what = f"length {top} for all"

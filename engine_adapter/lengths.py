@@ -37,10 +37,13 @@ the above holds as it is; only, a drafter's forwards are fewer than nodes (`Draf
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from smartspec.engine_adapter.prices import Prices
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -127,6 +130,7 @@ class Choice(NamedTuple):
     seconds: float = 0.0  #: expected time of the step
     source: str = "policy"  #: "policy", "probe", "fallback" or "own"
     policy_seq: int = 0  #: the policy that chose; 0: none did, or not known here
+    prices: Prices | None = None  #: by which drafting goes on and drafts are cut, within lengths
 
     @classmethod
     def fixed(cls, lengths: I64, source: str) -> Choice:

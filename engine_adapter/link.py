@@ -391,6 +391,10 @@ class EngineLink:
             accepted_ranks=b""
             if facts.accepted_ranks is None
             else pack(facts.accepted_ranks, "u64"),
+            num_cut=b"" if facts.num_cut is None else pack(facts.num_cut, "u8"),
+            num_cut_accepted=b""
+            if facts.num_cut_accepted is None
+            else pack(facts.num_cut_accepted, "u8"),
         )
         self._socket.send(messages.encode(report), zmq.NOBLOCK)
         self._roster_sent = True

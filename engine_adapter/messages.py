@@ -72,6 +72,7 @@ class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     drafts_known_first: bool = False  #: drafts exist before lengths are chosen (prompt lookup)
     drafter_runs_at_zero: bool = False  #: a step without drafts still costs a pass of the drafter
     trees: bool = False  #: a length is a number of nodes of a tree, the most probable first
+    confidences: bool = False  #: can stop drafting, and cut drafts, by its drafter's confidences
 
 
 class Hello(Message, frozen=True, tag="hello"):
@@ -120,6 +121,10 @@ class StepReport(Message, frozen=True, tag="step"):
     source: Text = "own"  #: who chose: "policy", "probe", "fallback", "own"
     num_dropped: UInt = 0  #: reports not sent since the epoch began
     accepted_ranks: bytes = b""  #: u64 [B], of trees: bit j is set when node j was accepted
+    num_cut: bytes = b""  #: u8 [B], drafts behind those verified that were not
+    #: u8 [B], of these, those that would be accepted if all that were verified are: not observed,
+    #: but drawn by chances that the engine has calibrated on what it did verify
+    num_cut_accepted: bytes = b""
 
 
 class Goodbye(Message, frozen=True, tag="goodbye"):
@@ -178,6 +183,7 @@ class Policy(Message, frozen=True, tag="policy"):
     reason: Annotated[str, Meta(max_length=1024)] = ""
     meet_targets: bool = False  #: requests' token time targets are to be kept (targets.py)
     draft_forwards: tuple[Amount, ...] = ()  #: of trees of 1, 2, ... nodes (lengths.DraftCost)
+    by_confidence: bool = False  #: up to ``depth`` by the drafter's confidences (prices.py)
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

@@ -25,6 +25,7 @@ from smartspec.engine_adapter.messages import (
     require,
     unpack,
 )
+from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.targets import choose_in_time
 
 MAX_BUCKETS = 4096
@@ -208,7 +209,10 @@ class Program:
         return self._chosen
 
     def _choose(self, batch: DecodeBatch) -> Choice:
-        if self.policy.meet_targets and batch.token_time_target_s is not None:
+        has_targets = self.policy.meet_targets and batch.token_time_target_s is not None
+        if self.policy.by_confidence and not has_targets:
+            choice = self._by_confidence(batch)
+        elif has_targets and batch.token_time_target_s is not None:
             choice = choose_in_time(
                 self.survivals(batch),
                 batch.weight,
@@ -235,21 +239,39 @@ class Program:
             )
         return choice._replace(policy_seq=self.policy.seq)
 
+    def _by_confidence(self, batch: DecodeBatch) -> Choice:
+        """The longest that the policy allows, and the prices by which they are stopped and cut."""
+        most = min(self.policy.depth, self.policy.max_length)
+        prices = Prices(
+            self.value_of_time,
+            tuple(self.curves),
+            self.draft,
+            batch.weight,
+            batch.floor,
+            batch.num_prefill_tokens,
+        )
+        return Choice(np.minimum(batch.ceiling, most).astype(np.int64), prices=prices)
+
     def with_probes(self, choice: Choice, batch: DecodeBatch) -> Choice:
         """``choice`` with the policy's probes put on the requests of the shortest lengths.
 
         Among equals they take turns, policy by policy: else the first in the batch got them all.
         """
         wanted = np.minimum(batch.ceiling, self.policy.probe_length)
-        able = np.flatnonzero(wanted > choice.lengths)
+        lengths = choice.lengths if choice.prices is None else choice.prices.floors(batch.size)
+        able = np.flatnonzero(wanted > lengths)
         if not len(able):
             return choice
         # Probes come at a steady pace, so a turn counted by sequence numbers would skip some.
         turn = (self.policy.seq * 0x9E3779B1 & 0xFFFFFFFF) >> 16
         able = np.roll(able, -(turn % len(able)))
-        shortest = able[np.argsort(choice.lengths[able], kind="stable")[: self.policy.num_probes]]
-        probing = choice.lengths.copy()
+        shortest = able[np.argsort(lengths[able], kind="stable")[: self.policy.num_probes]]
+        probing = lengths.copy()
         probing[shortest] = wanted[shortest]
+        if choice.prices is not None:
+            most = np.maximum(choice.lengths, probing)
+            prices = choice.prices._replace(floor=probing)
+            return choice._replace(lengths=most, prices=prices, source="probe")
         return choice._replace(lengths=probing, source="probe")
 
     def _fall_back(self, batch: DecodeBatch) -> Choice | None:

@@ -266,6 +266,10 @@ class Steering:
         self._ids = np.zeros(0, np.uint64)
         self._version = 0
 
+    def delay(self, late: int) -> None:
+        """From now on policies steer ``late`` steps later than they could."""
+        self._on_the_way = deque([None] * late)
+
     def choose(self, batch: DecodeBatch) -> Choice:
         if self.program is None:
             return FixedLength(self._own_length).choose(batch)
@@ -307,6 +311,10 @@ class Steering:
             accepted_ranks=b""
             if facts.accepted_ranks is None
             else wire.pack(facts.accepted_ranks, "u64"),
+            num_cut=b"" if facts.num_cut is None else wire.pack(facts.num_cut, "u8"),
+            num_cut_accepted=b""
+            if facts.num_cut_accepted is None
+            else wire.pack(facts.num_cut_accepted, "u8"),
         )
         if report.roster is not None:
             report = msgspec.structs.replace(

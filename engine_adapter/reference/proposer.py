@@ -18,6 +18,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from smartspec.engine_adapter.base import F32, U8
+from smartspec.engine_adapter.prices import Prices
+from smartspec.engine_adapter.reference.chain_growth import Cut
 from smartspec.engine_adapter.reference.draft_tree import NO_DRAFTS, DraftTree
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.sequence import Sequence
@@ -37,6 +39,7 @@ class Proposal(NamedTuple):
     num_forwards: int = 0  #: sequential passes of a draft model
     num_draft_tokens: int = 0  #: tokens drafted in them
     num_catch_up_tokens: int = 0  #: tokens fed only to bring the draft model up to date
+    cut: Cut | None = None  #: what was drafted beyond ``drafts`` and will not be verified
 
 
 class Proposer(Protocol):
@@ -72,6 +75,16 @@ class ReadsFeatures(Protocol):
         ``features`` : by sequence [new tokens, layers * hidden_size]; those of a sequence that is
         still at its prompt too
         """
+
+
+@runtime_checkable
+class ConfidentProposer(Proposer, Protocol):
+    """One that knows how sure it is of its drafts, and can stop and cut by that."""
+
+    def propose_at(
+        self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
+    ) -> Proposal:
+        """Draft as far as it pays, at most ``lengths`` [B], and keep what is worth verifying."""
 
 
 class NoProposer:

@@ -97,6 +97,7 @@ def link_to(endpoint: str, engine: str, keys: EngineKeys | None = None) -> LinkF
             features=facts.features,
             drafts_known_first=facts.proposer in KNOWN_FIRST,
             trees=facts.proposer in TREES,
+            confidences=facts.proposer == DraftModel.name,
         )
         # The epoch is the one place where the time of day is right: it must differ after a reboot.
         epoch = time.time_ns()

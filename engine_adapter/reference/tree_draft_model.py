@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from smartspec.engine_adapter.base import F32
+from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.draft_tree import (
@@ -138,7 +139,7 @@ class TreeDraftModel(DraftModel):
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         chosen = [s for s, length in zip(sequences, lengths, strict=True) if length]
-        self._num_fed = {s.id: 0 for s in chosen}
+        self._goes_on = {s.id for s in chosen}
         self._growths = {
             s.id: Growth(int(length), self._calibration)
             for s, length in zip(sequences, lengths, strict=True)
@@ -154,6 +155,12 @@ class TreeDraftModel(DraftModel):
             self._growths[s.id].tree if s.id in self._growths else NO_DRAFTS for s in sequences
         ]
         return Proposal(trees, *self._spent)
+
+    def propose_at(
+        self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
+    ) -> Proposal:
+        """Sizes as they are: only chains are left to their confidences (service.py)."""
+        return self.propose(sequences, lengths)
 
     def _look_again(self, sequences: list[Sequence]) -> None:
         """Open the trees of those who were not looked at, beside those who were."""

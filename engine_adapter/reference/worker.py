@@ -18,6 +18,8 @@ from smartspec.engine_adapter.base import (
     LengthSource,
     StepFacts,
 )
+from smartspec.engine_adapter.lengths import I64
+from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.detokenizer import Decodes, Detokenizer
 from smartspec.engine_adapter.reference.draft_tree import ROOT, agreeing_path
 from smartspec.engine_adapter.reference.events import (
@@ -30,6 +32,7 @@ from smartspec.engine_adapter.reference.events import (
 )
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import (
+    ConfidentProposer,
     NoProposer,
     Proposal,
     Proposer,
@@ -164,7 +167,7 @@ class Worker:
         lengths = np.clip(choice.lengths, 0, batch.ceiling.astype(np.int64))
 
         draft = self._clock()
-        proposal = self.proposer.propose(decoding, lengths)
+        proposal = self._propose(decoding, lengths, choice.prices)
         verify = self._clock()
         drawn, logprobs, features = self._verify(schedule, proposal)
         paths = [agreeing_path(t, d) for t, d in zip(proposal.drafts, drawn, strict=False)]
@@ -191,9 +194,18 @@ class Worker:
             num_waiting=self.num_waiting,
             kv_usage=self.scheduler.kv_usage,
             accepted_ranks=_ranks(paths) if self.proposer.trees else None,
+            num_cut=None if proposal.cut is None else proposal.cut.num_cut,
+            num_cut_accepted=None if proposal.cut is None else proposal.cut.num_cut_accepted,
         )
         self.length_source.report(facts)
+        if proposal.cut is not None:
+            lengths = proposal.cut.num_verified
         return StepOutput(events, facts, lengths, choice.source)
+
+    def _propose(self, decoding: list[Sequence], lengths: I64, prices: Prices | None) -> Proposal:
+        if prices is not None and decoding and isinstance(self.proposer, ConfidentProposer):
+            return self.proposer.propose_at(decoding, lengths, prices)
+        return self.proposer.propose(decoding, lengths)
 
     def _describe(self, schedule: Schedule) -> DecodeBatch:
         """What is known about the decoding requests before anything is drafted."""

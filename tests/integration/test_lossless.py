@@ -19,6 +19,9 @@ from tiny_models import (
     tiny_model,
 )
 
+from smartspec.engine_adapter.base import DecodeBatch
+from smartspec.engine_adapter.lengths import RAGGED, Choice, CostCurve, DraftCost
+from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference import model_runner
 from smartspec.engine_adapter.reference import worker as worker_module
 from smartspec.engine_adapter.reference.draft_model import DraftModel
@@ -111,15 +114,30 @@ def alone(family: str, sampled: bool) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(finished[i].tokens) for i in ids)
 
 
+class RandomPrices(RandomLengths):
+    """Leaves lengths to the confidences, as a rule, at prices drawn anew for every step."""
+
+    def choose(self, batch: DecodeBatch) -> Choice:
+        choice = super().choose(batch)
+        if self._rng.random() < 0.2:
+            return choice
+        curve = CostCurve(RAGGED, [0.0, 1.0], [0.0, float(self._rng.uniform(0.0, 0.4))])
+        draft = DraftCost(0.0, float(self._rng.choice((0.0, 0.1, 1.0))))
+        floor = self._rng.integers(0, MAX_LENGTH, batch.size)
+        floor[self._rng.random(batch.size) < 0.9] = 0
+        prices = Prices(1.0, (curve,), draft, floor=floor)
+        return Choice(batch.ceiling.astype(np.int64), prices=prices)
+
+
 def speculative(
-    family: str, proposer: Proposer, sampled: bool
+    family: str, proposer: Proposer, sampled: bool, source: RandomLengths | None = None
 ) -> tuple[list[tuple[int, ...]], set[int], RandomLengths]:
-    """All requests, joining at random and some leaving early, with random lengths.
+    """All requests, joining at random and some leaving early; by default with random lengths.
 
     Returns the answers, the places of those that were cancelled, and the length source.
     """
     rng = np.random.default_rng(11)
-    source = RandomLengths(seed=13)
+    source = source or RandomLengths(seed=13)
     worker = Worker(
         tiny_model(family),
         proposer=proposer,
@@ -177,6 +195,23 @@ def test_output_is_the_same_when_speculating(family: str, name: str, sampled: bo
         assert (accepted < drafted).any()
     if isinstance(proposer, RandomTrees):
         assert proposer.num_scattered >= 100
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("name", ["other_weights", "itself"])
+def test_output_is_the_same_when_drafts_are_cut_by_confidence(name: str, sampled: bool) -> None:
+    proposer = PROPOSERS[name]("llama", sampled)
+    found, cancelled, source = speculative("llama", proposer, sampled, RandomPrices(seed=13))
+    assert_same(found, cancelled, alone("llama", sampled))
+    cut = np.concatenate([f.num_cut for f in source.facts if f.num_cut is not None])
+    drafted = np.concatenate([facts.num_drafted for facts in source.facts])
+    accepted = np.concatenate([facts.num_accepted for facts in source.facts])
+    assert (cut > 0).sum() >= 10 and (drafted > 0).sum() > 100 and cancelled
+    assert set(range(MAX_LENGTH + 1)) <= set(drafted.tolist())
+    if name == "itself":  # else its cache would hold something that is not the request's text
+        assert (accepted == drafted).all()
+    else:
+        assert (accepted < drafted).any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

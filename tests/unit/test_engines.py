@@ -111,6 +111,41 @@ def test_report_is_refused_when_its_ranks_cannot_be_true(message: str) -> None:
     new.observe(step_report(1, **RANKS, accepted_ranks=wire.pack([9, 0, 0], "u64")))
 
 
+CUT = {
+    "num_drafted": column(2, 0, 2),
+    "num_accepted": column(2, 0, 1),
+    "num_emitted": column(3, 1, 2),
+}
+BAD_CUTS: dict[str, tuple[bytes, bytes]] = {
+    "num_cut: 2 bytes": (column(1, 1), b""),
+    "num_cut: over limits.max_length": (column(0, 6, 0), b""),
+    "num_cut_accepted: 1 bytes": (column(1, 1, 1), column(1)),
+    "num_cut_accepted: more than cut": (column(1, 0, 0), column(0, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CUTS)
+def test_report_is_refused_when_what_was_cut_cannot_be_true(message: str) -> None:
+    new = engine()
+    cut, passed = BAD_CUTS[message]
+    with pytest.raises(wire.MessageError, match=message):
+        new.observe(step_report(1, **CUT, num_cut=cut, num_cut_accepted=passed))
+    new.observe(step_report(1, **CUT, num_cut=column(3, 5, 3)))
+
+
+def test_cut_drafts_count_as_the_engine_tells_unless_one_before_was_rejected() -> None:
+    new = engine()
+    report = step_report(
+        1, **CUT, num_cut=column(3, 3, 3), num_cut_accepted=column(1, 2, 3), source="policy"
+    )
+    observation = new.observe(report)
+    assert observation.accepted.tolist() == [3, 2, 1]
+    assert observation.num_learned.tolist() == [5, 3, 5]
+    # What was verified is what it cost, and what was won.
+    assert observation.num_drafted.tolist() == [2, 0, 2]
+    assert observation.num_accepted.tolist() == [2, 0, 1]
+
+
 def test_ranks_are_learned_of_trees_and_nothing_of_them_of_chains() -> None:
     trees, chains = engine(trees=True), engine()
     assert trees.key.id != chains.key.id

@@ -78,6 +78,15 @@ TREES = {  # of an engine whose drafts are trees
     ),
     "policy_trees": msgspec.structs.replace(POLICY, draft_forwards=(1.0, 1.75, 2.25)),
 }
+CONFIDENCES = {  # of an engine that cuts its drafts by their confidences
+    "hello_confidences": msgspec.structs.replace(
+        HELLO, limits=msgspec.structs.replace(HELLO.limits, confidences=True)
+    ),
+    "step_cut": msgspec.structs.replace(
+        STEP, num_cut=wire.pack([3, 2], "u8"), num_cut_accepted=wire.pack([0, 1], "u8")
+    ),
+    "policy_by_confidence": msgspec.structs.replace(POLICY, by_confidence=True),
+}
 MESSAGES: dict[str, wire.Message] = {
     "hello": HELLO,
     "step": STEP,
@@ -87,8 +96,9 @@ MESSAGES: dict[str, wire.Message] = {
     "resync": wire.Resync(daemon_epoch=99, reason="no roster"),
     "refused": wire.Refused(daemon_epoch=99, reason="full"),
     **TREES,
+    **CONFIDENCES,
 }
-UP = ("hello", "step", "goodbye", "hello_trees", "step_trees")
+UP = ("hello", "step", "goodbye", "hello_trees", "step_trees", "hello_confidences", "step_cut")
 
 
 def decode(name: str, frame: bytes) -> Any:

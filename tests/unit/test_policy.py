@@ -79,6 +79,60 @@ def test_nothing_is_decided_when_the_engine_cannot_speculate() -> None:
     assert Planner(engine, daemon_epoch=9).decide() is None
 
 
+def confident(confidences: bool = True) -> Engine:
+    new = hello()
+    limits = msgspec.structs.replace(new.limits, confidences=confidences)
+    return Engine(msgspec.structs.replace(new, limits=limits))
+
+
+def test_drafts_are_left_to_confidences_when_the_engine_has_them() -> None:
+    policy = decision_for(confident()).policy
+    assert policy.by_confidence and policy.depth == policy.max_length
+    assert "as many drafts as their confidences pay for" in policy.reason
+    assert not decision_for(confident(False)).policy.by_confidence
+
+
+def test_drafts_are_not_left_to_confidences_when_something_else_must_bind() -> None:
+    target = wire.pack([0.5, 0.0, 0.0], "f32")
+    wants = wire.Roster(version=1, request_ids=wire.pack((1, 2, 3), "u64"))
+    wants = msgspec.structs.replace(wants, token_time_target_s=target)
+    assert not decision_for(confident(), roster=wants).policy.by_confidence
+    engine = confident()
+    engine.learn(engine.observe(step_report(1)))
+    settings: dict[str, Any] = {"daemon_epoch": 9, "probe_share": 0.0}
+    sweeping = Planner(engine, seed_sweep=True, **settings).decide()
+    assert sweeping is not None and not sweeping.policy.by_confidence
+    none = Planner(engine, seed_sweep=False, **settings).decide(Arm.NONE)
+    assert none is not None and none.policy.depth == 0 and not none.policy.by_confidence
+
+
+def test_policy_on_confidences_is_sent_again_when_the_value_of_time_has_moved() -> None:
+    engine = confident()
+    planner = Planner(engine, daemon_epoch=9, seed_sweep=False, probe_share=0.0)
+
+    def decide(seq: int, step_s: float) -> Decision:
+        observation = engine.observe(
+            step_report(
+                seq,
+                roster=seq == 1,
+                step_s=step_s,
+                target_s=step_s,
+                draft_s=0.0,
+                policy_seq=engine.policy_seq,
+            )
+        )
+        decision = planner.decide()
+        engine.learn(observation)
+        assert decision is not None
+        return decision
+
+    news = [decide(seq, 0.03).is_news for seq in range(1, 60)]
+    assert news[0] and sum(news[20:]) <= 3  # once in a while it is told again
+    slower = [decide(seq, 0.05) for seq in range(60, 120)]
+    told = [d.policy.value_of_time for d in slower if d.is_news]
+    assert len(told) >= 3 and told[-1] < 0.8 * told[0]
+
+
 # -- the engine runs what was meant ---------------------------------------------------------------
 
 

@@ -166,6 +166,37 @@ def test_probes_go_to_the_shortest_lengths_within_their_ceilings() -> None:
     assert ready.with_probes(choice, batch).source == "policy"
 
 
+def test_lengths_are_left_to_the_confidences_when_the_policy_says_so() -> None:
+    weight = np.array([1.0, 2.0, 1.0], np.float32)
+    batch = decode_batch(num_prefill_tokens=7, weight=weight)
+    choice = program(by_confidence=True, depth=4, draft_per_forward_s=0.002).choose(batch)
+    assert choice.lengths.tolist() == [4, 4, 4]
+    assert choice.prices is not None and choice.source == "policy"
+    assert (choice.prices.value_of_time, choice.prices.num_other_tokens) == (100.0, 7)
+    assert choice.prices.draft == DraftCost(0.0, 0.002)
+    assert choice.prices.weight is weight
+    assert program(depth=4).choose(batch).prices is None
+
+
+def test_targets_are_kept_by_lengths_chosen_beforehand() -> None:
+    target = np.array([0.1, 0.0, 0.0], np.float32)
+    batch = decode_batch(token_time_target_s=target)
+    assert program(by_confidence=True, meet_targets=True).choose(batch).prices is None
+    assert program(by_confidence=True).choose(batch).prices is not None
+
+
+def test_probes_are_verified_whatever_their_confidences_when_these_choose() -> None:
+    ready = program(by_confidence=True, depth=2, probe_length=4, num_probes=2)
+    batch = decode_batch(floor=np.array([0, 0, 3], np.uint8))
+    choice = ready.choose(batch)
+    probing = ready.with_probes(choice, batch)
+    assert probing.source == "probe"
+    assert probing.prices is not None and probing.prices.floor is not None
+    assert sorted(probing.prices.floor.tolist()) == [3, 4, 4]
+    assert probing.lengths.tolist() == [4, 4, 3]
+    assert choice.prices is not None and choice.prices.floor is batch.floor
+
+
 def test_fallback_length_is_that_of_the_batch_size() -> None:
     ready = program(fallback_batch=(2, 8, 32), fallback_length=(5, 3, 0))
     for size, length in ((1, 5), (2, 5), (7, 5), (8, 3), (31, 3), (32, 0), (500, 0)):

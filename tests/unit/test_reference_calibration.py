@@ -38,3 +38,35 @@ def test_old_evidence_fades_when_the_world_changes() -> None:
     for _ in range(6_000):
         calibration.learn(DraftTree.chain([3]), [0.5], [0])
     assert calibration.rates(0.5) > 0.9
+
+
+def test_bands_are_learned_apart() -> None:
+    calibration = Calibration(num_bands=2)
+    for _ in range(500):
+        calibration.learn(DraftTree.chain([3]), [0.5], [0], band=1)
+    greedy, sampled = calibration.rates([0.5, 0.5], np.array([0, 1]))
+    assert greedy == 0.5 and sampled > 0.95
+
+
+def test_outlook_is_the_mean_worth_of_drafts_as_they_come() -> None:
+    rng = np.random.default_rng(2)
+    calibration = Calibration()
+    confidences = rng.beta(0.5, 1.5, 20_000)
+    calibration.note(confidences, np.zeros(20_000, np.int64))
+    chances, price = np.array([1.0, 0.6]), np.array([0.3, 0.3])
+    # Nothing was learned of outcomes: a confidence stands for itself.
+    expected = np.maximum(chances[:, None] * confidences - 0.3, 0).mean(axis=1)
+    found = calibration.outlook(chances, price, np.zeros(2, np.int64))
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_outlook_falls_when_drafts_turn_out_worse_than_they_seem() -> None:
+    calibration = Calibration()
+    confidences = np.linspace(0.05, 0.95, 19)
+    calibration.note(confidences.repeat(200), np.zeros(3800, np.int64))
+    before = calibration.outlook(np.ones(1), np.array([0.3]), np.zeros(1, np.int64))
+    for confidence in confidences.tolist():
+        for _ in range(200):
+            calibration.learn(DraftTree.chain([3]), [confidence], [])
+    after = calibration.outlook(np.ones(1), np.array([0.3]), np.zeros(1, np.int64))
+    assert after < 0.3 * before

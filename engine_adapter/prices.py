@@ -1,0 +1,85 @@
+"""What drafts must bring at step time, where their own confidences say how good they are.
+
+Lengths that are chosen before anything is drafted know only what drafts like these came to before.
+A drafter that tells how sure it is of each lets two decisions wait until then, at the policy's
+value of time (lambda):
+
+* *draft one more* while what it may bring beyond its verification pays for a forward of the
+  drafter, which all who go on share. What lies beyond the next draft need not be looked at: chances
+  fall along a chain, so that a forward which does not pay is followed by none that does;
+* *verify* what is worth a verification. What was drafted has been paid for.
+
+The second is `lengths.choose_lengths` with chances for survivals and drafting for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from smartspec.engine_adapter.lengths import (
+    F64,
+    I64,
+    CostCurve,
+    DraftCost,
+    Ladder,
+    choose_lengths,
+)
+
+Bools = npt.NDArray[np.bool_]
+
+
+class Prices(NamedTuple):
+    """Of one step; columns [B] as in its batch.
+
+    >>> prices = Prices(1.0, (CostCurve("ragged", [0.0, 9.0], [1.0, 5.5]),), DraftCost(0, 0.3))
+    >>> prices.of_token(2, 0)
+    0.5
+    >>> prices.pay(np.array([0.2, 0.15, 0.0]), starting=True).tolist()
+    [True, True, False]
+    >>> prices.verified(np.array([[0.9, 0.6], [0.7, 0.2]]), np.array([2, 2])).tolist()
+    [2, 1]
+    """
+
+    value_of_time: float  #: tokens per second
+    curves: tuple[CostCurve, ...]  #: seconds of the target's pass
+    draft: DraftCost
+    weight: npt.NDArray[Any] | None = None  #: of a token
+    floor: npt.NDArray[Any] | None = None  #: drafts that are verified in any case
+    num_other_tokens: int = 0  #: tokens of the pass that are not verified
+
+    def floors(self, size: int) -> I64:
+        """Drafts that are verified in any case, [size]."""
+        return np.zeros(size, np.int64) if self.floor is None else self.floor.astype(np.int64)
+
+    def of_token(self, size: int, num_drafts: int) -> float:
+        """Tokens that verifying one more draft must bring: the mean of the ``size`` next.
+
+        ``size`` : requests in the batch, ``num_drafts`` of which are in the pass already
+        """
+        begin = size + self.num_other_tokens + num_drafts
+        before_s, after_s = self.curves[0].at((begin, begin + size)).tolist()
+        return float(max(0.0, self.value_of_time * (after_s - before_s) / size))
+
+    def pay(self, gain: F64, starting: bool) -> Bools:
+        """Who gets one more draft, [B]: those worth their token, if all together pay the forward.
+
+        ``gain`` : [B], what it may bring beyond its verification, weighted; 0: cannot be drafted
+        """
+        beyond = gain - self.value_of_time * self.draft.per_token_s
+        forward_s = self.draft.per_forward_s + (self.draft.fixed_s if starting else 0.0)
+        able: Bools = (gain > 0) & (beyond > 0)
+        if float(beyond[able].sum()) <= self.value_of_time * forward_s:
+            able = np.zeros(len(gain), np.bool_)
+        return able
+
+    def verified(self, chances: F64, drafted: I64) -> I64:
+        """How many of its drafts are worth their verification, [B].
+
+        ``chances`` : [K, B], that a draft is accepted; ``drafted`` : [B], how many there are
+        """
+        ladder = Ladder(chances, self.weight, self.floor, drafted)
+        given = list(self.curves), DraftCost(), self.num_other_tokens
+        return choose_lengths(ladder, self.value_of_time, len(chances), *given).lengths
