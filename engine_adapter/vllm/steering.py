@@ -279,7 +279,7 @@ class Steering:
         if step is not None:
             step.weigh()
         self._report()
-        self._follow(None if step is None else step.group)
+        self._follow(step.group if step is not None else None)
         # Until the next step requests may leave, or wait to join; nobody else will decode in it.
         self._plan = self._make_plan()
         # What a lookup finds is not known yet.
