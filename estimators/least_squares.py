@@ -292,6 +292,7 @@ class ResidualFilter:
         self._first_count = float(self.FIRST_COUNT)
         self._variances = [noise_floor**2] * num_bands
         self._counts = [0] * num_bands
+        self._remembered = [0] * num_bands  # the counts, as far as the window goes
         self._drift = CumulativeSum()
 
     @property
@@ -314,7 +315,7 @@ class ResidualFilter:
         return math.sqrt(self._variance_in(band))
 
     def _variance_in(self, band: int) -> float:
-        count = min(self._counts[band], self.window)
+        count = self._remembered[band]
         total = self.FIRST_COUNT * self.variance + count * self._variances[band]
         return total / (self.FIRST_COUNT + count)
 
@@ -332,8 +333,9 @@ class ResidualFilter:
         self._drift.update(drawn)
         shifted = self._drift.drift_detected
         self._counts[band] += 1
+        self._remembered[band] = min(self._counts[band], self.window)
         own = self._variances[band]
-        own += (drawn * drawn * variance - own) / min(self._counts[band], self.window)
+        own += (drawn * drawn * variance - own) / self._remembered[band]
         self._variances[band] = max(own, self.noise_floor**2)
         self._first_count *= 1.0 - 1.0 / self.window
         self._join_bands()
@@ -346,9 +348,9 @@ class ResidualFilter:
         return Verdict(observed, trust, clipped, shifted)
 
     def _join_bands(self) -> None:
-        remembered = [min(count, self.window) for count in self._counts]
-        total = self._first_count * self._first + sum(map(mul, remembered, self._variances))
-        self.variance = total / (self._first_count + sum(remembered))
+        remembered = sum(map(mul, self._remembered, self._variances))
+        total = self._first_count * self._first + remembered
+        self.variance = total / (self._first_count + sum(self._remembered))
 
     def state(self) -> State:
         """Everything but the constructor's arguments, as plain values."""
@@ -371,6 +373,7 @@ class ResidualFilter:
             if not first_count + sum(counts) > 0.0:
                 raise ValueError("noise that rests on nothing")
             self._first_count, self._counts = first_count, counts
+            self._remembered = [min(count, self.window) for count in counts]
             self._variances = [max(value, self.noise_floor**2) for value in variances]
             self._join_bands()
             self.num_clipped = int(non_negative("num_clipped", state["num_clipped"]))
