@@ -16,6 +16,7 @@ from acceptance_traces import MAX_LENGTH, Answer
 from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_MATCH_AGREEMENT,
+    FEATURE_SECOND_ACCEPTANCE,
     FEATURE_TOKEN_ACCEPTANCE,
 )
 from smartspec.engine_adapter.reference.draft_model import NOT_DRAFTED
@@ -107,8 +108,11 @@ def features(batch: Sequence[Decoding], rates: Rates) -> dict[str, F64]:
             ],
         }
     else:
+        first = [one.first_copied for one in batch]
+        second = [answer.lookup_second[p] for answer, p in at]
         known = {
-            FEATURE_TOKEN_ACCEPTANCE: rates.rates(before, [one.first_copied for one in batch]),
+            FEATURE_TOKEN_ACCEPTANCE: rates.rates(before, first),
+            FEATURE_SECOND_ACCEPTANCE: rates.rates(first, second),
             FEATURE_MATCH_AGREEMENT: [answer.match_agreement[p] for answer, p in at],
         }
     return {name: np.array(column, np.float64) for name, column in known.items()}

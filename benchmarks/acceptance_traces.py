@@ -39,6 +39,7 @@ class Answer(NamedTuple):
     lookup_run: U8  #: copied tokens accepted, 0 to `MAX_LENGTH`
     #: the first copied token that is not accepted; 0 where it is beyond the run or the answer
     lookup_miss: npt.NDArray[np.uint16]
+    lookup_second: npt.NDArray[np.uint16]  #: the second token that prompt lookup copies
     draft_run: U8  #: the same of the draft model
     draft_confidence: F32  #: probability that the draft model gives the token it proposes here
 
@@ -73,6 +74,7 @@ def load(path: Path = FILE) -> list[Answer]:
                 columns["match_agreement"][at].astype(np.float32),
                 columns["lookup_run"][at],
                 columns["lookup_miss"][at],
+                columns["lookup_second"][at],
                 columns["draft_run"][at],
                 columns["draft_confidence"][at].astype(np.float32),
             )

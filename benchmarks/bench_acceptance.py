@@ -42,6 +42,7 @@ from river_classifiers import MODELS, River
 from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_MATCH_AGREEMENT,
+    FEATURE_SECOND_ACCEPTANCE,
     FEATURE_TOKEN_ACCEPTANCE,
 )
 from smartspec.engine_adapter.lengths import bucket_index
@@ -217,7 +218,7 @@ RIVALS: dict[str, list[Make]] = {
     "request_beta": [lambda s=s: PerRequest(s, 1e9, False) for s in STRENGTHS],
 }
 FEATURES = {
-    "lookup": (FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE),
+    "lookup": (FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE, FEATURE_SECOND_ACCEPTANCE),
     "draft": (FEATURE_TOKEN_ACCEPTANCE,),
     "draft_ahead": (FEATURE_DRAFT_CONFIDENCE, FEATURE_TOKEN_ACCEPTANCE),
 }
@@ -314,15 +315,16 @@ def compare_river(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--river", action="store_true", help="river's classifiers instead")
+    parser.add_argument("--style", choices=FEATURES, action="append", help="of these alone")
     args = parser.parse_args()
     answers = load()
     figures: dict[str, float] = {"num_answers": float(len(answers))}
     if args.river:
-        for style in ("lookup", "draft_ahead"):
+        for style in args.style or ("lookup", "draft_ahead"):
             figures |= compare_river(answers, *SPLIT, style)
         record("acceptance_river", figures, seed=SEED)
         return
-    for style in (*STYLES, "draft_ahead"):
+    for style in args.style or (*STYLES, "draft_ahead"):
         for label, (tuning, held_out) in (("", SPLIT), ("swapped_", SPLIT[::-1])):
             found, scores = compare(answers, tuning, held_out, style)
             print(f"{style}: constants from {', '.join(tuning)}; scores on {', '.join(held_out)}")

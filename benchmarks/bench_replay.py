@@ -53,6 +53,7 @@ from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_LAST_SHARE,
     FEATURE_MATCH_AGREEMENT,
+    FEATURE_SECOND_ACCEPTANCE,
     FEATURE_TOKEN_ACCEPTANCE,
     DecodeBatch,
     FixedLength,
@@ -69,7 +70,12 @@ FORWARD_SHARES = (0.02, 0.1, 0.2)  #: of the base, per draft pass
 NOISE = 0.02
 SEED = 7
 FEATURES = {
-    "lookup": (FEATURE_LAST_SHARE, FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE),
+    "lookup": (
+        FEATURE_LAST_SHARE,
+        FEATURE_MATCH_AGREEMENT,
+        FEATURE_TOKEN_ACCEPTANCE,
+        FEATURE_SECOND_ACCEPTANCE,
+    ),
     "draft": (FEATURE_LAST_SHARE, FEATURE_TOKEN_ACCEPTANCE, FEATURE_DRAFT_CONFIDENCE),
 }
 
@@ -83,6 +89,7 @@ class Cell(NamedTuple):
     forward_share: float
     tasks: tuple[str, ...]  #: that are measured
     before: tuple[str, ...]  #: that a warm daemon has served
+    num_answers: int | None = None  #: of each task; None: all
 
     @property
     def label(self) -> str:
@@ -235,11 +242,24 @@ class Replay:
 
 
 @cache
-def static_course(style: str, batch: int, tasks: tuple[str, ...], length: int) -> Course:
+def answers_of(tasks: tuple[str, ...], count: int | None) -> list[Answer]:
+    """The first ``count`` answers of each of the tasks, in the order of recording."""
+    answers = load()
+    places = [
+        place
+        for task in tasks
+        for place in [i for i, answer in enumerate(answers) if answer.task == task][:count]
+    ]
+    return [answers[place] for place in sorted(places)]
+
+
+@cache
+def static_course(
+    style: str, batch: int, tasks: tuple[str, ...], num_answers: int | None, length: int
+) -> Course:
     """Of one length for all, which a load's costs do not change."""
-    answers = [answer for answer in load() if answer.task in tasks]
     cell = Cell(style, batch, 0.0, 0.0, tasks, ())
-    return Replay(cell, SEED).run(answers, FixedLength(length))
+    return Replay(cell, SEED).run(answers_of(tasks, num_answers), FixedLength(length))
 
 
 class Clairvoyant(FixedLength):
@@ -305,16 +325,17 @@ def daemon_for(cell: Cell, confidences: bool = False) -> Steering:
 
 def play(group: Sequence[Cell]) -> list[Result]:
     """Results of cells of one load and one past, which is served once."""
-    answers = load()
-    before = [answer for answer in answers if answer.task in group[0].before]
+    before = answers_of(group[0].before, group[0].num_answers)
     steering = daemon_for(group[0])
     served = Replay(group[0], SEED + 1)
     served.run(before, steering)
     results = []
     for cell in group:
-        measured = [answer for answer in answers if answer.task in cell.tasks]
+        measured = answers_of(cell.tasks, cell.num_answers)
         static = [
-            static_course(cell.style, cell.batch, cell.tasks, length).goodput(cell)
+            static_course(cell.style, cell.batch, cell.tasks, cell.num_answers, length).goodput(
+                cell
+            )
             for length in range(MAX_LENGTH + 1)
         ]
         cold = Replay(cell, SEED).run(measured, daemon_for(cell)).goodput(cell)
@@ -326,14 +347,17 @@ def play(group: Sequence[Cell]) -> list[Result]:
     return results
 
 
-def cells(styles: Sequence[str], batches: Sequence[int]) -> list[Cell]:
+def cells(
+    styles: Sequence[str], batches: Sequence[int], num_answers: int | None = None
+) -> list[Cell]:
     """All loads and mixtures; a task's daemon has served the other half of the split."""
     found = []
     for style, batch, token in itertools.product(styles, batches, TOKEN_SHARES):
         for forward in (0.0,) if style == "lookup" else FORWARD_SHARES:
             for half, other in (SPLIT, SPLIT[::-1]):
                 for tasks in (*((task,) for task in half), tuple(half)):
-                    found.append(Cell(style, batch, token, forward, tasks, tuple(other)))
+                    one = Cell(style, batch, token, forward, tasks, tuple(other), num_answers)
+                    found.append(one)
     return found
 
 
@@ -385,11 +409,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, action="append", help="requests decoded together")
     parser.add_argument("--token-share", type=float, action="append", help="loads: of these")
     parser.add_argument("--forward-share", type=float, action="append", help="and of these")
+    parser.add_argument("--answers", type=int, help="of each task; by default all")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     todo = [
         cell
-        for cell in cells(args.style or ("lookup", "draft"), args.batch or (1, 8))
+        for cell in cells(args.style or ("lookup", "draft"), args.batch or (1, 8), args.answers)
         if cell.token_share in (args.token_share or TOKEN_SHARES)
         and cell.forward_share in (args.forward_share or (0.0, *FORWARD_SHARES))
     ]

@@ -174,13 +174,15 @@ def lookups(prompt: list[int], answer: list[int]) -> Columns:
     index = NgramIndex(lookup.min_ngram, lookup.max_ngram)
     sequence = Decoded(0, Request(prompt), len(answer) + 1, 0, 0.0)
     wanted = np.array([MAX_LENGTH])
-    length, agreement, runs, misses = [], [], [], []
+    length, agreement, runs, misses, seconds = [], [], [], [], []
     for p in range(1, len(answer)):
         sequence.tokens = prompt + answer[:p]
         match = index.find(sequence.tokens)
         able = lookup.available([sequence]).ceiling[0]
         rest = answer[p : p + MAX_LENGTH]
-        drafts = lookup.propose([sequence], wanted).drafts[0].tokens[: len(rest)] if able else []
+        drafts = lookup.propose([sequence], wanted).drafts[0].tokens if able else []
+        seconds.append(drafts[1] if able else 0)
+        drafts = drafts[: len(rest)]
         run = len(agreeing_path(DraftTree.chain(drafts), [*rest, -1]))
         length.append(match.length)
         agreement.append(match.agreement)
@@ -191,6 +193,7 @@ def lookups(prompt: list[int], answer: list[int]) -> Columns:
         "match_agreement": np.array(agreement, np.float16),
         "lookup_run": np.array(runs, np.uint8),
         "lookup_miss": np.array(misses, np.uint16),
+        "lookup_second": np.array(seconds, np.uint16),
     }
 
 

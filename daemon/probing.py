@@ -18,9 +18,7 @@ from smartspec.daemon.engines import Engine, Observation
 from smartspec.daemon.goodput import Optimum
 from smartspec.engine_adapter.lengths import I64, CostCurve, DraftCost, Ladder, step_seconds
 
-SWEEP_STEPS = (
-    4  #: steps without drafts whose time the first start may be expected to lose by its sweep
-)
+SWEEP_STEPS = 4  #: steps without drafts whose time the sweep may be expected to lose
 MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
 PROBE_TOKENS = 8  #: of a draft model in one probe, whose requests share the drafter's forwards
 SPACING = 8  #: decisions between two probes, or two looks at what one would cost
@@ -71,7 +69,7 @@ class Prober:
         self.num_probes = 0
         self._since_last = 0
         self._in_doubt = False  #: whether acceptance may have risen
-        self.cost_s = 0.0  #: expected time given up for probes so far
+        self.cost_s = 0.0  #: time given up for probes so far, at the value of time
         self._purse_s = 0.0
 
     @property
@@ -155,8 +153,8 @@ class Prober:
     ) -> None:
         """Pay for what a probe brought less than was expected, and for a forward that follows it.
 
-        Who was drafted for in a probe has the first forward of the next step run beforehand, where
-        the engine does that at all.
+        Some engines run the first forward of whoever was drafted for in the step before, whether or
+        not anything is then drafted.
         """
         report = observation.report
         if report.source == "probe":

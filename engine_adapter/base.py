@@ -32,6 +32,8 @@ FEATURE_MATCH_AGREEMENT = "match_agreement"
 #: share of drafts accepted that came after the token that the request now ends with, 0 to 1; where
 #: the draft is known beforehand, joined with the share of such drafts
 FEATURE_TOKEN_ACCEPTANCE = "token_acceptance"
+#: the same of the second draft, where both are known beforehand, 0 to 1
+FEATURE_SECOND_ACCEPTANCE = "second_acceptance"
 #: probability that the drafter gives its first draft, 0 to 1, where that is run before lengths are
 #: chosen; -1 for a request where it was not
 FEATURE_DRAFT_CONFIDENCE = "draft_confidence"

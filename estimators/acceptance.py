@@ -13,9 +13,9 @@ untried depth is expected to go on as the last. The survival of a bucket is the 
 A bucket is one digit per axis (a feature, cut), and most of a hundred buckets are seen too seldom
 to be learned alone. A bucket's hazard is therefore shrunk to that of an additive logistic model
 
-    logit m[b, j] = logit pooled[j] + sum_a u_a[digit_a(b), j > 1]
+    logit m[b, j] = logit pooled[j] + sum_a u_a[digit_a(b), min(j, 3)]
 
-whose effects u are shared by all buckets of a digit, at the first depth and at the others. Since
+whose effects u are shared by all buckets of a digit, and by all depths from the third on. Since
 its inputs are the digits alone, the counts are all the evidence that there is: the model is fitted
 to them by Newton's method, one axis with every step learned, and so forgets as they do, needs no
 learning rate and samples nothing. (Ridge-penalised; within an axis the Hessian is diagonal.)
@@ -146,8 +146,8 @@ class AcceptanceEstimator:
         ``num_buckets``. Empty: one axis
     """
 
-    #: where groups of depths begin that share their effects: the first depth, and the others
-    _group_starts: ClassVar[tuple[int, ...]] = (0, 1)
+    #: where groups of depths begin that share their effects: the first, the second, and the others
+    _group_starts: ClassVar[tuple[int, ...]] = (0, 1, 2)
     _tells_apart: ClassVar[bool] = True  #: what is due to requests from what the table explains
     _params: ClassVar[tuple[str, ...]] = (  # arguments, in the order of the state
         "num_buckets",

@@ -12,7 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.base import FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE
+from smartspec.engine_adapter.base import (
+    FEATURE_MATCH_AGREEMENT,
+    FEATURE_SECOND_ACCEPTANCE,
+    FEATURE_TOKEN_ACCEPTANCE,
+)
 from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
@@ -113,6 +117,17 @@ class NgramIndex:
             end = self._earlier[end]
 
 
+def copied(tokens: list[int], end: int, place: int) -> int:
+    """Draft ``place`` (0 the first) of a copy that begins at ``end``.
+
+    A match near the end is a repetition: the copy runs on into itself.
+
+    >>> [copied([7, 8, 9, 8, 9], 3, place) for place in range(4)]
+    [8, 9, 8, 9]
+    """
+    return tokens[end + place % (len(tokens) - end)]
+
+
 class PromptLookup:
     """Copies from the request's own prompt and answer.
 
@@ -124,7 +139,11 @@ class PromptLookup:
 
     name = "lookup"
     trees = False
-    features: tuple[str, ...] = (FEATURE_MATCH_AGREEMENT, FEATURE_TOKEN_ACCEPTANCE)
+    features: tuple[str, ...] = (
+        FEATURE_MATCH_AGREEMENT,
+        FEATURE_TOKEN_ACCEPTANCE,
+        FEATURE_SECOND_ACCEPTANCE,
+    )
     caches: tuple[KvCache, ...] = ()
 
     def __init__(self, max_length: int = 8, min_ngram: int = 2, max_ngram: int = 8) -> None:
@@ -150,23 +169,22 @@ class PromptLookup:
             self._num_tokens[sequence.id] = sequence.num_tokens
             matches.append(match)
         agreement = np.array([match.agreement for match in matches], np.float32)
-        ends = zip(sequences, matches, strict=True)
-        # Without a match the rate is of no use; any token will do.
-        rates = self._rates.rates(
-            [sequence.tokens[-1] for sequence in sequences],
-            [sequence.tokens[match.end] for sequence, match in ends],
-        )
+        # Without a match the rates are of no use; any token will do.
+        ends = [
+            (sequence.tokens, match.end) for sequence, match in zip(sequences, matches, strict=True)
+        ]
+        last = [tokens[-1] for tokens, _ in ends]
+        first = [copied(tokens, end, 0) for tokens, end in ends]
+        second = [copied(tokens, end, 1) for tokens, end in ends]
+        rates = self._rates.rates(last + first, first + second).reshape(2, -1)
         ceiling = np.where(agreement > 0, self.max_length, 0).astype(np.uint8)
-        return Availability(ceiling, np.stack((agreement, rates)))
+        return Availability(ceiling, np.vstack((agreement, rates)))
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
         drafts = []
         for sequence, length in zip(sequences, lengths.tolist(), strict=True):
-            begin = self._matches[sequence.id].end if length else 0
-            draft = sequence.tokens[begin : begin + length] if length else []
-            # A match near the end is a repetition: the copy runs on into itself.
-            period = len(draft)
-            draft += [draft[i % period] for i in range(length - period)]
+            end = self._matches[sequence.id].end
+            draft = [copied(sequence.tokens, end, place) for place in range(length)]
             drafts.append(DraftTree.chain(draft))
         return Proposal(drafts)
 

@@ -208,7 +208,12 @@ def test_ceilings_are_respected_when_the_source_asks_for_more() -> None:
 def test_batch_tells_what_is_known_before_drafting() -> None:
     source = RandomLengths(0)
     worker = build(proposer=PromptLookup(3), length_source=source)
-    assert worker.features == ("last_accepted_share", "match_agreement", "token_acceptance")
+    assert worker.features == (
+        "last_accepted_share",
+        "match_agreement",
+        "token_acceptance",
+        "second_acceptance",
+    )
     repeating = worker.add_request(
         Request(REPEATING, max_tokens=8, weight=2.0, floor=1, token_time_target_s=0.5)
     )
@@ -216,7 +221,7 @@ def test_batch_tells_what_is_known_before_drafting() -> None:
     answers(worker)
     batches = [facts.batch for facts in source.facts]
     assert batches[0].size == 0
-    assert batches[0].features.shape == (3, 0)
+    assert batches[0].features.shape == (4, 0)
     assert batches[0].num_prefill_tokens == 16
     both = next(batch for batch in batches if batch.size == 2)
     assert both.request_ids.tolist() == [repeating, fresh]

@@ -177,7 +177,7 @@ def test_value_of_time_is_the_goodput_without_prompts_when_steps_carry_them(look
             seconds += 0.0 if lookup else 0.0005 * length
             tokens = 8 * sum(0.8**j for j in range(length + 1))
             assert goodput == pytest.approx(tokens / seconds, rel=0.15)
-        assert goodput < (1 + 1e-6) * decision.goodput < 2 * goodput
+        assert goodput * (1 - 1e-6) < decision.goodput < 2 * goodput  # it may be the best
 
 
 def test_long_drafts_that_keep_prompts_waiting_do_not_compare_as_the_better() -> None:

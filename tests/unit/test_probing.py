@@ -177,7 +177,7 @@ def test_what_probes_bring_less_than_expected_is_paid_for() -> None:
     probes = [c for c in engine.choices[before:] if c.source == "probe"]
     assert len(probes) > 10
     lost_s = sum(BUSY.token_s * int(choice.lengths.sum()) for choice in probes)
-    assert cost_s == pytest.approx(lost_s, rel=0.1)
+    assert cost_s == pytest.approx(lost_s, rel=0.2)
 
 
 def test_forward_that_follows_a_probe_is_paid_for() -> None:

@@ -84,7 +84,7 @@ def test_copy_follows_the_match_when_there_is_one() -> None:
     sequence = sequence_of([1, 2, 3, 4, 5, 6, 1, 2, 3])
     offer = proposer.available([sequence])
     assert offer.ceiling.tolist() == [3]
-    assert offer.features.tolist() == [[0.625], [0.5]]
+    assert offer.features.tolist() == [[0.625], [0.5], [0.5]]
     assert proposer.propose([sequence], np.array([2])).drafts == [DraftTree.chain([4, 5])]
 
 
@@ -111,12 +111,23 @@ def test_rate_tells_copied_tokens_apart_when_some_are_always_wrong() -> None:
     assert rate[0] < 0.2 and rate[1] > 0.8
 
 
+def test_second_rate_is_that_of_the_second_copied_token() -> None:
+    proposer = PromptLookup(max_length=2)
+    for number in range(20):  # after 1 2 comes 3 again, and then not the 4 of before
+        sequence = sequence_of([1, 2, 3, 4, 1, 2], number)
+        proposer.available([sequence])
+        sequence.tokens += [3, 7]
+        proposer.accepted([sequence], [[0]])
+    first, second = proposer.available([sequence_of([1, 2, 3, 4, 1, 2], 98)]).features[1:, 0]
+    assert first > 0.8 and second < 0.2
+
+
 def test_nothing_can_be_drafted_when_nothing_matches() -> None:
     proposer = PromptLookup(max_length=3)
     sequence = sequence_of([1, 2, 3])
     offer = proposer.available([sequence])
     assert offer.ceiling.tolist() == [0]
-    assert offer.features.tolist() == [[0.0], [0.5]]
+    assert offer.features.tolist() == [[0.0], [0.5], [0.5]]
     assert proposer.propose([sequence], np.array([0])).drafts == [NO_DRAFTS]
 
 
