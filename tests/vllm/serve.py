@@ -71,8 +71,7 @@ PROMPTS = (
 def parameters(number: int, asks: str) -> Any:
     """What request ``number`` asks for: some plain, some JSON, some with log-probabilities.
 
-    ``asks``: "two" for two answers to all. They are sampled, as vLLM refuses several greedy ones,
-    but from the likeliest token alone: so that they are the greedy one, twice.
+    ``asks``: "two" for two answers to all, which are the same.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -80,7 +79,11 @@ def parameters(number: int, asks: str) -> Any:
     kind = number % 8
     max_tokens = 48 if kind == 3 else 20 + (number * 7) % 25
     if asks == "two":
-        return SamplingParams(temperature=1.0, top_k=1, n=2, max_tokens=max_tokens)
+        twice = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        # Refused when made so. Sampled requests would do, but where triton is missing, as on a CPU,
+        # vLLM's sampler cannot tell the temperature and top_k of a draft.
+        twice.n = 2
+        return twice
     return SamplingParams(
         temperature=0.0,
         max_tokens=max_tokens,
