@@ -68,22 +68,15 @@ PROMPTS = (
 )
 
 
-def parameters(number: int, asks: str) -> Any:
-    """What request ``number`` asks for: some plain, some JSON, some with log-probabilities.
-
-    ``asks``: "two" for two answers to all. They are sampled, as vLLM refuses several greedy ones,
-    but from the likeliest token alone: so that they are the greedy one, twice.
-    """
+def parameters(number: int) -> Any:
+    """What request ``number`` asks for: some plain, some JSON, some with log-probabilities."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
     kind = number % 8
-    max_tokens = 48 if kind == 3 else 20 + (number * 7) % 25
-    if asks == "two":
-        return SamplingParams(temperature=1.0, top_k=1, n=2, max_tokens=max_tokens)
     return SamplingParams(
         temperature=0.0,
-        max_tokens=max_tokens,
+        max_tokens=48 if kind == 3 else 20 + (number * 7) % 25,
         logprobs=2 if kind == 6 else None,
         structured_outputs=StructuredOutputsParams(json=SCHEMA) if kind == 3 else None,
     )
@@ -173,7 +166,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         more["scheduler_cls"] = "smartspec.engine_adapter.vllm.SmartSpecScheduler"
         more["additional_config"] = {"smartspec": {"endpoint": options.endpoint}}
     adapter = None
-    if options.asks == "lora":
+    if options.lora:
         from vllm.lora.request import LoRARequest
 
         adapter = LoRARequest("adapter", 1, str(lora_dir()))
@@ -196,7 +189,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     rng = np.random.default_rng(options.seed)
-    answers: dict[str, dict[int, list[int]]] = {}
+    answers: dict[str, Any] = {}
     logprobs: dict[str, Any] = {}
     prompts: dict[str, list[int]] = {}
     active: set[str] = set()
@@ -210,22 +203,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             engine.add_request(
                 name,
                 prompt,
-                parameters(coming, options.asks),
+                parameters(coming),
                 lora_request=adapter if coming % 2 else None,
             )
             active.add(name)
             coming += 1
         for output in engine.step():
             name = output.request_id
-            for one in output.outputs:  # each of several comes by itself
-                answers.setdefault(name, {})[one.index] = list(one.token_ids)
+            answers[name] = [list(one.token_ids) for one in output.outputs]
             prompts[name] = list(output.prompt_token_ids)
             if output.outputs[0].logprobs:
                 logprobs[name] = [
                     {str(k): v.logprob for k, v in at.items()} for at in output.outputs[0].logprobs
                 ]
             number = int(name.split(".")[0])
-            enough = is_aborted(number) and len(answers[name].get(0, ())) >= ABORT_AFTER
+            enough = is_aborted(number) and len(answers[name][0]) >= ABORT_AFTER
             if enough and not output.finished:
                 engine.abort_request([name])
             if enough or output.finished:
@@ -239,7 +231,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     theirs = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     stats = getattr(scheduler, "smartspec_stats", None)
     return {
-        "answers": {name: [held[i] for i in sorted(held)] for name, held in answers.items()},
+        "answers": answers,
         "logprobs": logprobs,
         "prompts": prompts,
         "steps": steps,
@@ -263,7 +255,7 @@ if __name__ == "__main__":
     parser.add_argument("method", choices=SPECULATION)
     parser.add_argument("source", choices=("own", "random", "daemon"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--asks", choices=("all", "two", "lora"), default="all")
+    parser.add_argument("--lora", action="store_true", help="an adapter on half of the requests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--endpoint", default="")
     parser.add_argument("--until", type=Path, help="go on in rounds until this file exists")

@@ -56,28 +56,11 @@ def test_tokens_are_those_of_no_speculation(
     assert told["blocks_free"] == plain["blocks_free"]
 
 
-def test_both_answers_are_those_of_no_speculation_when_two_are_asked_for(
-    plain: dict[str, Any], tmp_path: Path
-) -> None:
-    told = served(tmp_path / "told.json", "ngram", "random", "--asks=two")
-    assert told["errors"] == 0 and told["steered_steps"] > 0.7 * told["steps"]
-    assert told["ours"] == told["theirs"] and told["ours"][1] > 100
-    for name, answers in told["answers"].items():
-        number = int(name.split(".")[0])
-        [expected] = plain["answers"][name]
-        if number % 8 == 3:
-            continue  # there it is JSON
-        assert len(answers) == 2
-        for answer in answers:
-            end = min(len(answer), len(expected)) if is_aborted(number) else None
-            assert answer[:end] == expected[:end], name
-
-
 def test_tokens_are_those_of_no_speculation_when_half_of_the_requests_have_an_adapter(
     plain: dict[str, Any], tmp_path: Path
 ) -> None:
-    alone = served(tmp_path / "alone.json", "none", "own", "--asks=lora")
-    told = served(tmp_path / "told.json", "ngram", "random", "--asks=lora")
+    alone = served(tmp_path / "alone.json", "none", "own", "--lora")
+    told = served(tmp_path / "told.json", "ngram", "random", "--lora")
     assert told["errors"] == 0 and told["steered_steps"] > 0.7 * told["steps"]
     assert told["ours"] == told["theirs"] and told["ours"][1] > 100
     assert_same(alone, told)
