@@ -405,10 +405,9 @@ class AcceptanceEstimator:
         if self._num_unscored < SCORED_EVERY:
             return
         self._num_unscored = 0
-        young = counts[:, _DRAFTED] < SCORED_STEPS
-        counts, bucket, proposed, passed = (
-            column[young] for column in (counts, bucket, proposed, passed)
-        )
+        young = np.flatnonzero(counts[:, _DRAFTED] < SCORED_STEPS)
+        counts, bucket = counts[young], bucket[young]
+        proposed, passed = proposed[young], passed[young]
         c = self._posterior(counts, self._strengths[:, None])  # [strengths, B]
         before = self._cumulative[bucket, passed]
         after = self._cumulative[bucket, np.minimum(passed + 1, self.max_length)]
