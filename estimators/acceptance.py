@@ -37,7 +37,8 @@ accepted as had.) Of trees, whose nodes are not independent, the table has the r
 
 How much requests differ is learned too: alpha is an average, in the logarithm, of five values up
 to 4 times ``request_strength`` and down to a quarter of it, weighted by the likelihood that each
-gives to what came of later drafts (empirical Bayes).
+gives to what came of later drafts (empirical Bayes). A request has its say in that for a hundred
+steps: one that goes on for ever would change what is expected of all others.
 
 Two memories are chained: c of the last hundred steps is the mean that a second such posterior, of
 the last ten, starts from. In simulation (acceptance Beta(1.4, 0.6) over requests; nats per step;
@@ -90,11 +91,13 @@ MERGE_SWEEPS = 8  #: of Newton's method over all axes
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  #: times `request_strength`: how alike requests may be
 STRENGTH_WINDOW = 20_000  #: drafts that they are judged by
 SCORED_EVERY = 8  #: steps: how alike requests are changes slowly
+SCORED_STEPS = 100  #: of a request: one that goes on for ever says no more of how others differ
 MAX_SCORE = 1e9
 KEPT_AFTER_CHANGE = 4.0  #: observations that the counts of a depth are worth after a change
 
-# Columns of a request's counts: rejections and exposures, long and short memory; matches and tries.
-_EVENTS, _RECENT_EVENTS, _EXPOSURE, _RECENT_EXPOSURE, _HITS, _TRIES = range(6)
+# Columns of a request's counts: rejections and exposures, long and short memory; matches and tries;
+# steps with drafts, which do not fade.
+_EVENTS, _RECENT_EVENTS, _EXPOSURE, _RECENT_EXPOSURE, _HITS, _TRIES, _DRAFTED = range(7)
 
 
 def _clipped(values: F64, limits: tuple[float, float]) -> F64:
@@ -231,7 +234,7 @@ class AcceptanceEstimator:
         # [reached, accepted]; the last row of the middle axis pools the buckets.
         self._counts = np.zeros((2, num_buckets + 1, max_length))
         self._presence = np.zeros(2)  # discounted hits and tries, over all requests
-        self._requests = RequestRows(max_requests, num_columns=6)
+        self._requests = RequestRows(max_requests, num_columns=7)
         self._changes = CumulativeSum(threshold=CHANGE_THRESHOLD)
         self._strengths = request_strength * np.array(STRENGTHS)
         self._strength = request_strength
@@ -351,6 +354,7 @@ class AcceptanceEstimator:
         counts[:, _EVENTS:_EXPOSURE] += events[:, None]
         counts[:, _EXPOSURE:_HITS] *= self._fade
         counts[:, _EXPOSURE:_HITS] += exposure[:, None]
+        counts[:, _DRAFTED] += 1.0
         self._requests.counts[rows] = counts
 
     def _histogram(
@@ -406,6 +410,9 @@ class AcceptanceEstimator:
         if self._num_unscored < SCORED_EVERY:
             return
         self._num_unscored = 0
+        young = np.flatnonzero(counts[:, _DRAFTED] < SCORED_STEPS)
+        counts, bucket = counts[young], bucket[young]
+        proposed, passed = proposed[young], passed[young]
         c = self._posterior(counts, self._strengths[:, None])  # [strengths, B]
         before = self._cumulative[bucket, passed]
         after = self._cumulative[bucket, np.minimum(passed + 1, self.max_length)]
@@ -660,7 +667,7 @@ class AcceptanceEstimator:
 
     def forget_requests(self) -> None:
         """Drop all requests, as when an engine starts anew and numbers them from the beginning."""
-        self._requests = RequestRows(self.max_requests, num_columns=6)
+        self._requests = RequestRows(self.max_requests, num_columns=7)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:

@@ -173,6 +173,16 @@ def test_strength_falls_when_requests_differ_and_rises_when_they_do_not() -> Non
     assert found[0] < 5.0 and found[1] > 24.0
 
 
+def test_strength_stays_when_one_request_goes_on_for_ever() -> None:
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=5)
+    found = []
+    for _ in range(2):
+        for _ in range(1000):
+            estimator.learn_one({"request_id": 1, "drafted": 5}, 5)
+        found.append(estimator.strength)
+    assert found[0] == found[1] < 12.0
+
+
 def test_table_follows_a_change_when_traffic_changes() -> None:
     rng = np.random.default_rng(2)
     estimator = AcceptanceEstimator(num_buckets=1, max_length=3, window=500)
