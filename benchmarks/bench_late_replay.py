@@ -143,9 +143,7 @@ def source_for(arm: str, served: Steering, late: int) -> LengthSource:
     return PushedLengths(copied, late) if arm == "lengths" else copied
 
 
-def seconds(
-    answers: Sequence[Answer], token_share: float, forward_share: float
-) -> dict[str, F64]:
+def seconds(answers: Sequence[Answer], token_share: float, forward_share: float) -> dict[str, F64]:
     """By arm and lateness, and fixed length: seconds of each answer."""
     found: dict[str, list[F64]] = {}
     for half, other in (SPLIT, SPLIT[::-1]):
