@@ -208,6 +208,11 @@ def test_output_is_the_same_when_drafts_are_cut_by_confidence(name: str, sampled
     accepted = np.concatenate([facts.num_accepted for facts in source.facts])
     assert (cut > 0).sum() >= 10 and (drafted > 0).sum() > 100 and cancelled
     assert set(range(MAX_LENGTH + 1)) <= set(drafted.tolist())
+    for facts in source.facts:
+        if facts.num_cut is not None:  # what was drafted is told apart from what was verified
+            told = facts.num_drafted.astype(int) + facts.num_cut
+            assert facts.num_draft_tokens >= told.sum()
+            assert (told <= facts.batch.ceiling).all()
     if name == "itself":  # else its cache would hold something that is not the request's text
         assert (accepted == drafted).all()
     else:

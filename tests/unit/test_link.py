@@ -292,8 +292,11 @@ def test_report_carries_the_step_as_it_was(pair: Pair) -> None:
         "target_s": None,
         "draft_s": None,
         "mode": "uniform",
+        "num_cut": np.array([1, 0], np.uint8),
+        "num_cut_accepted": np.array([1, 0], np.uint8),
     }
     report = pair.report(batch, length=3, accepted=2, **more)
+    assert list(report.num_cut + report.num_cut_accepted) == [1, 0, 1, 0]
     assert report.roster is not None
     assert wire.unpack(report.roster.request_ids, "u64", (2,), "ids").tolist() == [4, 9]
     assert wire.unpack(report.roster.weight, "f32", (2,), "weight").tolist() == [1, 2]
