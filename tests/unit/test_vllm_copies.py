@@ -37,9 +37,7 @@ def test_nothing_is_learned_past_the_first_draft_that_is_wrong() -> None:
     copies = Copies()
     for _ in range(50):
         copies.learn(Found([1], [[2, EASY, AFTER]]), [[3]])
-        copies.learn(
-            Found([1], [[2, EASY, AFTER]]), [[3, EASY, AFTER]]
-        )  # by chance
+        copies.learn(Found([1], [[2, EASY, AFTER]]), [[3, EASY, AFTER]])  # by chance
     assert rates(copies, [EASY], [AFTER]) == pytest.approx(rates(copies, [20], [21]), abs=1e-6)
 
 
