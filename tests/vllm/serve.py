@@ -22,7 +22,7 @@ os.environ.update(
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from vllm_models import LORA_RANK, draft_dir, lora_dir, model_dir
+from vllm_models import draft_dir, model_dir
 
 NUM_REQUESTS = 64
 MOST_AT_ONCE = 16
@@ -165,12 +165,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     elif options.source == "daemon":
         more["scheduler_cls"] = "smartspec.engine_adapter.vllm.SmartSpecScheduler"
         more["additional_config"] = {"smartspec": {"endpoint": options.endpoint}}
-    adapter = None
-    if options.lora:
-        from vllm.lora.request import LoRARequest
-
-        adapter = LoRARequest("adapter", 1, str(lora_dir()))
-        more |= {"enable_lora": True, "max_lora_rank": LORA_RANK, "max_loras": 1}
     llm = LLM(
         model=str(model_dir()),
         dtype="float32",
@@ -200,12 +194,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             prompt = PROMPTS[coming % 8]
             if coming % 3 and coming % 8 != SHARED:
                 prompt = f"{coming}. {prompt}"
-            engine.add_request(
-                name,
-                prompt,
-                parameters(coming),
-                lora_request=adapter if coming % 2 else None,
-            )
+            engine.add_request(name, prompt, parameters(coming))
             active.add(name)
             coming += 1
         for output in engine.step():
@@ -255,7 +244,6 @@ if __name__ == "__main__":
     parser.add_argument("method", choices=SPECULATION)
     parser.add_argument("source", choices=("own", "random", "daemon"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--lora", action="store_true", help="an adapter on half of the requests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--endpoint", default="")
     parser.add_argument("--until", type=Path, help="go on in rounds until this file exists")

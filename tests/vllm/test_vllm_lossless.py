@@ -56,20 +56,6 @@ def test_tokens_are_those_of_no_speculation(
     assert told["blocks_free"] == plain["blocks_free"]
 
 
-def test_tokens_are_those_of_no_speculation_when_half_of_the_requests_have_an_adapter(
-    plain: dict[str, Any], tmp_path: Path
-) -> None:
-    alone = served(tmp_path / "alone.json", "none", "own", "--lora")
-    told = served(tmp_path / "told.json", "ngram", "random", "--lora")
-    assert told["errors"] == 0 and told["steered_steps"] > 0.7 * told["steps"]
-    assert told["ours"] == told["theirs"] and told["ours"][1] > 100
-    assert_same(alone, told)
-    changed = [
-        name for name, answer in alone["answers"].items() if answer != plain["answers"][name]
-    ]
-    assert len(changed) > 16  # the adapter is at work
-
-
 def test_answers_to_a_schema_are_json(plain: dict[str, Any]) -> None:
     """So that the schema's requests do end, and do not merely agree."""
     from transformers import AutoTokenizer

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 LAYERS_DROPPED = (10, 13, 16, 19, 22)
-LORA_RANK = 8
 
 
 def model_dir() -> Path:
@@ -50,44 +49,6 @@ def draft_dir() -> Path:
                 place = f".layers.{kept.index(int(layer[1]))}."
                 tensors[name.replace(layer[0], place)] = tensor
         save_file(tensors, weights, metadata={"format": "pt"})
-        made.rename(target)
-    return target
-
-
-def lora_dir() -> Path:
-    """An adapter of the model with weights drawn by lot, which change its answers. Made once."""
-    source = model_dir()
-    target = source.with_name(f"{source.name}-lora")
-    if target.is_dir():
-        return target
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    seed = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith((".q_proj.weight", ".v_proj.weight")):
-            width_out, width_in = tensor.shape
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            down = torch.randn((LORA_RANK, width_in), generator=seed) / width_in**0.5
-            tensors[f"{module}.lora_A.weight"] = down
-            tensors[f"{module}.lora_B.weight"] = torch.randn(
-                (width_out, LORA_RANK), generator=seed
-            ) * float(tensor.float().std())
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(source),
-        "r": LORA_RANK,
-        "lora_alpha": LORA_RANK,
-        "target_modules": ["q_proj", "v_proj"],
-        "bias": "none",
-    }
-    with tempfile.TemporaryDirectory(dir=source.parent, prefix=".making-") as scratch:
-        made = Path(scratch) / target.name
-        made.mkdir()
-        (made / "adapter_config.json").write_text(json.dumps(config))
-        save_file(tensors, made / "adapter_model.safetensors", metadata={"format": "pt"})
         made.rename(target)
     return target
 
