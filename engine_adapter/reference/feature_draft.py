@@ -21,7 +21,7 @@ from smartspec.engine_adapter.reference.prompt_lookup import Match, NgramIndex
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
 
-MIN_COPIED = 4  #: latest tokens that must have occurred before, for a copy
+MIN_COPIED = 2  #: latest tokens that must have occurred before, for a copy
 MAX_COPIED = 16  #: that are looked at
 
 

@@ -103,7 +103,7 @@ def test_text_that_repeats_itself_is_copied_without_a_pass() -> None:
     proposal = proposer.propose([once, again], np.array([6, 6]))
     assert proposal.drafts[1].tokens == [9, 9, 2, 3, 4, 5]
     assert proposal.num_draft_tokens == 6  # the other's alone
-    assert offer.features[-1, 1] == 0.5  # of one occurrence
+    assert offer.features[-1, 1] == pytest.approx(0.7)  # one occurrence, of four tokens
     # What it did not read meanwhile it catches up with.
     again.tokens += [40, 41]
     more = [Segment(1, 10, again.tokens[10:-1], 0)]
