@@ -18,6 +18,7 @@ from smartspec.lab.distill import answers as data
 from smartspec.lab.distill import training
 
 NUM_ROWS = 64  #: answers that are decoded together
+MIN_ANSWER_TOKENS = 8  #: shorter answers are left out
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ def _train(
     start: Path | None,
 ) -> dict[str, Any]:
     found = [a for file in sorted(work.rglob("*.safetensors")) for a in data.read(file)]
-    found = [a for a in found if len(a.log_mass) > recipe.num_rounds]
+    # The same answers are held out whatever the number of rounds, or training on from a drafter
+    # would be scored on what it was shown before.
+    found = [a for a in found if len(a.log_mass) > max(MIN_ANSWER_TOKENS, recipe.num_rounds)]
     greedy = [i for i, answer in enumerate(found) if answer.temperature == 0]
     kept = set(greedy[:: max(1, len(greedy) // recipe.held_out)][: recipe.held_out])
     held_out = [found[i] for i in sorted(kept)]
