@@ -208,7 +208,7 @@ class Planner:
         if self._num_decisions and self._num_decisions % every == 0:
             self._fallback = self._fallback_table(ladder, even, draft)
         self._num_decisions += 1
-        sweep_length = self.prober.next_sweep_length(observation) if steering else None
+        sweep_length = self.prober.sweep_length(observation) if steering else None
         # Targets bind a step as a whole, which is not known before it is drafted.
         wanted = self._meet_targets and batch.target is not None
         by_confidence = engine.hello.limits.confidences and steering and sweep_length is None
