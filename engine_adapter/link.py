@@ -46,6 +46,7 @@ from smartspec.engine_adapter.messages import (
     Roster,
     StepReport,
     pack,
+    require,
 )
 from smartspec.engine_adapter.program import Program
 
@@ -323,8 +324,11 @@ class EngineLink:
 
     def _install(self, policy: Policy) -> None:
         roster = self._rosters.get(policy.roster_version)
+        limits = self.hello.limits
         try:
-            self._program = Program(policy, self.hello.limits.features, roster, self._program)
+            known = limits.confidences or not policy.by_confidence
+            require(known, "by_confidence: this engine has no confidences")
+            self._program = Program(policy, limits.features, roster, self._program)
         except MessageError as error:
             self._count_bad_frame(f"policy: {error}")
             return

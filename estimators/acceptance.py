@@ -287,11 +287,6 @@ class AcceptanceEstimator:
         return self._changes.num_alarms
 
     @property
-    def rise(self) -> float:
-        """How far more acceptance than expected has come towards being such a change: 0 to 1."""
-        return self._changes.rise
-
-    @property
     def strength(self) -> float:
         """Rejections that the expectation is worth that a request is average, as learned."""
         return self._strength
@@ -388,7 +383,7 @@ class AcceptanceEstimator:
         h - h ** c for each draft reached. What is counted with it is what the table alone explains.
         """
         log_hazard = self._log_hazard[bucket]
-        more = np.exp(log_hazard) - np.exp(c[:, None] * log_hazard)
+        more = self._hazard[bucket] - np.exp(c[:, None] * log_hazard)
         reached = np.minimum(passed + 1, proposed)
         more *= np.arange(self.max_length) < reached[:, None]
         cells = bucket[:, None] * self.max_length + np.arange(self.max_length)

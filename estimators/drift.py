@@ -58,11 +58,6 @@ class CumulativeSum(DriftDetector):
             self._above = self._below = 0.0
             self.num_alarms += 1
 
-    @property
-    def rise(self) -> float:
-        """How far residuals above 0 have come towards an alarm: 0 to 1."""
-        return self._above / self.threshold
-
     def state(self) -> State:
         """Everything but the constructor's arguments, as plain values."""
         return {"num_alarms": self.num_alarms, "above": self._above, "below": self._below}

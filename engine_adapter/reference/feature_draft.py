@@ -17,7 +17,7 @@ from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadRunner
 from smartspec.engine_adapter.reference.model_runner import Segment
-from smartspec.engine_adapter.reference.prompt_lookup import Match, NgramIndex
+from smartspec.engine_adapter.reference.prompt_lookup import Match, NgramIndex, copied
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sequence import Sequence
 
@@ -70,7 +70,7 @@ class FeatureDraft(DraftModel):
             match = self._indexes[sequence.id].find(sequence.tokens)
             if match.length:
                 self._copied[sequence.id] = match
-                self._num_fed.pop(sequence.id, None)  # no first draft of the head's
+                self._goes_on.discard(sequence.id)  # no first draft of the head's
         offer = super().available(sequences)
         confidence = offer.features[self.features.index(FEATURE_DRAFT_CONFIDENCE)]
         for place, sequence in enumerate(sequences):
@@ -79,14 +79,12 @@ class FeatureDraft(DraftModel):
         return offer
 
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
-        copied = np.array([sequence.id in self._copied for sequence in sequences], bool)
-        proposal = super().propose(sequences, np.where(copied, 0, lengths))
-        for place in np.flatnonzero(copied & (lengths > 0)):
+        copying = np.array([sequence.id in self._copied for sequence in sequences], bool)
+        proposal = super().propose(sequences, np.where(copying, 0, lengths))
+        for place in np.flatnonzero(copying & (lengths > 0)):
             sequence = sequences[place]
-            begin = self._copied[sequence.id].end
-            text = sequence.tokens[begin : begin + int(lengths[place])]
-            # A match near the end is a repetition: the copy runs on into itself.
-            text = [text[i % len(text)] for i in range(lengths[place])]
+            end = self._copied[sequence.id].end
+            text = [copied(sequence.tokens, end, i) for i in range(lengths[place])]
             proposal.drafts[place] = DraftTree.chain(text)
         return proposal
 

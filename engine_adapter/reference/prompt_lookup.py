@@ -199,10 +199,10 @@ class PromptLookup:
                 continue
             begin = self._num_tokens[sequence.id]
             # While it is right, a copy that runs on into itself is the sequence as it now is.
-            for copied, place in enumerate(range(begin, len(tokens)), match.end):
+            for source, place in enumerate(range(begin, len(tokens)), match.end):
                 before.append(tokens[place - 1])
-                drafted.append(tokens[copied])
-                outcome.append(tokens[copied] == tokens[place])
+                drafted.append(tokens[source])
+                outcome.append(tokens[source] == tokens[place])
                 if not outcome[-1]:
                     break
         self._rates.learn(before, drafted, outcome)

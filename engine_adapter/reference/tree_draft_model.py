@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from smartspec.engine_adapter.base import F32
-from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.draft_tree import (
@@ -155,12 +154,6 @@ class TreeDraftModel(DraftModel):
             self._growths[s.id].tree if s.id in self._growths else NO_DRAFTS for s in sequences
         ]
         return Proposal(trees, *self._spent)
-
-    def propose_at(
-        self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
-    ) -> Proposal:
-        """Sizes as they are: only chains are left to their confidences (service.py)."""
-        return self.propose(sequences, lengths)
 
     def _look_again(self, sequences: list[Sequence]) -> None:
         """Open the trees of those who were not looked at, beside those who were."""

@@ -40,13 +40,6 @@ def test_detector_starts_anew_when_it_has_raised_an_alarm() -> None:
     assert detector.num_alarms == 2
 
 
-def test_rise_tells_how_near_an_alarm_is() -> None:
-    detector = CumulativeSum(slack=1.0, threshold=10.0)
-    for z, rise in ((3.0, 0.2), (4.0, 0.5), (-1.0, 0.3), (-4.0, 0.0)):
-        detector.update(z)
-        assert detector.rise == pytest.approx(rise)
-
-
 def test_copy_goes_on_alike_when_state_travels() -> None:
     detector, copy = CumulativeSum(), CumulativeSum()
     for _ in range(5):

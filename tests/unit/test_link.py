@@ -247,6 +247,14 @@ def test_good_policy_stays_when_a_bad_one_follows(pair: Pair) -> None:
     assert pair.link.stats.num_errors == 0
 
 
+def test_policy_by_confidence_is_refused_by_an_engine_without_confidences(pair: Pair) -> None:
+    pair.deliver(policy(1, reason="good"))
+    pair.deliver(policy(2, reason="bad", by_confidence=True))
+    assert pair.source() == "policy"
+    assert pair.link.stats.last_reason == "good"
+    assert pair.link.stats.num_bad_frames >= 1
+
+
 def test_own_length_is_chosen_when_the_policy_cannot_be_applied(pair: Pair) -> None:
     axes = (wire.BucketAxis(feature="match_length", edges=(1.0,)),)
     table = wire.pack(-np.ones((2, 5)), "f32")

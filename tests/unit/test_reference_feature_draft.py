@@ -115,6 +115,25 @@ def test_text_that_repeats_itself_is_copied_without_a_pass() -> None:
     assert proposer.propose([again], np.array([6])).drafts[0].tokens == drafts
 
 
+def test_head_is_not_run_for_a_request_that_has_begun_to_repeat_itself() -> None:
+    head = tiny_head(tiny_model("llama"))
+    proposer = FeatureDraft(head, 1, MAX_LEN, 4)
+    sequence = Sequence(1, Request([1, 2, 3, 4, 5, 6, 7]), 20, 0, 0.0)
+    sequence.row = 0
+    target = ModelRunner(tiny_model("llama"), 1, MAX_LEN)
+    known = [Segment(0, 0, sequence.tokens[:-1], 0)]
+    proposer.read([sequence], [target.forward_with_features(known, LAYERS)[1]])
+    proposer.available([sequence])
+    assert proposer.propose([sequence], np.array([2])).num_forwards == 2
+    proposer.accepted([sequence], [[]])
+    sequence.tokens += [2, 3]  # as if two steps had brought them
+    more = [Segment(0, 6, sequence.tokens[6:-1], 0)]
+    proposer.read([sequence], [target.forward_with_features(more, LAYERS)[1]])
+    proposer.available([sequence])
+    proposal = proposer.propose([sequence], np.array([2]))
+    assert proposal.drafts[0].tokens == [4, 5] and proposal.num_forwards == 0
+
+
 def test_states_do_not_pile_up_when_nothing_is_drafted() -> None:
     head = tiny_head(tiny_model("llama"))
     proposer = FeatureDraft(head, 1, MAX_LEN, 4, max_pass_tokens=6)

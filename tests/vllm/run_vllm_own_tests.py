@@ -124,10 +124,11 @@ def _hub(folder: Path) -> None:
 
 def _play(python: str, folder: Path, arm: str, select: str) -> dict[str, tuple[str, int]]:
     """Outcome of each test, and schedulers under steering in it."""
-    report = folder / f"{arm}.xml"
+    report, output = folder / f"{arm}.xml", folder / f"{arm}.log"
+    paths = [str(HERE), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", Path(__file__).stem]
     command += ["-k", select] if select else []
-    with (folder / f"{arm}.log").open("wb") as log:
+    with output.open("wb") as log:
         subprocess.run(
             [*command, f"--junitxml={report}", *(f"tests/{file}" for file in FILES)],
             cwd=folder,
@@ -136,11 +137,15 @@ def _play(python: str, folder: Path, arm: str, select: str) -> dict[str, tuple[s
                 ARM: arm,
                 "HF_HOME": str(folder),
                 "HF_HUB_OFFLINE": "1",
-                "PYTHONPATH": f"{HERE}:{folder}",
+                "PYTHONPATH": os.pathsep.join(paths),
                 "VLLM_LOGGING_LEVEL": "ERROR",
             },
             stdout=log,
             stderr=subprocess.STDOUT,
+        )
+    if not report.exists():
+        raise SystemExit(
+            f"{python} does not run the tests:\n{output.read_text('utf-8', 'replace')}"
         )
     modules = {f"tests/{file}".removesuffix(".py").replace("/", "."): file for file in FILES}
     told: dict[str, tuple[str, int]] = {}
