@@ -144,9 +144,8 @@ def _play(python: str, folder: Path, arm: str, select: str) -> dict[str, tuple[s
             stderr=subprocess.STDOUT,
         )
     if not report.exists():
-        raise SystemExit(
-            f"{python} does not run the tests:\n{output.read_text('utf-8', 'replace')}"
-        )
+        said = output.read_text("utf-8", "replace")
+        raise SystemExit(f"{python} does not run the tests:\n{said}")
     modules = {f"tests/{file}".removesuffix(".py").replace("/", "."): file for file in FILES}
     told: dict[str, tuple[str, int]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
