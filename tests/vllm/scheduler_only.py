@@ -31,11 +31,15 @@ MAX_LENGTH = 5
 PLAYS = (("draft_model", 1), ("ngram", 1), ("draft_model", 2), ("draft_model", 3), ("ngram_gpu", 2))
 COMPARED = (("draft_model", 2), ("ngram", 1))
 FAILING = ("choose", "prepare", "report")
+ADAPTERS = 3  #: LoRA, of which a step may hold `MAX_ADAPTERS`
+MAX_ADAPTERS = 2
 
 
-def token(number: int, position: int) -> int:
-    """The answer of request ``number`` at ``position``."""
-    return (31 * number + 7 * position) % 997 + 3
+def token(name: str, position: int) -> int:
+    """The answer of the request ``name`` at ``position``; prompts lie before 0."""
+    sibling, _, number = name.rpartition("_")
+    drawn = 5 * int(sibling or 0) if position >= 0 else 0  # siblings share the prompt
+    return (31 * int(number) + drawn + 7 * position) % 997 + 3
 
 
 @cache
@@ -43,6 +47,7 @@ def configuration(
     method: str, is_async: bool, max_num_seqs: int, max_batched: int, endpoint: str = ""
 ) -> Any:
     """Of an engine that speculates. The CPU's platform turns async scheduling off: on again."""
+    from vllm.config import LoRAConfig
     from vllm.engine.arg_utils import EngineArgs
 
     speculation = {"method": method, "num_speculative_tokens": MAX_LENGTH}
@@ -65,6 +70,7 @@ def configuration(
         additional_config={"smartspec": {"endpoint": endpoint}} if endpoint else {},
     ).create_engine_config()
     config.scheduler_config.async_scheduling = is_async
+    config.lora_config = LoRAConfig(max_loras=MAX_ADAPTERS)
     return config
 
 
@@ -153,7 +159,7 @@ class Worker:
         self._known[name] = known + accepted + 1
         self._computed[name] = computed + scheduled - (drafts - accepted)
         first = known - self._prompt[name]
-        return [token(int(name), first + i) for i in range(accepted + 1)]
+        return [token(name, first + i) for i in range(accepted + 1)]
 
 
 class Rig:
@@ -171,23 +177,50 @@ class Rig:
         #: vLLM does once the model runs, in every step but of pooling models
         self.asks_for_masks: Callable[[], bool] = lambda: True
 
-    def add(self, number: int, num_prompt: int, max_tokens: int) -> None:
+    def add(
+        self, number: int, num_prompt: int, max_tokens: int, n: int = 1, adapter: int = 0
+    ) -> None:
+        """Add ``n`` requests, as vLLM makes them of one that asks for ``n`` answers.
+
+        ``adapter``: of LoRA, from 1 on; 0: none.
+        """
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine import EngineCoreRequest
+        from vllm.v1.engine.parallel_sampling import ParentRequest
         from vllm.v1.request import Request
 
-        request = Request(
+        asked = EngineCoreRequest(
             request_id=str(number),
-            prompt_token_ids=[token(number, -1 - i) for i in range(num_prompt)],
-            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            prompt_token_ids=[token(str(number), -1 - i) for i in range(num_prompt)],
+            mm_features=None,
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, n=n),
             pooling_params=None,
+            arrival_time=0.0,
+            lora_request=LoRARequest(f"a{adapter}", adapter, "nowhere") if adapter else None,
+            cache_salt=None,
+            data_parallel_rank=None,
+            external_req_id=str(number),
         )
-        self.requests[request.request_id] = request
-        self.scheduler.add_request(request)
+        children = [(asked.request_id, asked.sampling_params)]
+        if n > 1:
+            parent = ParentRequest(asked)
+            children = [parent.get_child_info(i) for i in range(n)]
+        for name, params in children:
+            request = Request(
+                request_id=name,
+                prompt_token_ids=asked.prompt_token_ids,
+                sampling_params=params,
+                pooling_params=None,
+                lora_request=asked.lora_request,
+            )
+            self.requests[name] = request
+            self.scheduler.add_request(request)
 
-    def abort(self, number: int) -> None:
+    def abort(self, name: str) -> None:
         from vllm.v1.request import RequestStatus
 
-        self.scheduler.finish_requests(str(number), RequestStatus.FINISHED_ABORTED)
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
 
     @property
     def is_busy(self) -> bool:
@@ -219,7 +252,10 @@ class Rig:
 
 
 def play(seed: int, depth: int, method: str) -> dict[str, int]:
-    """40 requests that join, leave and are aborted under random lengths, in too little KV room."""
+    """40 requests that join, leave and are aborted under random lengths, in too little KV room.
+
+    Some ask for several answers, some for an adapter.
+    """
     from smartspec.engine_adapter.vllm.scheduler import SmartSpecAsyncScheduler, SmartSpecScheduler
 
     rng = np.random.default_rng(seed)
@@ -227,7 +263,7 @@ def play(seed: int, depth: int, method: str) -> dict[str, int]:
     base: Any = SmartSpecScheduler if depth == 1 else SmartSpecAsyncScheduler
 
     told = dict.fromkeys(
-        ("steps", "checked", "too_long", "useless", "deepest", "grown", "emitted"), 0
+        ("steps", "checked", "too_long", "useless", "deepest", "grown", "emitted", "adapters"), 0
     )
 
     class Random(base):  # type: ignore[misc]
@@ -255,18 +291,26 @@ def play(seed: int, depth: int, method: str) -> dict[str, int]:
     while len(rig.requests) < 40 or rig.is_busy:
         if len(rig.requests) < 40 and rng.random() < 0.4:
             # Of a prompt of one token vLLM itself verifies drafts that were never asked for.
-            rig.add(len(rig.requests), int(rng.integers(2, 100)), int(rng.integers(1, 60)))
+            rig.add(
+                len(rig.requests),
+                int(rng.integers(2, 100)),
+                int(rng.integers(1, 60)),
+                n=int(rng.integers(1, 4)) if rng.random() < 0.3 else 1,
+                adapter=int(rng.integers(ADAPTERS + 1)),
+            )
         if rig.requests and rng.random() < 0.03:
-            number = int(rng.integers(len(rig.requests)))
-            if not rig.requests[str(number)].is_finished():
-                rig.abort(number)
-                aborted.add(str(number))
+            name = str(rng.choice(list(rig.requests)))
+            if not rig.requests[name].is_finished():
+                rig.abort(name)
+                aborted.add(name)
         source.chosen, source.steered = {}, False
         begun = rig.step()
         told["steps"] += 1
         assert told["steps"] < 10_000, "it does not end"
         if begun is not None:  # the override is there in steered steps, and in no other
             assert (scheduler.dynamic_sd_lookup is not None) == source.steered
+            held = {rig.requests[name].lora_request for name in begun.num_scheduled_tokens}
+            told["adapters"] = max(told["adapters"], len(held - {None}))
         if begun is None or not source.steered:
             continue
         for name in begun.num_scheduled_tokens:
@@ -280,13 +324,14 @@ def play(seed: int, depth: int, method: str) -> dict[str, int]:
                 told["deepest"] = max(told["deepest"], drafts)
     for name, request in rig.requests.items():
         answer = list(request.output_token_ids)
-        assert answer == [token(int(name), i) for i in range(len(answer))], f"{name}: {answer}"
+        assert answer == [token(name, i) for i in range(len(answer))], f"{name}: {answer}"
         assert name in aborted or len(answer) == request.max_tokens, name
     stats = scheduler.smartspec_stats
     leaked = free - scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     preempted = sum(request.num_preemptions for request in rig.requests.values())
     return told | {
         "aborted": len(aborted),
+        "siblings": sum("_" in name for name in rig.requests),
         "preempted": preempted,
         "leaked": leaked,
         "errors": stats.num_errors,

@@ -10,7 +10,7 @@ import json
 import subprocess
 
 import pytest
-from scheduler_only import COMPARED, FAILING, PLAYS
+from scheduler_only import COMPARED, FAILING, MAX_ADAPTERS, PLAYS
 from serving import HERE, vllm_python
 
 from smartspec.daemon.views import doctor
@@ -49,6 +49,8 @@ def test_invariants_hold_with_steps_in_flight(
     assert sum(run["preempted"] for run in runs) > SEEDS
     assert sum(run["aborted"] for run in runs) > SEEDS
     assert max(run["deepest"] for run in runs) == 5
+    assert min(run["siblings"] for run in runs) > 0  # of requests with n > 1
+    assert max(run["adapters"] for run in runs) == MAX_ADAPTERS
     assert sum(run["emitted"] for run in runs) <= sum(run["grown"] for run in runs)
     if depth == 1:
         assert sum(run["counted"] for run in runs) == sum(run["drafted"] for run in runs)
