@@ -3,9 +3,9 @@
 No model: vLLM's own scheduler with a worker that counts (tests/vllm/scheduler_only.py), with our
 class and without it, step by step in turns on a core of their own, the daemon on another. Between
 the two calls the engine waits, as it would for a GPU. Then the daemon is stopped (lengths come from
-the learned fallback, and last from the engine's configuration). Loads: *steady*, a draft model's
-lengths and a batch that stays; *churn*, the same with requests that come and go at most steps;
-*lookup*, drafts that are not known before ``schedule()``.
+the learned fallback, then from the engine's configuration), and last killed. Loads: *steady*, a
+draft model's lengths and a batch that stays; *churn*, the same with requests that come and go at
+most steps; *lookup*, drafts that are not known before ``schedule()``.
 
 ``*_added_us`` is the median over steps of the difference between neighbouring steps of the two
 (steered steps are shorter, and so cost vLLM less; in churn the two hold other requests);
@@ -114,7 +114,10 @@ def inside(endpoint: str, load: str, size: int, daemon: int, step_s: float) -> d
     steps(WARM_UP)
     found["fallback_over"] = steps(STEPS)
     assert link.state == "own", link.state
-    os.kill(daemon, signal.SIGCONT)
+    os.kill(daemon, signal.SIGKILL)
+    steps(WARM_UP)
+    found["daemon_dead"] = steps(STEPS)
+    assert link.state == "own", link.state
     assert rigs["steered"].scheduler.smartspec_stats.num_errors == 0
     return found
 

@@ -168,6 +168,15 @@ class EngineLink:
         self.stats.state = choice.source
         return choice if choice.policy_seq == seq else choice._replace(policy_seq=seq)
 
+    @property
+    def may_steer(self) -> bool:
+        """Whether a policy may decide the next `choose`; if not, ids and ceilings will do."""
+        now = self._clock()
+        if now - self._prepared_at > PREPARED_S:
+            return True  # it takes in what has arrived first
+        program = self._program
+        return program is not None and now - self._policy_heard_at <= program.policy.ttl_s
+
     def prepare(self, batch: DecodeBatch | None) -> None:
         """Do now what the next `choose` would: for an engine that waits for its device.
 

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from smartspec.engine_adapter.base import F32
 
+F64 = npt.NDArray[np.float64]
+
 MEMORY = 512.0  #: drafts after one token beyond which older ones fade
 STRENGTH = 2.0  #: drafts that the rate of all tokens is worth in that of one
 
@@ -28,6 +30,7 @@ class TokenAcceptance:
     def __init__(self) -> None:
         self._counts = np.zeros((0, 2))  # [accepted, reached] by token
         self._all = np.array((1.0, 2.0))
+        self._lift = np.ones(0)  # odds after a token over those after any, as of when it was seen
 
     def learn(self, before: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
         """Take in drafts that were reached: the token before each, and whether it was accepted."""
@@ -39,18 +42,32 @@ class TokenAcceptance:
         np.add.at(self._counts, tokens, np.stack((outcome, np.ones(len(outcome))), axis=1))
         self._all += outcome.sum(), len(outcome)
         seen = np.unique(tokens)
-        self._counts[seen] *= np.minimum(1.0, MEMORY / self._counts[seen, 1:])
+        counts = self._counts[seen]
+        counts *= np.minimum(1.0, MEMORY / counts[:, 1:])
+        self._counts[seen] = counts
         self._all *= min(1.0, 16 * MEMORY / self._all[1])
+        right, wrong = counts[:, 0], counts[:, 1] - counts[:, 0]
+        pooled = self.pooled
+        odds = (right + STRENGTH * pooled) / (wrong + STRENGTH * (1.0 - pooled))
+        self._lift[seen] = odds / self.odds
 
     def rates(self, tokens: npt.ArrayLike) -> F32:
         """P(the draft after this token is accepted), [B] in (0, 1)."""
+        return _rate(self.lift(tokens) * self.odds)
+
+    def lift(self, tokens: npt.ArrayLike) -> F64:
+        """Odds of acceptance after each of these tokens, [B], over those after any."""
         ids = np.asarray(tokens, np.intp)
-        if len(ids):
+        try:
+            return self._lift.take(ids)
+        except IndexError:
             self._make_room(int(ids.max()) + 1)
-        counts = self._counts[ids]
-        accepted, reached = counts[:, 0], counts[:, 1]
-        rate: F32 = ((accepted + STRENGTH * self.pooled) / (reached + STRENGTH)).astype(np.float32)
-        return rate
+            return self._lift.take(ids)
+
+    @property
+    def odds(self) -> float:
+        """Of acceptance, over all tokens."""
+        return float(self._all[0] / (self._all[1] - self._all[0]))
 
     @property
     def pooled(self) -> float:
@@ -61,13 +78,18 @@ class TokenAcceptance:
         if size > len(self._counts):
             more = np.zeros((max(size, 2 * len(self._counts)) - len(self._counts), 2))
             self._counts = np.concatenate((self._counts, more))
+            self._lift = np.concatenate((self._lift, np.ones(len(more))))
+
+
+def _rate(odds: F64) -> F32:
+    return (odds / (1.0 + odds)).astype(np.float32)
 
 
 class CopyAcceptance:
     """Rates by the token before a draft and by the draft itself, where that is known beforehand.
 
-    The two are joined as if independent given the outcome (naive Bayes): with l the logit of a
-    rate, ``l = l(before) + l(drafted) - l(all)``.
+    The two are joined as if independent given the outcome (naive Bayes): the odds of all drafts,
+    times what the one token lifts them by, times what the other does.
 
     >>> rates = CopyAcceptance()
     >>> rates.learn([1, 1, 2], [5, 5, 6], [True, True, False])
@@ -86,9 +108,7 @@ class CopyAcceptance:
 
     def rates(self, before: npt.ArrayLike, drafted: npt.ArrayLike) -> F32:
         """P(the draft is accepted | the token before it, the draft), [B] in (0, 1)."""
-        first, second = self._before.rates(before), self._drafted.rates(drafted)
-        pooled = self._before.pooled
-        odds = first * second / pooled
-        against = (1.0 - first) * (1.0 - second) / (1.0 - pooled)
-        rate: F32 = (odds / (odds + against)).astype(np.float32)
-        return rate
+        lift = self._before.lift(before)
+        lift *= self._drafted.lift(drafted)
+        lift *= self._before.odds
+        return _rate(lift)

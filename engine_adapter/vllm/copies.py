@@ -18,17 +18,29 @@ from smartspec.engine_adapter.token_acceptance import CopyAcceptance
 
 _drafts = attrgetter("spec_token_ids")
 _tokens = attrgetter("_all_token_ids")
+_name = attrgetter("request_id")
+
+
+def _latest(requests: list[Any]) -> list[int]:
+    return [tokens[-1] for tokens in map(_tokens, requests)]
 
 
 class Found(NamedTuple):
-    """What a lookup found for a batch, before it is cut."""
+    """What a lookup found for a batch."""
 
     before: list[int]  #: [B], the latest token of each request
     drafts: list[list[int]]  #: [B]
 
     @classmethod
     def of(cls, requests: list[Any]) -> Found:
-        return cls([tokens[-1] for tokens in map(_tokens, requests)], list(map(_drafts, requests)))
+        """Before ``schedule()``: all of it."""
+        return cls(_latest(requests), list(map(_drafts, requests)))
+
+    @classmethod
+    def scheduled(cls, requests: list[Any], output: Any) -> Found:
+        """After ``schedule()``, of a step that nobody has cut: as far as vLLM had room for it."""
+        drafts = output.scheduled_spec_decode_tokens
+        return cls(_latest(requests), [drafts.get(name, []) for name in map(_name, requests)])
 
     def take(self, rows: npt.NDArray[np.intp]) -> Found:
         kept = rows.tolist()

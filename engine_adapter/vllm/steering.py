@@ -51,6 +51,10 @@ _in_flight = attrgetter("num_output_placeholders")
 class Source(LengthSource, Protocol):
     """What decides lengths, and can be told beforehand what for."""
 
+    @property
+    def may_steer(self) -> bool:
+        """Whether a policy may decide the next `choose`; if not, ids and ceilings will do."""
+
     def prepare(self, batch: DecodeBatch | None) -> None:
         """Do now what `choose` would have to do, for ``batch`` if it is known."""
 
@@ -151,7 +155,9 @@ class Steering:
         if plan is None:
             self._follow()
             plan = self._make_plan()
-        found = Found.of(plan.group.requests) if self._method.is_lookup else None
+        found = None
+        if self._method.is_lookup and self.source.may_steer:
+            found = Found.of(plan.group.requests)
         batch = self._as_it_is_now(plan, found)
         choice = self.source.choose(batch)
         if choice.source in STEERED:
@@ -277,13 +283,20 @@ class Steering:
         """Do all that can wait until the device runs."""
         step = self._steps.get(id(output))
         if step is not None:
-            step.weigh()
+            self._weigh(step)
         self._report()
         self._follow(step.group if step is not None else None)
         # Until the next step requests may leave, or wait to join; nobody else will decode in it.
         self._plan = self._make_plan()
         # What a lookup finds is not known yet.
         self.source.prepare(None if self._method.is_lookup else self._plan.batch)
+
+    def _weigh(self, step: Step) -> None:
+        """Note who is in the pass and what it reads; idempotent. Before the next ``schedule()``."""
+        step.weigh()
+        if self._method.is_lookup and step.found is None:
+            step.found = Found.scheduled(step.group.requests, step.output)
+            step.ceiling = sizes(step.found.drafts, len(step.found.drafts)).astype(np.uint8)
 
     def _report(self) -> None:
         """Tell what the steps did that have ended."""
@@ -292,6 +305,8 @@ class Steering:
         kv_usage = min(max(self._scheduler.kv_cache_manager.usage, 0.0), 1.0)
         for step in ended:
             if step.found is not None:
+                if not len(step.features):  # nobody needed them to choose
+                    step.features = self._copies.features(step.found)
                 self._copies.learn(step.found, step.came())
             facts = step.facts(self._method, num_waiting, kv_usage)
             self.stats.num_steps += 1
@@ -312,7 +327,7 @@ class Steering:
             return None
         step.step_s = max(now - max(step.scheduled_s, self._ended_s), 1e-9)
         self._ended_s = now
-        step.weigh()
+        self._weigh(step)
         step.take_results(result, not self._steps and self._scheduler.running == step.running)
         return step
 

@@ -69,7 +69,7 @@ class Step:
     choice: Choice
     running: list[Any]  #: whoever runs, decoding or not
     scheduled_s: float
-    found: Found | None = None  #: of the group, by a lookup
+    found: Found | None = None  #: of the group, by a lookup; None: not looked at yet
     ceiling: Any = None  #: [B], of the group; None: not weighed yet
     features: Any = None  #: [F, B], of the group
     context_tokens: int = 0
@@ -82,7 +82,7 @@ class Step:
     _counts: npt.NDArray[np.bool_] | None = None  #: [B], what vLLM takes in; None: everything
 
     def weigh(self) -> None:
-        """Note who is in the pass and what it reads; idempotent. Before the next ``schedule()``."""
+        """Note who is in the pass and what it reads; idempotent."""
         if self.ceiling is not None:
             return
         self.ceiling, self.features = self.batch.ceiling, self.batch.features

@@ -227,6 +227,19 @@ def test_policy_is_in_force_when_the_engine_stood_still_after_preparing(pair: Pa
     assert pair.source() == "policy"
 
 
+def test_features_are_read_while_a_policy_holds_or_one_may_come_first(pair: Pair) -> None:
+    pair.link.prepare(None)
+    assert not pair.link.may_steer  # nobody steers
+    pair.clock.now += 1.0
+    assert pair.link.may_steer  # `choose` will look whether somebody does
+    pair.deliver(policy(ttl_s=1.0))
+    pair.link.prepare(None)
+    assert pair.link.may_steer
+    pair.clock.now += 1.1
+    pair.link.prepare(None)
+    assert not pair.link.may_steer and pair.source() == "fallback"
+
+
 def test_own_length_is_chosen_when_preparing_fails(pair: Pair) -> None:
     pair.deliver(policy())
     wrong = decode_batch()

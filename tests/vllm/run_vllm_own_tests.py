@@ -55,6 +55,8 @@ def _classes(steered: bool) -> tuple[type, type]:
     class Full:
         """Steers every step to the longest lengths."""
 
+        may_steer = False
+
         def choose(self, batch: Any) -> Any:
             return Choice(batch.ceiling.astype("int64"), source="policy")
 

@@ -262,9 +262,8 @@ def play(seed: int, depth: int, method: str) -> dict[str, int]:
     source = RandomLengths(seed)
     base: Any = SmartSpecScheduler if depth == 1 else SmartSpecAsyncScheduler
 
-    told = dict.fromkeys(
-        ("steps", "checked", "too_long", "useless", "deepest", "grown", "emitted", "adapters"), 0
-    )
+    counted = "steps", "checked", "too_long", "useless", "deepest", "grown", "emitted", "adapters"
+    told = dict.fromkeys((*counted, "featureless"), 0)
 
     class Random(base):  # type: ignore[misc]
         def make_source(self, wanted: Any) -> Any:
@@ -280,6 +279,7 @@ def play(seed: int, depth: int, method: str) -> dict[str, int]:
 
     def report(facts: Any) -> None:
         told["emitted"] += int(facts.num_emitted.sum())
+        told["featureless"] += len(facts.batch.features) == 0
 
     source.report = report  # type: ignore[method-assign]
     config = configuration(method, depth > 1, 12, 64)
@@ -345,6 +345,8 @@ def play(seed: int, depth: int, method: str) -> dict[str, int]:
 
 class Failing:
     """A source that leaves lengths to the engine, and after 20 calls of ``method`` fails."""
+
+    may_steer = False
 
     def __init__(self, method: str) -> None:
         self.calls_left = {method: 20}

@@ -93,11 +93,13 @@ class RandomLengths:
         self.rng = np.random.default_rng(seed)
         self.chosen: dict[int, tuple[int, int]] = {}  #: length and ceiling, by request
         self.steered = False
+        self.may_steer = True
 
     def choose(self, batch: Any) -> Any:
         from smartspec.engine_adapter.lengths import Choice
 
-        self.steered = self.rng.random() < 0.9
+        self.steered = self.may_steer and self.rng.random() < 0.97
+        self.may_steer = self.rng.random() < 0.93
         if not self.steered:
             return Choice.fixed(batch.ceiling.astype(np.int64), "own")
         lengths = self.rng.integers(0, batch.ceiling.astype(np.int64) + 1)

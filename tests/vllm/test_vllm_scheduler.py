@@ -50,6 +50,8 @@ def test_invariants_hold_with_steps_in_flight(
     assert sum(run["aborted"] for run in runs) > SEEDS
     assert max(run["deepest"] for run in runs) == 5
     assert min(run["siblings"] for run in runs) > 0  # of requests with n > 1
+    # What is known of a lookup is told, also where nobody asked for it in time.
+    assert all((run["featureless"] == 0) == (method == "ngram") for run in runs)
     assert max(run["adapters"] for run in runs) == MAX_ADAPTERS
     assert sum(run["emitted"] for run in runs) <= sum(run["grown"] for run in runs)
     if depth == 1:
