@@ -115,6 +115,11 @@ def inside(endpoint: str, load: str, size: int, daemon: int, step_s: float) -> d
     found["fallback_over"] = steps(STEPS)
     assert link.state == "own", link.state
     os.kill(daemon, signal.SIGKILL)
+    for rig in rigs.values():  # their answers are about to end
+        for name, request in rig.requests.items():
+            if not request.is_finished():
+                rig.abort(name)
+        fill(rig)
     steps(WARM_UP)
     found["daemon_dead"] = steps(STEPS)
     assert link.state == "own", link.state
