@@ -147,7 +147,7 @@ def test_engine_is_left_to_itself_and_tried_again_when_smartspec_does_harm() -> 
             if decision is None or arm is not Arm.SMARTSPEC:
                 return decision
             policy = msgspec.structs.replace(decision.policy, depth=0, num_probes=0)
-            return dataclasses.replace(decision, policy=policy)
+            return dataclasses.replace(decision, make_policy=lambda: policy)
 
         session.planner.decide = misled  # type: ignore[method-assign,assignment]
         while not pair.trial.num_retreats:
