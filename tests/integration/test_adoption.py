@@ -91,7 +91,8 @@ def goodput(costs: Costs, acceptance: float, batch: int, length: int) -> float:
 
 
 def test_canary_measures_the_gain_and_steers_its_share() -> None:
-    with adoption([0.6] * 24, BUSY, mode="canary", adoption__canary_share=0.5) as pair:
+    without_probes = {"adoption__canary_share": 0.5, "control__probe_share": 0.0}
+    with adoption([0.6] * 24, BUSY, mode="canary", **without_probes) as pair:
         pair.run(120)
         event = pair.last_gain()
         # Length 0 is best here, and the engine's own is 3.
