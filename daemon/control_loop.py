@@ -204,7 +204,7 @@ class ControlLoop:
         session.decision = decision
         session.decide_s = self._clock() - began
         self.counters["decisions"] += 1
-        return decision.policy.reason
+        return decision.order.reason
 
     def _learn(self, session: Session, observations: list[Observation]) -> None:
         began = self._clock()
@@ -267,7 +267,7 @@ class ControlLoop:
                 otherwise=otherwise,
                 model_std=decision.gain_std,
                 # Of several steps an earlier one may have ended the block.
-                obeyed=session.trial.current is decision.arm
+                obeyed=session.trial.current is decision.order.arm
                 and session.planner.obeyed(observation),
                 comparable=decision.is_comparable,
                 num_waiting=observation.report.num_waiting,

@@ -150,12 +150,13 @@ def _by_depth(
     # Without a price per forward a smaller depth only takes candidates away.
     depths = depths_tried(deepest) if draft.per_forward_s > 0 else [deepest]
     if 1 < len(depths) == deepest + 1 and ladder.presence is None:
-        gains, drafts = ladder.every_depth()
+        gains, counts = ladder.every_depth()
+        drafts = ladder.forced_drafts + np.arange(gains.shape[1])
         by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
         floor = ladder.deepest_floor
         by_depth = np.array([draft.by_depth(max(depth, floor)) for depth in depths])
-        seconds = by_drafts + by_depth[:, None]
-        if drafts[0] == 0:
+        seconds = by_drafts[counts] + by_depth[:, None]
+        if not ladder.forced_drafts:
             seconds[:, 0] = by_drafts[0]
         return list(enumerate(worth(gains, seconds).max(axis=1).tolist()))
     found = []

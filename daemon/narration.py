@@ -78,30 +78,30 @@ def decision_event(
     engine: Engine, decision: Decision, decide_s: float, learn_s: float, t_s: float
 ) -> DecisionEvent:
     """A policy, why, and what it and the alternatives should bring."""
-    policy = decision.policy
+    order = decision.order
     counts = [0] * (engine.max_length + 1)
     for length in decision.lengths.tolist():
         counts[length] += 1
     return DecisionEvent(
         engine=engine.name,
-        policy_seq=policy.seq,
-        report_seq=policy.report_seq,
+        policy_seq=decision.seq,
+        report_seq=decision.report_seq,
         t_s=t_s,
-        steering=decision.arm is Arm.SMARTSPEC,
-        reason=policy.reason,
-        value_of_time=policy.value_of_time,
-        depth=policy.depth,
+        steering=order.arm is Arm.SMARTSPEC,
+        reason=order.reason,
+        value_of_time=order.value_of_time,
+        depth=order.depth,
         mode=decision.mode,
         length_counts=tuple(counts),
         predicted_goodput=decision.goodput,
         predicted_goodput_none=decision.none.goodput,
         predicted_goodput_static=decision.static().goodput,
         acceptance=tuple(engine.acceptance.pooled_hazards().tolist()),
-        num_probes=policy.num_probes,
+        num_probes=order.num_probes,
         decide_s=decide_s,
         learn_s=learn_s,
-        num_targets=decision.num_targets,
-        num_targets_out_of_reach=decision.num_out_of_reach,
+        num_targets=order.num_targets,
+        num_targets_out_of_reach=order.num_out_of_reach,
     )
 
 

@@ -204,7 +204,7 @@ class Ladder:
         self.floor = floor
         self.deepest_floor = 0
         self._forced_gain = 0.0
-        self._forced_drafts = 0.0
+        self.forced_drafts = 0.0  #: by floors
         self._free = self.worth  # -inf where an item may not be chosen
         if ceiling is not None:
             self._free = np.where(_DEPTHS[: self.max_length] < ceiling, self._free, -np.inf)
@@ -214,7 +214,7 @@ class Ladder:
         if self.floor is not None and self.deepest_floor:
             forced = _DEPTHS[: self.max_length] < self.floor
             self._forced_gain = float(self._expected(self.worth)[forced].sum())
-            self._forced_drafts = float(self._expected(self.floor).sum())
+            self.forced_drafts = float(self._expected(self.floor).sum())
             self._free = np.where(forced, -np.inf, self._free)
         self._scans: dict[int, tuple[F64, F64, Worth]] = {}
 
@@ -233,30 +233,23 @@ class Ladder:
         """
         return self._scan(depth)[:2]
 
-    def every_depth(self) -> tuple[F64, F64]:
-        """`prefixes` within every depth 0, 1, ..., `max_length`, sorted and summed at once.
+    def every_depth(self) -> tuple[F64, I64]:
+        """`prefixes` within every depth 0, 1, ..., `max_length`, of one sort.
 
-        Returns gains [max_length + 1, max_length * B + 1], -inf where a depth has fewer items, and
-        drafted tokens [max_length * B + 1]. Without presences only: with them drafts differ by
-        depth.
+        All items in falling order of their worth, of which each depth leaves out those beyond it:
+        then the one before stands in its place once more. Returns gains and numbers of items
+        drafted beside the forced ones, both [max_length + 1, max_length * B + 1]. Without presences
+        only: with them an item is less than a draft.
         """
-        size, depths = self.size, range(1, self.max_length + 1)
-        num_items = self.max_length * size
-        items = np.full((self.max_length, num_items), -np.inf, self._free.dtype)
         flat = self._free.ravel()
-        for depth in depths:
-            row = items[depth - 1, : depth * size]
-            row[::-1] = np.sort(flat[: depth * size])
-        gain = np.zeros((self.max_length + 1, num_items + 1))
-        gain[0, 1:] = -np.inf
-        items.cumsum(axis=1, out=gain[1:, 1:])
-        gain += self.weight_sum + self._forced_gain
-        drafts = np.arange(self._forced_drafts, self._forced_drafts + num_items + 0.5)
-        for depth in depths:
-            last = depth * size
-            scan = gain[depth, : last + 1], drafts[: last + 1], items[depth - 1, :last]
-            self._scans[depth] = scan
-        return gain, drafts
+        order = flat.argsort()[::-1]
+        within = order // self.size < np.arange(self.max_length + 1)[:, None]
+        gains = np.zeros((self.max_length + 1, len(order) + 1))
+        np.where(within, flat[order], 0.0).cumsum(axis=1, out=gains[:, 1:])
+        gains += self.weight_sum + self._forced_gain
+        counts = np.zeros(gains.shape, np.int64)
+        within.cumsum(axis=1, out=counts[:, 1:])
+        return gains, counts
 
     def _scan(self, depth: int) -> tuple[F64, F64, Worth]:
         """Prefixes, and the worth of the items in falling order: of one depth, once."""
@@ -272,7 +265,7 @@ class Ladder:
         if self.presence is None:
             worth = np.sort(self._free[:depth], axis=None)[::-1]
             worth.cumsum(out=gain[1:])
-            drafts = np.arange(self._forced_drafts, self._forced_drafts + num_items + 0.5)
+            drafts = np.arange(self.forced_drafts, self.forced_drafts + num_items + 0.5)
         else:
             free = self._free[:depth].ravel()
             order = free.argsort()[::-1]
@@ -282,7 +275,7 @@ class Ladder:
             drafts = np.empty(num_items + 1)
             drafts[0] = 0.0
             share.cumsum(out=drafts[1:])
-            drafts += self._forced_drafts
+            drafts += self.forced_drafts
         gain += self.weight_sum + self._forced_gain
         return gain, drafts, worth
 

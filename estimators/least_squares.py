@@ -60,7 +60,7 @@ class RecursiveLeastSquares:
 
     ``covariance``, the inverse of observations' and prior's precision, is in units of the noise of
     an observation of weight 1. `add` takes observations in; `solve` then brings ``coef`` and
-    ``covariance`` up to date, so that several observations of one step pay for one solution.
+    ``covariance`` up to date, so that several observations pay for one solution.
 
     Parameters
     ----------
@@ -82,6 +82,7 @@ class RecursiveLeastSquares:
         self.coef = prior_mean.copy()
         self.covariance = _inverse(prior_precision)
         self._zero: list[int] = []
+        self._is_solved = True
 
     def add(self, row: F64, y: float, weight: float) -> None:
         """Take in one observation; `solve` makes it count."""
@@ -93,6 +94,7 @@ class RecursiveLeastSquares:
         change_t = change.T * (-forgotten, weight)
         self.precision += change_t @ change
         self.moment += change_t @ (float(row @ self.moment), y)
+        self._is_solved = False
 
     def join(self, other: RecursiveLeastSquares) -> None:
         """Take in what another filter with the same prior knows; adds no evidence.
@@ -129,6 +131,7 @@ class RecursiveLeastSquares:
             return
         self.covariance = covariance
         self.coef = self._non_negative()
+        self._is_solved = True
 
     def _recover(self) -> None:
         """Keep the coefficients, and know them as little as at first.
@@ -140,6 +143,7 @@ class RecursiveLeastSquares:
         self.moment = np.zeros_like(self.moment)
         self._prior_moment = self._prior @ self.coef
         self.covariance = _inverse(self.prior_weight * self._prior)
+        self._is_solved = True
 
     def _free(self) -> F64:
         """The coefficients without their bounds."""
@@ -183,6 +187,8 @@ class RecursiveLeastSquares:
         slows down, everything does, by one factor: the first observations after a change settle
         that factor, later ones the rest.
         """
+        if not self._is_solved:
+            self.solve()
         self.num_loosened += 1
         free = self._free()
         precision, moment = keep * self.precision, keep * self.moment
@@ -240,6 +246,7 @@ class RecursiveLeastSquares:
         self._prior, self._prior_moment, self.prior_weight = prior, prior_moment, weight
         self.precision, self.moment, self.coef = precision, moment, coef
         self.covariance, self._zero = covariance, zero
+        self._is_solved = False
 
 
 class Verdict(NamedTuple):

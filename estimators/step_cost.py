@@ -109,6 +109,8 @@ _FIXED, _BATCH, _VERIFY, _CONTEXT, _PREFILL, _EAGER, _RAGGED = range(7)
 _DRAFTING, _FORWARDS, _TOKENS, _CATCH_UP = range(7, 11)
 _SEGMENTS = 11  # and onwards: one per segment
 _SMALL = np.arange(1.0, SIZES + 2)  #: counts with a level of their own, and the next
+SOLVED_EVERY = 4  #: steps, once not `YOUNG`: one alone moves coefficients that remember 50 little
+YOUNG = 200  #: steps in which coefficients are still moving fast
 MAX_GRIDS = 128  #: ranges of tokens whose breakpoints are kept
 _NOISE = 0.1  # relative deviation of an observation that the prior's precision is in units of
 
@@ -276,6 +278,7 @@ class StepCost(Regressor):
 
         row = self.row(shape)
         solver = self._solver
+        num_changes = solver.num_loosened
         if self._num_observed == 0:
             solver.rescale(max(step_s, RESOLUTION_S) / float(row @ solver.coef))
         overhead_s = self._overhead.value
@@ -304,7 +307,9 @@ class StepCost(Regressor):
         # Precisions are in units of the noise: the quieter the machine, the sooner it, and not the
         # prior, is believed.
         self._solver.prior_weight = (self._filters[name].noise / _NOISE) ** 2
-        solver.solve()
+        young = self._num_observed < YOUNG
+        if young or num_changes < solver.num_loosened or self._num_observed % SOLVED_EVERY == 0:
+            solver.solve()
         size = self._size(shape.verify_tokens + shape.prefill_tokens)
         if size <= SIZES and not verdict.shifted:
             ratio = self._levels.of(size) * seen_s / max(expected_s, RESOLUTION_S)

@@ -91,7 +91,8 @@ def goodput(costs: Costs, acceptance: float, batch: int, length: int) -> float:
 
 
 def test_canary_measures_the_gain_and_steers_its_share() -> None:
-    with adoption([0.6] * 24, BUSY, mode="canary", adoption__canary_share=0.5) as pair:
+    without_probes = {"adoption__canary_share": 0.5, "control__probe_share": 0.0}
+    with adoption([0.6] * 24, BUSY, mode="canary", **without_probes) as pair:
         pair.run(120)
         event = pair.last_gain()
         # Length 0 is best here, and the engine's own is 3.
@@ -147,7 +148,7 @@ def test_engine_is_left_to_itself_and_tried_again_when_smartspec_does_harm() -> 
             if decision is None or arm is not Arm.SMARTSPEC:
                 return decision
             policy = msgspec.structs.replace(decision.policy, depth=0, num_probes=0)
-            return dataclasses.replace(decision, policy=policy)
+            return dataclasses.replace(decision, make_policy=lambda: policy)
 
         session.planner.decide = misled  # type: ignore[method-assign,assignment]
         while not pair.trial.num_retreats:

@@ -23,7 +23,7 @@ import pytest
 from fakes import PATIENCE_S
 from scripted_engine import Costs, ScriptedEngine, hello
 
-from smartspec.daemon.policy import TOLD_EVERY
+from smartspec.daemon.told import TOLD_EVERY
 from smartspec.engine_adapter.link import EngineLink
 
 pytestmark = pytest.mark.system

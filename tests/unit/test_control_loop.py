@@ -24,6 +24,7 @@ from smartspec.daemon.event_bus import (
     NoteEvent,
     StepEvent,
 )
+from smartspec.daemon.outlook import Outlook
 from smartspec.daemon.policy import RELEASE_TTL_S
 from smartspec.daemon.sessions import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT
 from smartspec.daemon.state.learned import ModelKey, decode
@@ -436,8 +437,10 @@ def test_failing_lesson_is_counted_and_the_loop_goes_on(rig: Rig, part: str) -> 
     assert len(rig.policies()) == 3 and len(rig.bus.of(StepEvent)) == 3
 
 
-def test_failing_comparison_is_counted_and_the_loop_goes_on(rig: Rig) -> None:
-    rig.session().planner._static = fail  # worked out when a decision is told of
+def test_failing_comparison_is_counted_and_the_loop_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Outlook, "at_length", fail)  # worked out when a decision is told of
     for seq in range(1, 4):
         assert rig.cycle(b"a", step_report(seq, roster=seq == 1)) is not None
     assert rig.loop.counters["failures_comparing"] == 3

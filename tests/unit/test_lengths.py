@@ -210,14 +210,10 @@ def test_prefixes_of_every_depth_at_once_are_those_of_each(size: int) -> None:
     weight = rng.choice([0.5, 1.0], size)
     floor, ceiling = rng.integers(0, 3, size), rng.integers(0, 5, size)
     for bounds in ({}, {"weight": weight}, {"floor": floor}, {"floor": floor, "ceiling": ceiling}):
-        gains, drafts = Ladder(survival, **bounds).every_depth()
+        ladder = Ladder(survival, **bounds)
+        gains, counts = ladder.every_depth()
         for depth in range(5):
-            gain, drafted = Ladder(survival, **bounds).prefixes(depth)
-            last = len(gain)
-            assert gains[depth, :last].tolist() == gain.tolist()
-            assert drafts[:last].tolist() == drafted.tolist()
-            assert (gains[depth, last:] == -np.inf).all()
-        once, again = Ladder(survival, **bounds), Ladder(survival, **bounds)
-        once.every_depth()
-        for count, depth in ((0, 2), (size, 1), (3 * size, 4)):
-            assert once.lengths(count, depth).tolist() == again.lengths(count, depth).tolist()
+            gain, drafted = ladder.prefixes(depth)
+            assert np.unique(counts[depth]).tolist() == list(range(len(gain)))
+            assert gains[depth].tolist() == gain[counts[depth]].tolist()
+            assert (ladder.forced_drafts + counts[depth]).max() == drafted[-1]

@@ -13,7 +13,8 @@ from fakes import Steering, decode_batch, step_report
 from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.policy import TOLD_EVERY, Arm, Decision, Planner
+from smartspec.daemon.policy import Arm, Decision, Planner
+from smartspec.daemon.told import LATE_STEPS, TOLD_EVERY
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.lengths import RAGGED, UNIFORM
 from smartspec.engine_adapter.program import Program
@@ -288,15 +289,44 @@ def test_policy_is_sent_when_the_lengths_in_force_have_become_wrong() -> None:
     assert source.engine.last is not None and source.engine.last.num_drafted.mean() < 1
 
 
-def test_policy_is_sent_for_a_new_batch_and_after_one_that_did_not_arrive() -> None:
-    scripted, source = planned([0.8] * 8, steps=300)
+@pytest.mark.parametrize("late", [1, 3])
+@pytest.mark.parametrize("lookup", [True, False], ids=["lookup", "draft_model"])
+def test_policy_under_way_is_not_sent_again_when_policies_come_late(
+    lookup: bool, late: int
+) -> None:
+    scripted, source = planned([0.8] * 6 + [0.3] * 6, steps=600, lookup=lookup)
+    source.delay(late)
+    for _ in range(300):
+        scripted.step()
+    news = [decision.is_news for decision in source.decisions[-280:]]
+    assert sum(news) < len(news) / 3
+    followed = [again for told, again in pairwise(news) if told]
+    assert followed.count(True) < len(followed) / 3
+
+
+def test_policy_is_kept_for_a_new_batch_that_it_suits_and_not_for_another() -> None:
+    scripted, source = planned([0.8] * 8, Costs(knee=16, beyond_s=0.004), steps=300)
+    while not source.decisions[-1].is_news:
+        scripted.step()
     scripted.replace(1, np.array([0.8]))
     scripted.step()
+    assert not source.decisions[-1].is_news
+    scripted.set_batch(np.full(2, 0.8))
+    scripted.step()
     assert source.decisions[-1].is_news
+
+
+def test_policy_is_sent_again_when_it_did_not_arrive() -> None:
+    scripted, source = planned([0.8] * 8, steps=300)
+    while not source.decisions[-1].is_news:
+        scripted.step()
     assert source.program is not None
     lost = source.decisions[-1].policy
     earlier = msgspec.structs.replace(lost, seq=lost.seq - 1)
     source.program = Program(earlier, source.engine.hello.limits.features, scripted.ids)
+    for _ in range(LATE_STEPS):
+        scripted.step()
+        assert not source.decisions[-1].is_news
     scripted.step()
     assert source.decisions[-1].is_news
 
@@ -453,7 +483,7 @@ def test_feasible_target_is_met_more_often_than_without_it(seed: int) -> None:
         )
         shares[meet] = share_in_time(scripted, 100, target_s, who)
         decision = source.decisions[-1]
-        assert decision.num_targets == (4 if meet else 0)
+        assert decision.order.num_targets == (4 if meet else 0)
         assert ("4 with a target" in decision.policy.reason) == meet
     assert shares[True] > shares[False] + 0.4, shares
 
@@ -468,7 +498,7 @@ def test_target_that_cannot_be_met_is_reported_and_bends_nothing() -> None:
         )
         lengths.append([choice.lengths.tolist() for choice in scripted.choices])
         if targets is not None:
-            assert source.decisions[-1].num_out_of_reach == 2
+            assert source.decisions[-1].order.num_out_of_reach == 2
             reason = source.decisions[-1].policy.reason
             assert reason.endswith("; 2 with a target, 2 of them out of reach")
     assert lengths[0] == lengths[1]

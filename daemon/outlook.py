@@ -1,0 +1,139 @@
+"""What is known of an engine's next step, taken to be like its last: what drafts bring and cost."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from smartspec.daemon import goodput
+from smartspec.daemon.engines import Engine, Observation
+from smartspec.daemon.goodput import Optimum
+from smartspec.engine_adapter.lengths import (
+    F64,
+    I64,
+    UNIFORM,
+    CostCurve,
+    DraftCost,
+    Ladder,
+    Worth,
+    request_survivals,
+    step_seconds,
+)
+from smartspec.estimators.step_cost import StepShape
+
+
+class Expected(NamedTuple):
+    """What a step should bring."""
+
+    tokens: float  #: weighted
+    seconds: float
+
+    @property
+    def goodput(self) -> float:
+        return self.tokens / self.seconds
+
+
+class Outlook(NamedTuple):
+    """The batch last reported, as the models see it now."""
+
+    table: Worth  #: log survivals, [K, num_buckets]
+    correction: Worth  #: [B]
+    survival: Worth  #: of each request, [K, B]
+    ladder: Ladder  #: with presences where drafts are known before lengths are chosen
+    curves: list[CostCurve]  #: of passes without prompts, one per mode, uniform last
+    draft: DraftCost
+    shape: StepShape  #: of the step without drafts
+    num_prompt_tokens: int  #: they come in rows: as many as in the last step are the best guess
+    beside_s: float  #: by which those tokens are dearer than verified ones
+
+    @classmethod
+    def of(cls, engine: Engine, observation: Observation, table: Worth) -> Outlook:
+        """By what the engine's models say, of survivals ``table``."""
+        batch, report = observation.batch, observation.report
+        rows = engine.rows(batch)
+        correction = engine.acceptance.corrections(rows)
+        survival = request_survivals(table, engine.last_bucket, correction)
+        known_first = engine.hello.limits.drafts_known_first
+        presence = engine.acceptance.presence(rows) if known_first else None
+        available = None if known_first else observation.num_available
+        shape = StepShape(
+            batch=len(batch.ids),
+            verify_tokens=len(batch.ids),
+            prefill_tokens=report.num_prefill_tokens,
+            context_tokens=report.context_tokens,
+        )
+        return cls(
+            table,
+            correction,
+            survival,
+            Ladder(survival, batch.weight, batch.floor, available, presence),
+            _curves(engine, shape),
+            engine.draft_cost(),
+            shape,
+            report.num_prefill_tokens,
+            engine.step_cost.prefill_cost() * report.num_prefill_tokens,
+        )
+
+    def optimum(self) -> Optimum:
+        """The lengths of greatest goodput."""
+        optimum = goodput.solve(self.ladder, self.curves, self.draft)
+        if not self.num_prompt_tokens:
+            return optimum
+        # What a second is worth the batch shows alone (docs/adr/0005-price-of-time.md).
+        price, other = optimum.value_of_time, self.num_prompt_tokens
+        optimum = goodput.at_price(self.ladder, price, self.curves, self.draft, other)
+        choice = optimum.choice
+        return optimum._replace(goodput=choice.gain / (choice.seconds + self.beside_s))
+
+    def chosen(self, optimum: Optimum) -> Expected:
+        """What the optimum's lengths should bring."""
+        return Expected(optimum.choice.gain, optimum.choice.seconds + self.beside_s)
+
+    def without(self) -> tuple[Expected, float]:
+        """What no speculation should bring, and the seconds of it that are its prompts'."""
+        size = self.ladder.size
+        alone_s, none_s = self.curves[-1].at((size, size + self.num_prompt_tokens)).tolist()
+        none = Expected(self.ladder.weight_sum, none_s + self.beside_s)
+        return none, max(none.seconds - alone_s, 0.0)
+
+    def at_length(self, length: int) -> Expected:
+        """What one length for all should bring."""
+        lengths, gain = self.ladder.at(length)
+        drafts = np.array(self.num_drafts(lengths))
+        depth = int(lengths.max(initial=0))
+        num_tokens = self.ladder.size + self.num_prompt_tokens + drafts
+        seconds = float(step_seconds(self.curves[-1], self.draft, num_tokens, drafts, depth))
+        return Expected(gain, seconds + self.beside_s)
+
+    def num_drafts(self, lengths: I64) -> float:
+        """Drafts to be expected at ``lengths`` [B]."""
+        presence = 1.0 if self.ladder.presence is None else self.ladder.presence
+        return float((lengths * presence).sum())
+
+    def by_batch(self, most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Batch sizes up to ``most``, and the best single length for each, of average requests."""
+        ladder = self.ladder
+        batches: I64 = np.unique(np.geomspace(1, most, 12).round().astype(np.int64))
+        average: F64 = ladder.worth.mean(axis=1) * (ladder.size / ladder.weight_sum)
+        presence = 1.0 if ladder.presence is None else float(ladder.presence.mean())
+        best = goodput.best_by_batch(average, presence, batches, self.curves[-1], self.draft)
+        return tuple(batches.tolist()), tuple(best.tolist())
+
+
+def _curves(engine: Engine, shape: StepShape) -> list[CostCurve]:
+    """Seconds by tokens in the pass, wide enough for a batch that has since doubled.
+
+    One per mode of the engine, uniform last. Those of a pass without prompts: what the tokens of
+    prompts cost beyond that of others is the same for all lengths, so that an engine can choose by
+    these curves whatever prompts its step turns out to carry.
+    """
+    limits = engine.hello.limits
+    most = min(2 * round(shape.batch) + 8, limits.max_num_running) * (1 + limits.max_length)
+    most += engine.most_prefill_tokens
+    curves = []
+    for mode in sorted(limits.modes, key=lambda mode: mode == UNIFORM):
+        shape = shape._replace(ragged=float(engine.is_dear(mode)))
+        tokens, seconds = engine.step_cost.whole_curve(shape, 1, most)
+        curves.append(CostCurve(mode, tokens, tuple(seconds.tolist())))
+    return curves
