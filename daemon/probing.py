@@ -3,7 +3,12 @@
 A controller that never tries a length learns nothing about it: what it believes of deep or switched
 off speculation would stay as it was. Probes are deliberate and paid from a budget: a share of the
 engine's time, which at the value of time is the same share of its goodput. They stop while requests
-wait.
+wait. A probe is paid at what it is expected to cost, and then for what it brought less than
+expected, and for the drafter's forward that follows it where drafts go on by themselves.
+
+A first start sweeps: it tries lengths for all. First the longest, and lengths that halve, once
+each, which shows how a step's time grows with its tokens up to the most that there can be. Then all
+that by this lose little, twice each: what is best lies among them, wherever the curve has a knee.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from smartspec.daemon.engines import Engine, Observation
 from smartspec.daemon.goodput import Optimum
 from smartspec.engine_adapter.lengths import I64, CostCurve, DraftCost, Ladder, step_seconds
 
-SWEEPS = 2  #: times that the first start tries every length
+NEAR, LOOKS = 0.25, 2  #: share of a step's time that a length may lose to be tried so often more
 MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
 BATCH_PROBES = 8  #: requests that share the drafter's forwards in one probe
 SPACING = 8  #: decisions between two probes, or two looks at what one would cost
@@ -28,6 +33,17 @@ SETTLING_STEPS = 1000  #: of a first start, whose sweep saw each size of pass on
 SAVINGS_S, SAVINGS_STEPS = 60.0, 1000
 
 
+def sweep_lengths(max_length: int) -> list[int]:
+    """What the sweep tries: the longest, and lengths that halve, down to 0.
+
+    >>> sweep_lengths(5)
+    [5, 4, 2, 1, 0]
+    """
+    if not max_length:
+        return []
+    return [max_length, *(1 << i for i in reversed(range((max_length - 1).bit_length()))), 0]
+
+
 class Prober:
     """One engine's probes.
 
@@ -35,20 +51,21 @@ class Prober:
     ----------
     max_length : longest length of the engine
     share : of goodput that probing may cost, 0 to 1
-    sweep : whether this is a first start: try all lengths, each twice, outside the budget; and
-        spend the whole budget for a while
+    sweep : whether this is a first start: sweep, outside the budget; and spend the whole budget
+        for a while
     """
 
     def __init__(self, max_length: int, share: float, sweep: bool) -> None:
         self.share = share
         self.max_length = max_length
-        self._sweep = list(range(max_length, -1, -1)) * SWEEPS if sweep and max_length else []
+        self._sweep = sweep_lengths(max_length) if sweep else []
+        self._near = list(range(max_length, -1, -1)) * LOOKS if self._sweep else []
         self._settling = SETTLING_STEPS if sweep else 0
         self._tries = 0
         self._turn = 0
         self.num_probes = 0
         self._since_last = 0
-        self.cost_s = 0.0  #: expected time given up for probes so far
+        self.cost_s = 0.0  #: time given up for probes so far, at the value of time
         self._purse_s = 0.0
 
     @property
@@ -74,12 +91,19 @@ class Prober:
         elif self._tries >= MAX_TRIES:
             self._sweep.pop(0)
             self._tries = 0
+        if not self._sweep:
+            self._sweep = self._near
 
     def sweep_length(self, observation: Observation) -> int | None:
-        """The length that all requests should try next to seed the models; None: no sweep now."""
+        """The length that all requests should try next to seed the models; None: no sweep now.
+
+        Each call goes on to the next, since what was told shows only some steps later. The short
+        ones come last, so that what is told again meanwhile costs little.
+        """
         if not self._sweep or observation.report.num_waiting:
             return None
-        return self._sweep[0]
+        self._sweep.append(self._sweep.pop(0))
+        return self._sweep[-1]
 
     def plan(
         self,
@@ -94,7 +118,17 @@ class Prober:
         observation = engine.last
         if self.max_length == 0 or ladder.size == 0 or observation is None:
             return 0, 0
-        if observation.report.num_waiting or self._sweep:
+        self._correct(observation, optimum, ladder, draft)
+        if observation.report.num_waiting:
+            return 0, 0
+        given = optimum, ladder, curve, draft, num_other_tokens
+        if self._sweep is self._near:
+            deepest, most_s = observation.num_available.max(), NEAR * optimum.choice.seconds
+            while self._near and (
+                self._near[0] > deepest or self._loss_s(*given, self._near[0]) > most_s
+            ):
+                self._near.pop(0)
+        if self._sweep:
             return 0, 0
         self._since_last += 1
         if self._since_last < SPACING or self._purse_s <= 0:
@@ -103,14 +137,49 @@ class Prober:
         turns = TURNS if optimum.choice.lengths.any() else TURNS_WHEN_OFF
         length = min(turns[self._turn % len(turns)] or self.max_length, self.max_length)
         count = min(ladder.size, BATCH_PROBES) if draft.per_forward_s > 0 else 1
-        cost_s = self._cost_s(optimum, ladder, curve, draft, num_other_tokens, length, count)
+        cost_s = self._cost_s(*given, length, count)
         if cost_s is None or cost_s > self._purse_s:
             return 0, 0
-        self._purse_s -= cost_s
-        self.cost_s += cost_s
+        self._pay(cost_s)
         self.num_probes += 1
         self._turn += 1
         return length, count
+
+    def _pay(self, cost_s: float) -> None:
+        self._purse_s -= cost_s
+        self.cost_s += cost_s
+
+    def _correct(
+        self, observation: Observation, optimum: Optimum, ladder: Ladder, draft: DraftCost
+    ) -> None:
+        """Pay for what a probe brought less than was expected, and for a forward that follows it.
+
+        Some engines run the first forward of whoever was drafted for in the step before, whether or
+        not anything is then drafted.
+        """
+        report = observation.report
+        if report.source == "probe":
+            drafted = np.arange(ladder.max_length)[:, None] < observation.num_drafted
+            expected = ladder.weight_sum + float(ladder.worth[drafted].sum())
+            self._pay((expected - observation.weighted_tokens) / optimum.value_of_time)
+        elif report.num_draft_forwards and not observation.drafted_any:
+            self._pay(draft.by_depth(report.num_draft_forwards))
+
+    @staticmethod
+    def _loss_s(
+        optimum: Optimum,
+        ladder: Ladder,
+        curve: CostCurve,
+        draft: DraftCost,
+        num_other_tokens: int,
+        length: int,
+    ) -> float:
+        """Time lost by a step of this length for all, at the value of time."""
+        best = optimum.choice
+        lengths, gain = ladder.at(length)
+        num_tokens = ladder.size + num_other_tokens
+        seconds = _seconds(curve, draft, num_tokens, lengths)
+        return (best.gain - gain) / optimum.value_of_time + seconds - best.seconds
 
     @staticmethod
     def _cost_s(
@@ -135,11 +204,14 @@ class Prober:
         added = (depths >= lengths) & (depths < after)
         gain = float(ladder.worth[added].sum())
 
-        def seconds(k: I64) -> float:
-            drafts = np.array(float(k.sum()))
-            depth = int(k.max(initial=0))
-            num_tokens = ladder.size + num_other_tokens + drafts
-            return float(step_seconds(curve, draft, num_tokens, drafts, depth))
-
-        extra_s = seconds(after) - seconds(lengths)
+        num_tokens = ladder.size + num_other_tokens
+        extra_s = _seconds(curve, draft, num_tokens, after)
+        extra_s -= _seconds(curve, draft, num_tokens, lengths)
         return max(0.0, extra_s - gain / optimum.value_of_time)
+
+
+def _seconds(curve: CostCurve, draft: DraftCost, num_tokens: int, lengths: I64) -> float:
+    """Of a step of so many tokens without drafts."""
+    drafts = np.array(float(lengths.sum()))
+    depth = int(lengths.max(initial=0))
+    return float(step_seconds(curve, draft, num_tokens + drafts, drafts, depth))

@@ -7,12 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import Steering
+from fakes import Steering, step_facts
 from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.engines import Engine
 from smartspec.daemon.policy import Planner
-from smartspec.daemon.probing import MAX_TRIES, SAVINGS_S, SHARE_WHILE_DRAFTING, SWEEPS
+from smartspec.daemon.probing import (
+    LOOKS,
+    MAX_TRIES,
+    SAVINGS_S,
+    SHARE_WHILE_DRAFTING,
+    sweep_lengths,
+)
 
 BUSY = Costs(base_s=0.004, token_s=0.002, noise=0.0)
 CHEAP = Costs(base_s=0.03, token_s=0.0005, noise=0.0)
@@ -27,12 +33,13 @@ def steered(
     share: float = 0.005,
     sweep: bool = True,
     max_length: int = 5,
+    late: int = 0,
     **more: Any,
 ) -> tuple[ScriptedEngine, Steering]:
     greeting = hello(lookup=lookup, max_length=max_length, static_length=min(3, max_length))
     engine = Engine(greeting)
     planner = Planner(engine, daemon_epoch=1, probe_share=share, seed_sweep=sweep)
-    source = Steering(engine, planner)
+    source = Steering(engine, planner, late=late)
     scripted = ScriptedEngine(
         source, np.array(acceptance), costs, max_length, lookup=lookup, **more
     )
@@ -112,18 +119,41 @@ def test_sweep_ends_soon_when_there_is_something_to_draft(
 
 def test_sweep_ends_when_a_lookup_never_matches() -> None:
     engine, source = steered([0.5] * 3, match_rate=0.0, max_length=2, share=0.0)
-    for _ in range(2 * SWEEPS * MAX_TRIES + 10):
+    for _ in range(len(sweep_lengths(2)) * MAX_TRIES + 10):
         engine.step()
     assert not source.planner.prober.sweeping
 
 
-def test_sweep_tries_every_length() -> None:
+def test_sweep_tries_all_its_lengths_though_no_draft_is_accepted() -> None:
     engine, source = steered([0.05] * 4, lookup=False, costs=DRAFTING, share=0.0)
     tried = set()
     for _ in range(60):
         tried |= set(engine.step().num_drafted.tolist())
-    assert tried >= {1, 2, 3, 4, 5}
+    assert tried >= set(sweep_lengths(5))
     assert not source.planner.prober.sweeping
+
+
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_sweep_goes_on_while_policies_are_on_their_way(late: int) -> None:
+    costs = Costs(base_s=0.004, token_s=0.02, noise=0.0)  # nothing but 0 is worth a second look
+    engine, source = steered([0.3] * 4, costs, max_length=8, share=0.0, late=late)
+    started = 1 + late  # steps at the engine's own length, before any policy has arrived
+    for _ in range(started + len(sweep_lengths(8)) + 2 * late + LOOKS):
+        engine.step()
+    assert not source.planner.prober.sweeping
+    ran = [int(choice.lengths.max()) for choice in engine.choices[started:]]
+    assert ran[: len(sweep_lengths(8))] == sweep_lengths(8)
+    assert ran.count(8) == 1  # which is the dearest to run again
+
+
+def test_sweep_tries_lengths_near_the_best_again_and_no_others() -> None:
+    costs = Costs(base_s=0.02, token_s=0.002, noise=0.0)
+    engine, source = steered([0.6] * 4, costs, max_length=8, share=0.0)
+    while source.planner.prober.sweeping:
+        engine.step()
+    ran = [int(choice.lengths.max()) for choice in engine.choices]
+    assert ran.count(3) > LOOKS  # which the engine ran of its own accord once
+    assert ran.count(8) == 1
 
 
 def test_no_sweep_is_made_when_it_is_not_wanted_or_the_engine_is_warm() -> None:
@@ -133,6 +163,38 @@ def test_no_sweep_is_made_when_it_is_not_wanted_or_the_engine_is_warm() -> None:
     assert all(d.policy.num_probes == 0 for d in source.decisions)
     restarted = Engine(hello(epoch=2), source.engine)
     assert not Planner(restarted, daemon_epoch=1).prober.sweeping
+
+
+def test_what_probes_bring_less_than_expected_is_paid_for() -> None:
+    engine, source = steered([0.3] * 8, share=0.1)
+    for _ in range(600):
+        engine.step()
+    engine.acceptance = np.zeros(8)
+    prober, before = source.planner.prober, len(engine.choices)
+    cost_s = -prober.cost_s
+    for _ in range(300):
+        engine.step()
+    cost_s += prober.cost_s
+    probes = [c for c in engine.choices[before:] if c.source == "probe"]
+    assert len(probes) > 10
+    lost_s = sum(BUSY.token_s * int(choice.lengths.sum()) for choice in probes)
+    assert cost_s == pytest.approx(lost_s, rel=0.2)
+
+
+def test_forward_that_follows_a_probe_is_paid_for() -> None:
+    costs = []
+    for num_draft_forwards in (0, 1):
+        engine, source = steered([0.1] * 4, DRAFTING, lookup=False, share=0.0, sweep=False)
+        for _ in range(50):
+            engine.step()
+        assert not engine.choices[-1].lengths.any()
+        more = {"num_draft_forwards": num_draft_forwards, "num_draft_tokens": 0}
+        facts = step_facts(engine.batch(), draft_s=0.03 * num_draft_forwards, step_s=0.07, **more)
+        before = source.planner.prober.cost_s
+        source.report(facts)
+        costs.append(source.planner.prober.cost_s - before)
+    assert costs[0] == 0.0
+    assert costs[1] == pytest.approx(DRAFTING.draft_forward_s, rel=0.15)
 
 
 @pytest.mark.parametrize("lookup", [True, False], ids=["lookup", "draft_model"])
