@@ -84,11 +84,22 @@ class CopyAcceptance:
         self._before.learn(before, accepted)
         self._drafted.learn(drafted, accepted)
 
-    def rates(self, before: npt.ArrayLike, drafted: npt.ArrayLike) -> F32:
-        """P(the draft is accepted | the token before it, the draft), [B] in (0, 1)."""
+    def rates(
+        self,
+        before: npt.ArrayLike,
+        drafted: npt.ArrayLike,
+        otherwise: npt.ArrayLike | None = None,
+    ) -> F32:
+        """P(the draft is accepted | the token before it, the draft), [B] in (0, 1).
+
+        ``otherwise`` : [B] in (0, 1), a third such rate, joined as these are
+        """
         first, second = self._before.rates(before), self._drafted.rates(drafted)
         pooled = self._before.pooled
         odds = first * second / pooled
         against = (1.0 - first) * (1.0 - second) / (1.0 - pooled)
+        if otherwise is not None:
+            third = np.asarray(otherwise, np.float32)
+            odds, against = odds * third / pooled, against * (1.0 - third) / (1.0 - pooled)
         rate: F32 = (odds / (odds + against)).astype(np.float32)
         return rate
