@@ -1,10 +1,11 @@
 """The shipped drafter on Spec-Bench, of which it was shown nothing: acceptance, cost, goodput.
 
-* *acceptance*: greedy answers of the default model, chains of five, eight requests together: drafts
-  accepted per step, by task; the head by itself, and with copies where the answer repeats itself,
-  as the worker drafts; beside them the target without five of its thirty layers.
+* *acceptance*: greedy answers of the default model, five drafts, eight requests together: drafts
+  accepted per step, by task; as the worker drafts, trees with copies among their branches; trees of
+  the head by itself, and its chains; beside them chains of the target without five of its thirty
+  layers.
 * *forward*: a pass of the drafter over one token, and of the target, in turns, after 300 tokens.
-* *goodput* at batch 1: each prompt is answered without speculation and with chains, one run after
+* *goodput* at batch 1: each prompt is answered without speculation and with trees, one run after
   the other; tokens per second of the steps after the prompt.
 
 Without times, nothing depends on what else the machine does.
@@ -40,9 +41,15 @@ from smartspec.engine_adapter.reference.proposer import Proposer
 from smartspec.engine_adapter.reference.service import DEFAULT_DRAFTER
 from smartspec.engine_adapter.reference.worker import Worker
 
-CHAIN = 5
+DRAFTS = 5
 ROWS = 8
 CONTEXT_TOKENS = 300
+
+
+class Chains(FeatureDraft):
+    """Of what may follow, the head's first choice alone."""
+
+    num_children = 1
 
 
 class Decoded(NamedTuple):
@@ -108,12 +115,12 @@ def first_of_each(per_task: int) -> list[Prompt]:
 def acceptance(
     target: models.LoadedModel, proposers: dict[str, Proposer], asked: list[Prompt]
 ) -> dict[str, float]:
-    """Accepted per step, chains of `CHAIN`."""
+    """Accepted per step, `DRAFTS` drafts."""
     figures = {}
     # Those of like lengths together: rows are read up to the longest.
     asked = sorted(asked, key=lambda prompt: len(prompt.text))
     for name, proposer in proposers.items():
-        for task, sums in by_task(asked, decode(target, proposer, asked, CHAIN)).items():
+        for task, sums in by_task(asked, decode(target, proposer, asked, DRAFTS)).items():
             figures[f"{name}_{task}_accepted_per_step"] = sums.accepted / sums.steps
     return figures
 
@@ -164,7 +171,7 @@ def goodput(
         pace = {length: s[task].tokens / s[task].seconds for length, s in sums.items()}
         figures[f"none_{task}_tokens_per_s"] = pace[0]
         for length in lengths:
-            figures[f"chain_{length}_{task}_goodput_ratio"] = pace[length] / pace[0]
+            figures[f"tree_{length}_{task}_goodput_ratio"] = pace[length] / pace[0]
     return figures
 
 
@@ -199,14 +206,15 @@ def main() -> None:
     figures: dict[str, float] = {}
     if arguments.prompts_per_task:
         proposers: dict[str, Proposer] = {
-            "drafter": FeatureDraft(head, ROWS, MODEL_LEN, CHAIN),
-            "head": FeatureDraft(head, ROWS, MODEL_LEN, CHAIN, copies=False),
+            "drafter": FeatureDraft(head, ROWS, MODEL_LEN, DRAFTS),
+            "head": FeatureDraft(head, ROWS, MODEL_LEN, DRAFTS, copies=False),
+            "head_chain": Chains(head, ROWS, MODEL_LEN, DRAFTS, copies=False),
         }
         if not arguments.without_copy:
             thin: Any = models.without_layers(target.model, models.DEFAULT_DRAFT_DROP_LAYERS)
-            proposers["copy"] = DraftModel(ModelRunner(thin, ROWS, MODEL_LEN), CHAIN)
+            proposers["copy"] = DraftModel(ModelRunner(thin, ROWS, MODEL_LEN), DRAFTS)
         figures |= acceptance(target, proposers, first_of_each(arguments.prompts_per_task))
-        show(f"accepted per step, chains of {CHAIN}", figures, "accepted_per_step")
+        show(f"accepted per step, {DRAFTS} drafts", figures, "accepted_per_step")
     if arguments.timed_per_task:
         figures |= forward_share(target, head, repetitions=60)
         lengths = [int(part) for part in arguments.lengths.split(",")]

@@ -6,7 +6,7 @@ else equal, each 0, 1, 2, 5 and 20 steps late (0: what a step's report says stee
 * *lengths*: the daemon chooses one for every request and sends those alone; a request that they do
   not know gets the median;
 * *buckets*: the policy as a program, survivals by what the engine knows when it chooses;
-* *confidences*: the policy on the draft model's own confidences (prices.py, chain_growth.py).
+* *confidences*: the policy on the draft model's own confidences (prices.py, growth.py).
 
 Estimators and calibration have served the three tasks of the other half of the split, one step
 late, and are copied for every lateness. Of a draft behind a rejected one nothing is on record: its
@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from acceptance_stream import Decoding
-from acceptance_traces import SPLIT, Answer, load
+from acceptance_traces import MAX_LENGTH, SPLIT, Answer, load
 from bench_replay import SEED, Cell, Drafted, Replay, daemon_for
 from figures import record
 
@@ -41,13 +41,10 @@ from fakes import Steering
 
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, LengthSource, StepFacts
 from smartspec.engine_adapter.lengths import F64, I64, Choice
-from smartspec.engine_adapter.reference.calibration import (
-    NUM_BANDS,
-    Calibration,
-    temperature_bands,
-)
-from smartspec.engine_adapter.reference.chain_growth import ChainGrowth
-from smartspec.engine_adapter.reference.draft_tree import DraftTree
+from smartspec.engine_adapter.reference.calibration import Calibration, temperature_bands
+from smartspec.engine_adapter.reference.candidates import Candidates
+from smartspec.engine_adapter.reference.draft_tree import ROOT
+from smartspec.engine_adapter.reference.growth import Growth, Level
 from smartspec.engine_adapter.reference.sequence import SamplingParams
 
 BATCH = 8
@@ -62,43 +59,60 @@ class ConfidentReplay(Replay):
 
     def __init__(self, cell: Cell, seed: int) -> None:
         super().__init__(cell, seed)
-        self.calibration = Calibration(num_bands=NUM_BANDS)
+        self.calibration = Calibration(Candidates.num_bands())
         self._looks: set[int] = set()  # whose first draft is run before lengths are chosen
         self._sure: list[F64] = []  # by request, of drafts from here on
-        self._bands: I64 = np.zeros(0, np.int64)
+        self._candidates: list[Candidates] = []
 
     def _draft(self, running: list[Decoding], batch: DecodeBatch, choice: Choice) -> Drafted:
         began = np.array([one.goes_on for one in running])
         self._sure = [one.answer.draft_confidence[one.position :] for one in running]
-        self._bands = temperature_bands(
+        bands = temperature_bands(
             SamplingParams(temperature=one.answer.temperature) for one in running
         )
         ceiling = np.minimum(choice.lengths, batch.ceiling).astype(np.int64)
         if choice.prices is None:
             self._looks = {one.number for one, k in zip(running, ceiling, strict=True) if k}
+            self._candidates = [Candidates(self.calibration, int(band)) for band in bands]
+            for one, sure, length in zip(self._candidates, self._sure, ceiling, strict=True):
+                one.draft([0] * int(length), sure[:length].tolist())
             return super()._draft(running, batch, choice)
-        growth = ChainGrowth(choice.prices, self.calibration, self._bands, ceiling)
-        active = (ceiling > 0) & began
-        active |= growth.who_pays((ceiling > 0) & ~began)
-        num_forwards = int(began.any()) + int((active & ~began).any())
-        num_tokens, depth = int((began & (ceiling == 0)).sum()), 0
-        while active.any():
-            rows = np.flatnonzero(active)
-            growth.add(rows, [float(self._sure[i][depth]) for i in rows])
-            num_tokens += len(rows)
+        growth = Growth(self.calibration, bands, ceiling, choice.prices)
+        self._candidates = growth.requests
+        known = [(place, ROOT) for place in np.flatnonzero(began).tolist()]
+        self._lengthen(growth, known, 0)
+        first = [(place, ROOT) for place in growth.starting()]
+        self._lengthen(growth, first, 0)
+        num_forwards, num_tokens, depth = bool(known) + bool(first), len(known) + len(first), 0
+        while level := growth.next_level([MAX_LENGTH] * len(running)):
             depth += 1
-            active = growth.who_pays(active)
-            num_forwards += int(active.any())
-        paying = growth.next_step()
-        self._looks = {one.number for one, pays in zip(running, paying, strict=True) if pays}
+            self._lengthen(growth, level, depth)
+            num_forwards, num_tokens = num_forwards + 1, num_tokens + len(level)
+        anew = Growth(self.calibration, bands, ceiling, choice.prices).starting()
+        self._looks = {running[place].number for place in anew}
         cut = growth.cut(self._rng.random(len(running)))
-        return Drafted(cut.num_verified, num_forwards, num_tokens, cut)
+        sizes = cut.num_verified
+        runs = [int(one.run[one.position]) for one in running]
+        told = cut.accepted([_said(run, int(k)) for run, k in zip(runs, sizes, strict=True)])
+        passed = np.array([len(path) for path in told]) - np.minimum(runs, sizes)
+        return Drafted(sizes, num_forwards, num_tokens, cut.num_cut.astype(np.int64), passed)
+
+    def _lengthen(self, growth: Growth, level: Level, depth: int) -> None:
+        """The next drafts, which are all token 0 here."""
+        growth.add(level, [([0], [float(self._sure[place][depth])]) for place, _ in level])
 
     def _learn(self, running: list[Decoding], lengths: I64, accepted: list[int]) -> None:
-        for i, (one, length) in enumerate(zip(running, lengths.tolist(), strict=True)):
-            one.goes_on = one.number in self._looks
-            tree, sure = DraftTree.chain([0] * length), self._sure[i][:length].tolist()
-            self.calibration.learn(tree, sure, list(range(accepted[i])), int(self._bands[i]))
+        for one, decoding, length, count in zip(
+            self._candidates, running, lengths.tolist(), accepted, strict=True
+        ):
+            decoding.goes_on = decoding.number in self._looks
+            run = int(decoding.run[decoding.position - count - 1])
+            one.learn(_said(run, length)[: count + 1])
+
+
+def _said(run: int, length: int) -> list[int]:
+    """The target's tokens from the first of ``length`` drafts on, ``run`` of which are right."""
+    return [0] * min(run, length + 1) + [1] * (length + 1 - min(run, length + 1))
 
 
 class PushedLengths:

@@ -62,7 +62,6 @@ from smartspec.engine_adapter.base import (
 )
 from smartspec.engine_adapter.lengths import F64, I64, Choice
 from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
-from smartspec.engine_adapter.reference.chain_growth import Cut
 
 BASE_S = 0.02
 TOKEN_SHARES = (0.05, 0.1, 0.2, 0.5)  #: of the base, per token of the target's pass
@@ -132,7 +131,8 @@ class Drafted(NamedTuple):
     lengths: I64  #: [B], verified
     num_forwards: int
     num_tokens: int  #: in these forwards
-    cut: Cut | None = None
+    num_cut: I64 | None = None  #: [B], behind those verified
+    num_cut_accepted: I64 | None = None  #: of these
 
 
 class Replay:
@@ -218,7 +218,7 @@ class Replay:
         self, source: LengthSource, batch: DecodeBatch, drafted: Drafted, accepted: I64
     ) -> None:
         """Tell the source of a step."""
-        lengths, num_forwards, num_draft_tokens, cut = drafted
+        lengths, num_forwards, num_draft_tokens, cut, passed = drafted
         num_drafts = int(lengths.sum())
         target_s = self.seconds(batch.size + num_drafts, 0)
         draft_s = self.seconds(batch.size + num_drafts, num_forwards) - target_s
@@ -235,8 +235,8 @@ class Replay:
                 context_tokens=200 * batch.size,
                 num_draft_forwards=num_forwards,
                 num_draft_tokens=num_draft_tokens,
-                num_cut=None if cut is None else cut.num_cut,
-                num_cut_accepted=None if cut is None else cut.num_cut_accepted,
+                num_cut=None if cut is None else cut.astype(np.uint8),
+                num_cut_accepted=None if passed is None else passed.astype(np.uint8),
             )
         )
 

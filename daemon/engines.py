@@ -235,30 +235,35 @@ class Engine:
     ) -> tuple[npt.NDArray[Any], U8]:
         """What the estimator learns from: (accepted, drafted).
 
-        Drafts that were cut for want of confidence are not observed. To learn of the others alone
+        Drafts that were cut for want of confidence are not verified. To learn of the others alone
         would take those that drafters are sure of for all. So they count as the engine tells that
-        they would have turned out, unless one before them was rejected: then they are not reached.
+        they would have turned out; of a chain unless one before them was rejected: then they are
+        not reached.
         """
+        most, passed = drafted, np.zeros_like(drafted)
+        if report.num_cut:
+            cut = unpack(report.num_cut, "u8", drafted.shape, "num_cut")
+            passed = unpack(report.num_cut_accepted, "u8", drafted.shape, "num_cut_accepted", 0)
+            told = drafted.astype(np.int64) + cut
+            require(bool((told <= self.max_length).all()), "num_cut: over limits.max_length")
+            require(bool((passed <= cut).all()), "num_cut_accepted: more than cut")
+            most = told.astype(np.uint8)
         if self.key.trees:
-            return self._accepted_ranks(report, drafted, accepted), drafted
-        if not report.num_cut:
-            return accepted, drafted
-        cut = unpack(report.num_cut, "u8", drafted.shape, "num_cut")
-        passed = unpack(report.num_cut_accepted, "u8", drafted.shape, "num_cut_accepted", 0)
-        most = drafted.astype(np.int64) + cut
-        require(bool((most <= self.max_length).all()), "num_cut: over limits.max_length")
-        require(bool((passed <= cut).all()), "num_cut_accepted: more than cut")
-        told = np.where(accepted == drafted, accepted + passed, accepted)
-        return told, most.astype(np.uint8)
+            return self._accepted_ranks(report, drafted, accepted, most, passed), most
+        return np.where(accepted == drafted, accepted + passed, accepted), most
 
     def _accepted_ranks(
-        self, report: StepReport, drafted: U8, accepted: U8
+        self, report: StepReport, drafted: U8, accepted: U8, most: U8, passed: U8
     ) -> npt.NDArray[np.bool_]:
+        """[B, max_length], of ``most`` ranks: those verified, and behind them those cut."""
         column = unpack(report.accepted_ranks, "u64", drafted.shape, "accepted_ranks", 0)
-        ranks = bits(column)
-        beyond = ranks & (np.arange(MAX_LENGTH) >= drafted[:, None])
+        ranks, rank = bits(column), np.arange(MAX_LENGTH)
+        beyond = ranks & (rank >= most[:, None])
         require(not beyond.any(), "accepted_ranks: one that was not drafted")
-        require(bool((ranks.sum(1) == accepted).all()), "accepted_ranks: not num_accepted of them")
+        verified = (ranks & (rank < drafted[:, None])).sum(1)
+        require(bool((verified == accepted).all()), "accepted_ranks: not num_accepted of them")
+        cut_accepted = ranks.sum(1) - verified
+        require(bool((cut_accepted == passed).all()), "accepted_ranks: not num_cut_accepted")
         return ranks[:, : self.max_length]
 
     def _follow(self, observation: Observation) -> None:

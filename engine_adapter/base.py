@@ -77,7 +77,8 @@ class StepFacts:
     num_waiting: int = 0  #: requests queued, not yet running
     kv_usage: float = 0.0  #: share of the KV room in use, 0 to 1
     mode: str = "ragged"  #: execution mode of the target's pass
-    accepted_ranks: U64 | None = None  #: [B], of trees: bit j is set when node j was accepted
+    #: [B], of trees: bit j is set when node j was accepted, or was cut and would be
+    accepted_ranks: U64 | None = None
     num_cut: U8 | None = None  #: [B], drafts behind those verified that were not; None: all 0
     num_cut_accepted: U8 | None = None  #: [B], of these, those that would be (messages.StepReport)
     #: what was chosen for this step, where the engine has asked for a later one's lengths since

@@ -120,10 +120,11 @@ class StepReport(Message, frozen=True, tag="step"):
     policy_seq: UInt = 0  #: the policy that chose these lengths; 0: none did
     source: Text = "own"  #: who chose: "policy", "probe", "fallback", "own"
     num_dropped: UInt = 0  #: reports not sent since the epoch began
-    accepted_ranks: bytes = b""  #: u64 [B], of trees: bit j is set when node j was accepted
+    #: u64 [B], of trees: bit j is set when node j was accepted; behind those verified, those cut
+    accepted_ranks: bytes = b""
     num_cut: bytes = b""  #: u8 [B], drafts behind those verified that were not
-    #: u8 [B], of these, those that would be accepted if all that were verified are: not observed,
-    #: but drawn by chances that the engine has calibrated on what it did verify
+    #: u8 [B], of these, those that would be accepted too (of chains if all verified are): known of
+    #: what follows the last one accepted, and further on drawn by calibrated chances
     num_cut_accepted: bytes = b""
 
 

@@ -4,9 +4,9 @@ Lengths that are chosen before anything is drafted know only what drafts like th
 A drafter that tells how sure it is of each lets two decisions wait until then, at the policy's
 value of time (lambda):
 
-* *draft one more* while what it may bring beyond its verification pays for a forward of the
-  drafter, which all who go on share. What lies beyond the next draft need not be looked at: chances
-  fall along a chain, so that a forward which does not pay is followed by none that does;
+* *run the drafter once more* while what that may bring beyond its verification pays for the
+  forward, which all who go on share. What lies beyond it need not be looked at: chances fall along
+  a path, so that a forward which does not pay is followed by none that does;
 * *verify* what is worth a verification. What was drafted has been paid for.
 
 The second is `lengths.choose_lengths` with chances for survivals and drafting for nothing.
@@ -64,9 +64,9 @@ class Prices(NamedTuple):
         return float(max(0.0, self.value_of_time * (after_s - before_s) / size))
 
     def pay(self, gain: F64, starting: bool) -> Bools:
-        """Who gets one more draft, [B]: those worth their token, if all together pay the forward.
+        """What the drafter is run on, [M]: what is worth it, if all together pays the forward.
 
-        ``gain`` : [B], what it may bring beyond its verification, weighted; 0: cannot be drafted
+        ``gain`` : [M], what follows each may bring beyond its verification, weighted; 0: nothing
         """
         beyond = gain - self.value_of_time * self.draft.per_token_s
         forward_s = self.draft.per_forward_s + (self.draft.fixed_s if starting else 0.0)
@@ -78,7 +78,8 @@ class Prices(NamedTuple):
     def verified(self, chances: F64, drafted: I64) -> I64:
         """How many of its drafts are worth their verification, [B].
 
-        ``chances`` : [K, B], that a draft is accepted; ``drafted`` : [B], how many there are
+        ``chances`` : [K, B], that a draft is accepted, falling; ``drafted`` : [B], how many
+        there are
         """
         ladder = Ladder(chances, self.weight, self.floor, drafted)
         given = list(self.curves), DraftCost(), self.num_other_tokens

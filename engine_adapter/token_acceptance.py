@@ -106,9 +106,21 @@ class CopyAcceptance:
         self._before.learn(before, accepted)
         self._drafted.learn(drafted, accepted)
 
-    def rates(self, before: npt.ArrayLike, drafted: npt.ArrayLike) -> F32:
-        """P(the draft is accepted | the token before it, the draft), [B] in (0, 1)."""
-        lift = self._before.lift(before)
-        lift *= self._drafted.lift(drafted)
-        lift *= self._before.odds
-        return _rate(lift)
+    def rates(
+        self,
+        before: npt.ArrayLike,
+        drafted: npt.ArrayLike,
+        otherwise: npt.ArrayLike | None = None,
+    ) -> F32:
+        """P(the draft is accepted | the token before it, the draft), [B] in (0, 1).
+
+        ``otherwise`` : [B] in (0, 1), a third such rate, joined as these are
+        """
+        odds = self._before.lift(before)
+        odds *= self._drafted.lift(drafted)
+        if otherwise is not None:
+            third = np.asarray(otherwise, np.float64)
+            odds *= third / (1.0 - third)  # over those of all drafts, which the next line is
+        else:
+            odds *= self._before.odds
+        return _rate(odds)

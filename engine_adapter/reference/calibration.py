@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
 from smartspec.engine_adapter.reference.sequence import SamplingParams
 
 NUM_BINS = 16  #: of equal width in log-odds
 LOG_ODDS = 6.0  #: from minus this to this
 MEMORY = 2048.0  #: guesses of one bin beyond which older ones fade
 STRENGTH = 16.0  #: guesses that the confidence itself is worth
-SHARE_MEMORY = 2048.0  #: guesses that the shares of the bins are remembered from
+SHARE_MEMORY = 2048.0  #: passes of the drafter that what it proposes is remembered from
 TEMPERATURES = (0.0, 0.5, 1.0)  #: of requests: a band is what lies beyond one, up to the next
 NUM_BANDS = len(TEMPERATURES) + 1
 
@@ -38,13 +38,12 @@ class Calibration:
 
     A draft counts when its parent was accepted; of the others nothing is known. Until much is
     known a confidence stands for itself. By band: what a confidence is worth differs between
-    greedy and sampled requests.
+    greedy and sampled requests, and between those who tell it.
 
     >>> calibration = Calibration()
     >>> calibration.rates([0.5]).tolist()
     [0.5]
-    >>> for _ in range(48):
-    ...     calibration.learn(DraftTree.chain([7]), [0.5], [0])
+    >>> calibration.learn([0.5] * 48, [True] * 48)
     >>> calibration.rates([0.5, 0.9]).round(3).tolist()
     [0.875, 0.9]
     """
@@ -52,6 +51,7 @@ class Calibration:
     def __init__(self, num_bands: int = 1) -> None:
         self._counts = np.zeros((num_bands, NUM_BINS, 2))  # [right, tried]
         self._drafted = np.ones((num_bands, NUM_BINS))  # however they were chosen from
+        self._num_passes = np.full((num_bands, 1), float(NUM_BINS))  # in which these were drafted
 
     def rates(self, confidences: npt.ArrayLike, bands: I64 | int = 0) -> F64:
         """P(right | its parent is), in the shape of ``confidences``, which are in [0, 1]."""
@@ -60,35 +60,35 @@ class Calibration:
         rates: F64 = (right + STRENGTH * given) / (tried + STRENGTH)
         return rates
 
-    def learn(
-        self, tree: DraftTree, confidences: list[float], path: list[int], band: int = 0
-    ) -> None:
-        """Take in which nodes of a verified tree were right, by their own confidences [size]."""
-        accepted = {ROOT, *path}
-        tried = [node for node, parent in enumerate(tree.parents) if parent in accepted]
-        if not tried:
-            return
-        counts = self._counts[band]
-        bins = self._bins(np.array([confidences[node] for node in tried]))
-        right = np.array([node in accepted for node in tried], np.float64)
-        np.add.at(counts, bins, np.stack((right, np.ones(len(tried))), axis=1))
-        counts *= np.minimum(1.0, MEMORY / np.maximum(counts[:, 1:], 1.0))
+    def learn(self, confidences: npt.ArrayLike, right: npt.ArrayLike, bands: I64 | int = 0) -> None:
+        """Take in which drafts were right, of those whose parent was; all [M]."""
+        bins = self._bins(np.asarray(confidences, np.float64))
+        hits = np.asarray(right, np.float64)
+        at: Any = (bands, bins)
+        np.add.at(self._counts, at, np.stack((hits, np.ones(len(hits))), axis=1))
+        self._counts *= np.minimum(1.0, MEMORY / np.maximum(self._counts[..., 1:], 1.0))
 
     def note(self, confidences: npt.ArrayLike, bands: I64) -> None:
-        """Take in how sure the drafter is of its drafts: of all, verified or not."""
-        np.add.at(self._drafted, (bands, self._bins(np.asarray(confidences, np.float64))), 1.0)
-        total = self._drafted.sum(axis=1, keepdims=True)
-        self._drafted *= np.minimum(1.0, SHARE_MEMORY / total)
+        """Take in how sure the drafter was of what may follow: of all, verified or not.
+
+        ``confidences`` : [M, C], of its children of each node that it ran; ``bands`` : [M]
+        """
+        given = np.asarray(confidences, np.float64)
+        np.add.at(self._drafted, (bands[:, None], self._bins(given)), 1.0)
+        np.add.at(self._num_passes, bands, 1.0)
+        fading = np.minimum(1.0, SHARE_MEMORY / self._num_passes)
+        self._drafted *= fading
+        self._num_passes *= fading
 
     def outlook(self, chances: npt.ArrayLike, price: F64, bands: I64) -> F64:
-        """What one more draft may bring beyond its price, [B]: E[max(chance rate - price, 0)].
+        """What a node's children may bring: E of the sum of max(chance rate - price, 0), [M].
 
-        ``chances`` : [B], of the draft that it would follow, 1 at the start; ``price`` : [B], of
-        a verification. The rate is that of a draft such as they come.
+        ``chances`` : [M], of the nodes, 1 for the root; ``price`` : [M], of a verification. The
+        rates are those of children such as they come.
         """
         right, tried = np.moveaxis(self._counts, -1, 0)
         rates = (right + STRENGTH * _MIDDLE) / (tried + STRENGTH)
-        shares = self._drafted / self._drafted.sum(axis=1, keepdims=True)
+        shares = self._drafted / self._num_passes
         beyond = np.asarray(chances)[:, None] * rates[bands] - price[:, None]
         expected: F64 = (np.maximum(beyond, 0.0) * shares[bands]).sum(axis=1)
         return expected

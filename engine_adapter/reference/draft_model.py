@@ -1,4 +1,4 @@
-"""A small language model that drafts for a large one, token after token, for the whole batch."""
+"""A small language model that drafts for a large one, pass after pass, for the whole batch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import numpy.typing as npt
 import torch
 
 from smartspec.engine_adapter.base import (
-    F32,
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_TOKEN_ACCEPTANCE,
 )
 from smartspec.engine_adapter.prices import Prices
-from smartspec.engine_adapter.reference.calibration import (
-    NUM_BANDS,
-    Calibration,
-    temperature_bands,
-)
-from smartspec.engine_adapter.reference.chain_growth import ChainGrowth
-from smartspec.engine_adapter.reference.draft_tree import DraftTree, outcomes
+from smartspec.engine_adapter.reference.calibration import Calibration, temperature_bands
+from smartspec.engine_adapter.reference.candidates import Candidates, Children
+from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree, outcomes
+from smartspec.engine_adapter.reference.growth import Growth, Level
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
@@ -46,6 +42,15 @@ class Spent(NamedTuple):
             self.num_draft_tokens + num_draft_tokens,
             self.num_catch_up_tokens + num_catch_up_tokens,
         )
+
+
+class Drafts(NamedTuple):
+    """Of one request, in the last step."""
+
+    tree: DraftTree  #: verified
+    candidates: Candidates
+    num_tokens: int  #: that were known
+    slots: dict[int, int]  #: of the tree's nodes that the drafter has run, counted from there
 
 
 class DraftModel:
@@ -82,11 +87,10 @@ class DraftModel:
         self._max_pass_tokens = max_pass_tokens
         self._num_computed: dict[int, int] = {}  # true tokens in the draft model's cache
         self._rates = TokenAcceptance()
-        self._calibration = Calibration(num_bands=NUM_BANDS)
-        self._num_fed: dict[int, int] = {}  # of the last drafts, how many are in it too
-        self._verified: dict[int, tuple[DraftTree, list[float]]] = {}  # and confidences
+        self._calibration = Calibration(Candidates.num_bands())
+        self._drafts: dict[int, Drafts] = {}  # of this step
         self._goes_on: set[int] = set()  # whose first draft is run before lengths are chosen
-        self._first: dict[int, tuple[int, float]] = {}  # these, and their confidences
+        self._first: dict[int, Children] = {}  # of these
         self._luck = np.random.default_rng(0)  # of what is told of drafts that are not verified
         self._spent = Spent()  # in this step
 
@@ -96,114 +100,141 @@ class DraftModel:
         The pass is not lost as long as they go on being drafted for: `propose` goes on from it.
         """
         self._spent = Spent()
+        self._first, self._drafts = {}, {}
         confidence = np.full(len(sequences), NOT_DRAFTED, np.float32)
         goes_on = [i for i, s in enumerate(sequences) if s.id in self._goes_on]
-        self._first = {}
         if goes_on:
-            confidence[goes_on] = self._look([sequences[i] for i in goes_on])
+            chosen = [sequences[i] for i in goes_on]
+            first = self._open(chosen)
+            self._first = {s.id: one for s, one in zip(chosen, first, strict=True)}
+            confidence[goes_on] = [max(own) for _, own in first]
         ceiling = np.full(len(sequences), self.max_length, np.uint8)
         rates = self._rates.rates([s.tokens[-1] for s in sequences])
         return Availability(ceiling, np.stack((rates, confidence)))
 
-    def _look(self, sequences: list[Sequence]) -> F32:
-        """Run the first draft of each; how sure the draft model is of it, [B]."""
-        tokens, confidence = self._draw(self._begin(sequences), sequences, 0)
-        sure: F32 = confidence.cpu().numpy()
-        ids = [sequence.id for sequence in sequences]
-        self._first = dict(zip(ids, zip(tokens.tolist(), sure.tolist(), strict=True), strict=True))
-        return sure
-
     def propose(self, sequences: list[Sequence], lengths: npt.NDArray[np.int64]) -> Proposal:
-        return self._propose(sequences, lengths, None)
-
-    def propose_at(
-        self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
-    ) -> Proposal:
-        bands = temperature_bands(s.request.sampling for s in sequences)
-        growth = ChainGrowth(prices, self._calibration, bands, lengths)
-        proposal = self._propose(sequences, lengths, growth)
-        # Whose first draft will be looked at in the next step: as far as these prices tell.
-        paying = growth.next_step()
-        self._goes_on = {s.id for s, pays in zip(sequences, paying, strict=True) if pays}
-        cut = growth.cut(self._luck.random(len(sequences)))
-        sizes = cut.num_verified.tolist()
-        drafts = [tree.first(n) for tree, n in zip(proposal.drafts, sizes, strict=True)]
-        for sequence, tree in zip(sequences, drafts, strict=True):
-            self._verified[sequence.id] = (tree, self._verified[sequence.id][1])
-        return proposal._replace(drafts=drafts, cut=cut)
-
-    def _propose(
-        self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], growth: ChainGrowth | None
-    ) -> Proposal:
-        """Chains of these lengths; with ``growth`` as far as it says that they pay."""
+        """Chains: drafts stay on the device until they are complete."""
         active = lengths > 0
-        if growth is not None:
-            known = np.array([s.id in self._first for s in sequences], np.bool_)
-            active = (active & known) | growth.who_pays(active & ~known)
         self._goes_on = {s.id for s, drafted in zip(sequences, active, strict=True) if drafted}
-        self._num_fed = dict.fromkeys(self._goes_on, 0)
         passes: list[tuple[npt.NDArray[np.intp], torch.Tensor, torch.Tensor]] = []
         while active.any():
             rows, depth = np.flatnonzero(active), len(passes)
             chosen = [sequences[i] for i in rows]
             if depth == 0:
-                tokens, confidence = self._first_drafts(chosen)
+                tokens, sure = self._first_drafts(chosen)
             else:
                 before, last, _ = passes[-1]
                 stayed = torch.from_numpy(np.flatnonzero(np.isin(before, rows)))
                 fresh = last[stayed.to(last.device)]
                 segments = [Segment(s.row, s.num_tokens + depth - 1, [0], 1) for s in chosen]
-                logits = self._go_on(chosen, segments, fresh)
-                tokens, confidence = self._draw(logits, chosen, depth)
+                logits = self._runner.forward(segments, fresh)
                 self._spent = self._spent.plus(num_forwards=1)
-                for sequence in chosen:
-                    self._num_fed[sequence.id] = depth
-            passes.append((rows, tokens, confidence))
+                positions = [[s.num_tokens + depth] for s in chosen]
+                tokens, sure = self._draw(logits, chosen, positions)
+            passes.append((rows, tokens, sure))
             active = active & (lengths > depth + 1)
-            if growth is not None:
-                growth.add(rows, confidence.cpu().numpy())
-                active = growth.who_pays(active)
-        drafts: list[list[int]] = [[] for _ in sequences]
-        sure: list[list[float]] = [[] for _ in sequences]
+        drafts: list[tuple[list[int], list[float]]] = [([], []) for _ in sequences]
         if passes:
             places, drawn, confident = zip(*passes, strict=True)
-            for row, token, chance in zip(
+            for row, token, own in zip(
                 np.concatenate(places).tolist(),
                 torch.cat(drawn).tolist(),
                 torch.cat(confident).tolist(),
                 strict=True,
             ):
-                drafts[row].append(token)
-                sure[row].append(chance)
-        chains = [DraftTree.chain(draft) for draft in drafts]
-        ids = [sequence.id for sequence in sequences]
-        self._verified = dict(zip(ids, zip(chains, sure, strict=True), strict=True))
+                drafts[row][0].append(token)
+                drafts[row][1].append(own)
+        bands = temperature_bands(s.request.sampling for s in sequences).tolist()
+        for sequence, (draft, sure_of), band in zip(sequences, drafts, bands, strict=True):
+            one = Candidates(self._calibration, band)
+            one.draft(draft, sure_of)
+            fed = {node: node for node in range(len(draft) - 1)}
+            tree = DraftTree.chain(draft)
+            self._drafts[sequence.id] = Drafts(tree, one, sequence.num_tokens, fed)
+        chains = [DraftTree.chain(draft) for draft, _ in drafts]
         return Proposal(chains, *self._spent)
+
+    def propose_at(
+        self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
+    ) -> Proposal:
+        bands = temperature_bands(s.request.sampling for s in sequences)
+        proposal = self._grow(sequences, Growth(self._calibration, bands, lengths, prices))
+        # Whose first draft will be looked at in the next step: as far as these prices tell.
+        anew = Growth(self._calibration, bands, lengths, prices).starting()
+        self._goes_on = {sequences[place].id for place in anew}
+        return proposal
+
+    def _grow(self, sequences: list[Sequence], growth: Growth) -> Proposal:
+        """Drafts as far as ``growth`` says."""
+        known_first = [place for place, s in enumerate(sequences) if s.id in self._first]
+        roots = [(place, ROOT) for place in known_first]
+        growth.add(roots, [self._first[sequences[place].id] for place in known_first])
+        if starting := growth.starting():
+            first = self._open([sequences[place] for place in starting])
+            growth.add([(place, ROOT) for place in starting], first)
+        size = self._runner.cache.max_model_len
+        room = [size - sequence.num_tokens for sequence in sequences]
+        while level := growth.next_level(room):
+            growth.add(level, self._run(sequences, growth, level))
+        cut = growth.cut(self._luck.random(len(sequences)))
+        trees = cut.verified
+        for sequence, one, tree in zip(sequences, growth.requests, trees, strict=True):
+            slots = one.slots_of_best(tree.size)
+            self._drafts[sequence.id] = Drafts(tree, one, sequence.num_tokens, slots)
+        return Proposal(trees, *self._spent, cut)
+
+    def _open(self, sequences: list[Sequence]) -> list[Children]:
+        """What may follow all that is known of each."""
+        return self._children(
+            self._begin(sequences), sequences, [[s.num_tokens] for s in sequences]
+        )
+
+    def _run(self, sequences: list[Sequence], growth: Growth, level: Level) -> list[Children]:
+        """Runs a level in one pass; what may follow each of its nodes."""
+        by_place: dict[int, list[int]] = {}
+        for place, node in level:
+            by_place.setdefault(place, []).append(node)
+        chosen = [sequences[place] for place in by_place]
+        segments, positions = [], []
+        for place, nodes in by_place.items():
+            one, s = growth.requests[place], sequences[place]
+            first = s.num_tokens + len(one.slots) - len(nodes)
+            tokens = [one.token(node) for node in nodes]
+            segments.append(Segment(s.row, first, tokens, len(nodes), one.lineage))
+            positions.append([s.num_tokens + one.depth(node) for node in nodes])
+        named = [
+            (sequences[place].id, node, growth.requests[place].parent(node))
+            for place, node in level
+        ]
+        logits = self._forward(segments, named)
+        self._spent = self._spent.plus(num_forwards=1)
+        return self._children(logits, chosen, positions)
+
+    def _forward(self, segments: list[Segment], nodes: list[tuple[int, int, int]]) -> torch.Tensor:
+        """Logits of a pass over drafts: (request, node, parent) each, in their order."""
+        return self._runner.forward(segments)
+
+    def _children(
+        self, logits: torch.Tensor, sequences: list[Sequence], positions: list[list[int]]
+    ) -> list[Children]:
+        """What may follow, by row of the logits: each sequence has one per position."""
+        tokens, sure = self._draw(logits, sequences, positions)
+        return [([token], [own]) for token, own in zip(tokens.tolist(), sure.tolist(), strict=True)]
 
     def _feed(self, sequences: list[Sequence], segments: list[Segment]) -> torch.Tensor:
         """Logits of a pass over known tokens, a segment per sequence."""
         return self._runner.forward(segments)
 
-    def _go_on(
-        self, sequences: list[Sequence], segments: list[Segment], fresh: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits after the latest draft of each sequence, ``fresh``."""
-        return self._runner.forward(segments, fresh)
-
-    def _num_kept(self, num_fed: int) -> int:
-        """Of accepted drafts that were fed: how many the cache holds as if they had been known."""
-        return num_fed
-
     def _first_drafts(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """The first draft of each and its confidence, [B]: as it was looked at, or run now."""
-        known = [self._first.get(sequence.id, (-1, 0.0)) for sequence in sequences]
-        first = torch.tensor([token for token, _ in known], device=self._runner.device)
-        confidence = torch.tensor([sure for _, sure in known], device=self._runner.device)
-        new = [i for i, (token, _) in enumerate(known) if token < 0]
+        new = [sequence for sequence in sequences if sequence.id not in self._first]
         if new:
-            chosen = [sequences[i] for i in new]
-            first[new], confidence[new] = self._draw(self._begin(chosen), chosen, 0)
-        return first, confidence
+            opened = self._open(new)
+            self._first.update((s.id, one) for s, one in zip(new, opened, strict=True))
+        first = [self._first[sequence.id] for sequence in sequences]
+        device = self._runner.device
+        tokens = torch.tensor([token for (token, *_), _ in first], device=device)
+        return tokens, torch.tensor([own for _, (own, *_) in first], device=device)
 
     def _begin(self, sequences: list[Sequence]) -> torch.Tensor:
         """Logits of the first draft, [B, vocabulary], after all that is known of each."""
@@ -215,37 +246,46 @@ class DraftModel:
         return logits
 
     def _draw(
-        self, logits: torch.Tensor, sequences: list[Sequence], depth: int
+        self, logits: torch.Tensor, sequences: list[Sequence], positions: list[list[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A draft of each, and the probability that the draft model gives it, both [B]."""
-        self._spent = self._spent.plus(num_draft_tokens=len(sequences))
-        places = [range(s.num_tokens + depth, s.num_tokens + depth + 1) for s in sequences]
-        asked = zip(sequences, places, strict=True)
-        draws = Draws.of((s.request.sampling, s.seed, place) for s, place in asked)
+        """A draft by row, and the probability that the draft model gives it, both [M]."""
+        draws = self._draws(sequences, positions)
         tokens, wide = sample(logits, draws), logits.float()
         return tokens, (wide.gather(-1, tokens[:, None])[:, 0] - wide.logsumexp(-1)).exp()
+
+    def _draws(self, sequences: list[Sequence], positions: list[list[int]]) -> Draws:
+        self._spent = self._spent.plus(num_draft_tokens=sum(map(len, positions)))
+        asked = zip(sequences, positions, strict=True)
+        return Draws.of((s.request.sampling, s.seed, places) for s, places in asked)
 
     def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         before: list[int] = []
         outcome: list[bool] = []
-        bands = temperature_bands(s.request.sampling for s in sequences).tolist()
-        for sequence, path, band in zip(sequences, paths, bands, strict=True):
-            if sequence.id in self._num_fed:
-                tree, confidences = self._verified[sequence.id]
-                self._calibration.learn(tree, confidences, path, band)
-                start = self._num_computed[sequence.id]  # tokens before its drafts
-                tried, right = outcomes(tree, path, sequence.tokens, start)
+        kept = []
+        for sequence, path in zip(sequences, paths, strict=True):
+            drafts = self._drafts.get(sequence.id)
+            if drafts is None:
+                continue
+            drafts.candidates.learn(sequence.tokens[drafts.num_tokens :])
+            if drafts.tree.size:
+                tried, right = outcomes(drafts.tree, path, sequence.tokens, drafts.num_tokens)
                 before += tried
                 outcome += right
-                num_fed = min(len(path), self._num_fed[sequence.id])
-                self._num_computed[sequence.id] += self._num_kept(num_fed)
+            if slots := [drafts.slots[node] for node in path if node in drafts.slots]:
+                kept.append((sequence, drafts.num_tokens, slots))
         self._rates.learn(before, outcome)
+        self._keep(kept)
+
+    def _keep(self, kept: list[tuple[Sequence, int, list[int]]]) -> None:
+        """Accepted drafts are in the cache too: (request, tokens known before, slots of them)."""
+        self._runner.cache.compact((s.row, start, slots) for s, start, slots in kept)
+        for sequence, _, slots in kept:
+            self._num_computed[sequence.id] += len(slots)
 
     def forget(self, sequence: Sequence) -> None:
         self._num_computed.pop(sequence.id, None)
         self._first.pop(sequence.id, None)
-        self._num_fed.pop(sequence.id, None)
-        self._verified.pop(sequence.id, None)
+        self._drafts.pop(sequence.id, None)
         self._goes_on.discard(sequence.id)
 
     def _unseen(self, sequence: Sequence) -> Segment:

@@ -6,6 +6,7 @@ costs microseconds and no model.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ from smartspec.engine_adapter.token_acceptance import CopyAcceptance
 #: text that repeats itself over and over.
 MAX_OCCURRENCES = 64
 MAX_VOTES = 16  #: of these, the latest that are asked what they would go on with
+
+
+Copy = tuple[list[int], list[float]]  #: tokens, and how likely each is, given those before
 
 
 class Match(NamedTuple):
@@ -187,6 +191,27 @@ class PromptLookup:
             draft = [copied(sequence.tokens, end, place) for place in range(length)]
             drafts.append(DraftTree.chain(draft))
         return Proposal(drafts)
+
+    def copies(self, sequences: list[Sequence]) -> list[Copy]:
+        """All that `propose` could copy for each, and how likely each token is, given those before.
+
+        By how often copies were right after such tokens, and of such tokens, joined with how far
+        the earlier occurrences agree on the first as if these were independent.
+        """
+        texts: list[list[int]] = []
+        before: list[int] = []
+        for sequence in sequences:
+            match = self._matches[sequence.id]
+            size = self.max_length if match.length else 0
+            text = [copied(sequence.tokens, match.end, place) for place in range(size)]
+            texts.append(text)
+            before += [sequence.tokens[-1], *text][:size]
+        flat = list(itertools.chain.from_iterable(texts))
+        sizes = [len(text) for text in texts]
+        agreement = np.repeat([self._matches[s.id].agreement for s in sequences], sizes)
+        likely = self._rates.rates(before, flat, agreement).tolist()
+        rest = iter(likely)
+        return [(text, list(itertools.islice(rest, len(text)))) for text in texts]
 
     def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         # The index follows the tokens. What the copy would have been is known without a draft.

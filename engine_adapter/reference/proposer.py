@@ -19,8 +19,8 @@ from torch import Tensor
 
 from smartspec.engine_adapter.base import F32, U8
 from smartspec.engine_adapter.prices import Prices
-from smartspec.engine_adapter.reference.chain_growth import Cut
 from smartspec.engine_adapter.reference.draft_tree import NO_DRAFTS, DraftTree
+from smartspec.engine_adapter.reference.growth import Cut
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.sequence import Sequence
 
@@ -39,7 +39,7 @@ class Proposal(NamedTuple):
     num_forwards: int = 0  #: sequential passes of a draft model
     num_draft_tokens: int = 0  #: tokens drafted in them
     num_catch_up_tokens: int = 0  #: tokens fed only to bring the draft model up to date
-    cut: Cut | None = None  #: what was drafted beyond ``drafts`` and will not be verified
+    cut: Cut | None = None  #: by confidence: all that was drafted, with what is not verified
 
 
 class Proposer(Protocol):

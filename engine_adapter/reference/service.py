@@ -32,7 +32,9 @@ ProposerName: TypeAlias = Literal["lookup", "draft", "eagle", "lookup-tree", "dr
 KNOWN_FIRST = (PromptLookup.name, TreeLookup.name)  #: drafts exist before lengths are chosen
 #: Made for the default model (docs/drafter.md).
 DEFAULT_DRAFTER = Path(__file__).with_name(f"{models.DEFAULT_MODEL}-drafter.safetensors")
-TREES = (TreeLookup.name, TreeDraftModel.name)
+TREES = (TreeLookup.name, TreeDraftModel.name, FeatureDraft.name)
+#: Can stop and cut drafts by their confidences.
+CONFIDENT = (DraftModel.name, TreeDraftModel.name, FeatureDraft.name)
 
 
 def make_proposer(
@@ -97,7 +99,7 @@ def link_to(endpoint: str, engine: str, keys: EngineKeys | None = None) -> LinkF
             features=facts.features,
             drafts_known_first=facts.proposer in KNOWN_FIRST,
             trees=facts.proposer in TREES,
-            confidences=facts.proposer == DraftModel.name,
+            confidences=facts.proposer in CONFIDENT,
         )
         # The epoch is the one place where the time of day is right: it must differ after a reboot.
         epoch = time.time_ns()

@@ -215,8 +215,12 @@ class TreeLookup:
 
     def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         for sequence, path in zip(sequences, paths, strict=True):
-            if (last := self._drafts.get(sequence.id)) is not None:
-                self._calibration.learn(last.tree, last.confidences, path)
+            if (last := self._drafts.get(sequence.id)) is None:
+                continue
+            reached = {ROOT, *path}
+            tried = [node for node, parent in enumerate(last.tree.parents) if parent in reached]
+            own = [last.confidences[node] for node in tried]
+            self._calibration.learn(own, [node in reached for node in tried])
 
     def forget(self, sequence: Sequence) -> None:
         self._history.add(sequence.tokens[sequence.num_prompt :])

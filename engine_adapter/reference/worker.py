@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from smartspec.engine_adapter.base import (
     FEATURE_LAST_SHARE,
+    U8,
     U64,
     DecodeBatch,
     FixedLength,
@@ -176,13 +177,15 @@ class Worker:
         )
         done = self._clock()
 
+        cut = proposal.cut
+        told = paths if cut is None else cut.accepted(drawn[: len(decoding)])
         context_tokens = sum(sequence.num_tokens for sequence in decoding)
         self._hand_on(schedule, features, paths)
         emitted = self._accept(schedule, proposal, drawn, logprobs, paths, events)
         facts = StepFacts(
             batch=batch,
             num_drafted=np.array([tree.size for tree in proposal.drafts], np.uint8),
-            num_accepted=np.array([len(path) for path in paths], np.uint8),
+            num_accepted=_sizes(paths),
             num_emitted=np.array(emitted, np.uint8),
             step_s=self._clock() - begin,
             target_s=done - verify,
@@ -193,13 +196,13 @@ class Worker:
             num_catch_up_tokens=proposal.num_catch_up_tokens,
             num_waiting=self.num_waiting,
             kv_usage=self.scheduler.kv_usage,
-            accepted_ranks=_ranks(paths) if self.proposer.trees else None,
-            num_cut=None if proposal.cut is None else proposal.cut.num_cut,
-            num_cut_accepted=None if proposal.cut is None else proposal.cut.num_cut_accepted,
+            accepted_ranks=_ranks(told) if self.proposer.trees else None,
+            num_cut=None if cut is None else cut.num_cut,
+            num_cut_accepted=None if cut is None else _sizes(told) - _sizes(paths),
         )
         self.length_source.report(facts)
-        if proposal.cut is not None:
-            lengths = proposal.cut.num_verified
+        if cut is not None:
+            lengths = cut.num_verified
         return StepOutput(events, facts, lengths, choice.source)
 
     def _propose(self, decoding: list[Sequence], lengths: I64, prices: Prices | None) -> Proposal:
@@ -382,6 +385,10 @@ class Worker:
             now - sequence.added_s,
             (now - first) / num_later if first is not None and num_later > 0 else None,
         )
+
+
+def _sizes(paths: list[list[int]]) -> U8:
+    return np.array([len(path) for path in paths], np.uint8)
 
 
 def _ranks(paths: list[list[int]]) -> U64:

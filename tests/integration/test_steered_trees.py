@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fakes import ipc_endpoint, until
 from scripted_engine import Costs, ScriptedEngine, hello
-from tiny_models import VOCABULARY, answers, tiny_model
+from tiny_models import VOCABULARY, answers, tiny_head, tiny_model
 
 from smartspec.daemon import config
 from smartspec.daemon.control_loop import ControlLoop
@@ -17,6 +17,7 @@ from smartspec.daemon.event_bus import NullBus
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.link import EngineLink
+from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
 from smartspec.engine_adapter.reference.line_server import WorkerFacts
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
@@ -134,6 +135,7 @@ PROPOSERS: dict[str, Callable[[], Proposer]] = {
     "draft-tree": lambda: TreeDraftModel(
         ModelRunner(without_layers(tiny_model("llama"), [1]), ROWS, MODEL_LEN), MOST
     ),
+    "eagle": lambda: FeatureDraft(tiny_head(tiny_model("llama")), ROWS, MODEL_LEN, MOST),
 }
 
 
@@ -167,6 +169,7 @@ def link_of(endpoint: str, proposer: Proposer) -> EngineLink:
     )  # fmt: skip
     link = link_to(endpoint, "worker-0")(facts)
     assert isinstance(link, EngineLink) and link.hello.limits.trees
+    assert link.hello.limits.confidences == (proposer.name != "lookup-tree")
     return link
 
 

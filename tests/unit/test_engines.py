@@ -146,6 +146,27 @@ def test_cut_drafts_count_as_the_engine_tells_unless_one_before_was_rejected() -
     assert observation.num_accepted.tolist() == [2, 0, 1]
 
 
+BAD_CUT_RANKS: dict[str, list[int]] = {
+    "accepted_ranks: one that was not drafted": [0b11 | 1 << 5, 0, 1],
+    "accepted_ranks: not num_accepted of them": [0b101, 0, 1],
+    "accepted_ranks: not num_cut_accepted": [0b11011, 0, 1],
+}
+
+
+@pytest.mark.parametrize("message", BAD_CUT_RANKS)
+def test_ranks_that_were_cut_count_as_the_engine_tells(message: str) -> None:
+    new = engine(trees=True)
+    told = CUT | {"num_cut": column(3, 2, 0), "num_cut_accepted": column(1, 1, 0)}
+    with pytest.raises(wire.MessageError, match=message):
+        ranks = wire.pack(BAD_CUT_RANKS[message], "u64")
+        new.observe(step_report(1, **told, accepted_ranks=ranks))
+    ranks = wire.pack([0b10011, 0b10, 0b01], "u64")
+    observation = new.observe(step_report(1, **told, accepted_ranks=ranks))
+    assert observation.num_learned.tolist() == [5, 2, 2]
+    assert observation.num_drafted.tolist() == [2, 0, 2]
+    assert [np.flatnonzero(row).tolist() for row in observation.accepted] == [[0, 1, 4], [1], [0]]
+
+
 def test_ranks_are_learned_of_trees_and_nothing_of_them_of_chains() -> None:
     trees, chains = engine(trees=True), engine()
     assert trees.key.id != chains.key.id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from smartspec.engine_adapter.base import FixedLength
 from smartspec.engine_adapter.reference import feature_head
+from smartspec.engine_adapter.reference.calibration import Calibration
+from smartspec.engine_adapter.reference.candidates import Candidates
+from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
 from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
 from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadNotUsable
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
@@ -22,6 +26,8 @@ from smartspec.engine_adapter.reference.worker import Worker
 MAX_LEN = 64
 LAYERS = (1, 2)
 
+Branch = tuple[int, ...]  # of tokens, from the root
+
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(
@@ -29,20 +35,40 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     )
 
 
-def drafts_by_hand(head: FeatureHead, tokens: list[int], count: int) -> list[int]:
-    """Greedy drafts after ``tokens``, from one pass of the target and whole passes of the head."""
+def children_by_hand(head: FeatureHead, tokens: list[int], path: Branch) -> list[tuple[float, int]]:
+    """What may follow, and its chances: from one pass of the target and whole ones of the head."""
     target = ModelRunner(tiny_model("llama"), 1, MAX_LEN)
     _, features = target.forward_with_features([Segment(0, 0, tokens, 1)], LAYERS)
     before = head.state(features[:-1])
     states = torch.cat((torch.zeros_like(before[:1]), before))
-    read, drafts = list(tokens), []
-    for _ in range(count):
+    read = list(tokens)
+    for token in (*path, None):
         places = torch.arange(len(read))[None]
         after = head.advance(states[None], torch.tensor([read]), places, causal)[0]
-        drafts.append(int(head.token_ids[head.logits(after[-1]).argmax()]))
-        read.append(drafts[-1])
-        states = torch.cat((states, after[-1:]))
-    return drafts
+        if token is not None:
+            read.append(token)
+            states = torch.cat((states, after[-1:]))
+    chances, ids = head.logits(after[-1]).softmax(-1).topk(FeatureDraft.num_children)
+    return list(zip(chances.tolist(), head.token_ids[ids].tolist(), strict=True))
+
+
+def paths_by_hand(head: FeatureHead, tokens: list[int], size: int) -> set[Branch]:
+    """The most probable of all, best first."""
+    heap = [(-chance, (token,)) for chance, token in children_by_hand(head, tokens, ())]
+    best: set[Branch] = set()
+    while len(best) < size:
+        heapq.heapify(heap)
+        chance, path = heapq.heappop(heap)
+        best.add(path)
+        heap += [(chance * own, (*path, t)) for own, t in children_by_hand(head, tokens, path)]
+    return best
+
+
+def paths_of(tree: DraftTree) -> set[Branch]:
+    paths: list[Branch] = []
+    for token, parent in zip(*tree, strict=True):
+        paths.append((*(paths[parent] if parent != ROOT else ()), token))
+    return set(paths)
 
 
 class Watched(FeatureDraft):
@@ -50,19 +76,20 @@ class Watched(FeatureDraft):
 
     def __init__(self, head: FeatureHead, max_pass_tokens: int = 512) -> None:
         super().__init__(head, 3, MAX_LEN, 4, max_pass_tokens, copies=False)
-        self.seen: list[tuple[list[int], list[int]]] = []
+        self.seen: list[tuple[list[int], DraftTree]] = []
 
     def propose(self, sequences: list[Sequence], lengths: np.ndarray):  # type: ignore[no-untyped-def]
         proposal = super().propose(sequences, lengths)
         for sequence, tree in zip(sequences, proposal.drafts, strict=True):
-            self.seen.append((list(sequence.tokens), list(tree.tokens)))
+            self.seen.append((list(sequence.tokens), tree))
         return proposal
 
 
 @pytest.mark.parametrize("max_pass_tokens", [512, 5], ids=["one_pass", "many_passes"])
 def test_drafts_are_those_of_whole_passes_whatever_was_accepted_before(
-    max_pass_tokens: int,
+    max_pass_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Calibration, "learn", lambda *outcome: None)  # it would change the trees
     head = tiny_head(tiny_model("llama"))
     proposer = Watched(head, max_pass_tokens)
     lengths = FixedLength(4)
@@ -82,56 +109,39 @@ def test_drafts_are_those_of_whole_passes_whatever_was_accepted_before(
         worker.step()
         steps += 1
         lengths.length = (4, 0, 2)[steps % 3]  # steps without drafts, after which it catches up
-    drafted = [(known, drafts) for known, drafts in proposer.seen if drafts]
+    drafted = [(known, tree) for known, tree in proposer.seen if tree.size]
     assert len(drafted) > 20
     with torch.inference_mode():
-        for known, drafts in drafted:
-            assert drafts == drafts_by_hand(head, known, len(drafts))
+        for known, tree in drafted:
+            assert paths_of(tree) == paths_by_hand(head, known, tree.size)
+    assert any(tree.depths[-1] > 1 for _, tree in drafted)
+    assert any(tree.parents.count(ROOT) > 1 for _, tree in drafted)
 
 
-def test_text_that_repeats_itself_is_copied_without_a_pass() -> None:
+def test_head_catches_up_with_what_it_did_not_read_while_text_was_copied() -> None:
     head = tiny_head(tiny_model("llama"))
-    proposer = FeatureDraft(head, 2, MAX_LEN, 6)
-    once = Sequence(1, Request([1, 2, 3, 4, 5, 6, 7, 8, 9]), 20, 0, 0.0)
-    again = Sequence(2, Request([1, 2, 3, 4, 5, 9, 9, 2, 3, 4, 5]), 20, 0, 0.0)
-    target = ModelRunner(tiny_model("llama"), 2, MAX_LEN)
-    for row, sequence in enumerate((once, again)):
-        sequence.row = row
-        known = [Segment(row, 0, sequence.tokens[:-1], 0)]
-        proposer.read([sequence], [target.forward_with_features(known, LAYERS)[1]])
-    offer = proposer.available([once, again])
-    proposal = proposer.propose([once, again], np.array([6, 6]))
-    assert proposal.drafts[1].tokens == [9, 9, 2, 3, 4, 5]
-    assert proposal.num_draft_tokens == 6  # the other's alone
-    assert offer.features[-1, 1] == pytest.approx(0.7)  # one occurrence, of four tokens
-    # What it did not read meanwhile it catches up with.
-    again.tokens += [40, 41]
-    more = [Segment(1, 10, again.tokens[10:-1], 0)]
-    proposer.accepted([again], [[]])
-    proposer.read([again], [target.forward_with_features(more, LAYERS)[1]])
-    proposer.available([again])
-    with torch.inference_mode():
-        drafts = drafts_by_hand(head, again.tokens, 6)
-    assert proposer.propose([again], np.array([6])).drafts[0].tokens == drafts
-
-
-def test_head_is_not_run_for_a_request_that_has_begun_to_repeat_itself() -> None:
-    head = tiny_head(tiny_model("llama"))
-    proposer = FeatureDraft(head, 1, MAX_LEN, 4)
-    sequence = Sequence(1, Request([1, 2, 3, 4, 5, 6, 7]), 20, 0, 0.0)
+    proposer = FeatureDraft(head, 1, MAX_LEN, 6)
+    for _ in range(300):  # copies are always right
+        one = Candidates(proposer._calibration, 0)
+        one.copy([1, 2], [0.7, 0.7])
+        one.learn([1, 2])
+    sequence = Sequence(1, Request([1, 2, 3, 4, 5, 9, 9, 2, 3, 4, 5]), 20, 0, 0.0)
     sequence.row = 0
     target = ModelRunner(tiny_model("llama"), 1, MAX_LEN)
     known = [Segment(0, 0, sequence.tokens[:-1], 0)]
     proposer.read([sequence], [target.forward_with_features(known, LAYERS)[1]])
     proposer.available([sequence])
-    assert proposer.propose([sequence], np.array([2])).num_forwards == 2
+    proposal = proposer.propose([sequence], np.array([4]))
+    assert proposal.drafts[0] == DraftTree.chain([9, 9, 2, 3])
+    assert proposal.num_forwards == proposal.num_draft_tokens == 0
+    sequence.tokens += [40, 41]
+    more = [Segment(0, 10, sequence.tokens[10:-1], 0)]
     proposer.accepted([sequence], [[]])
-    sequence.tokens += [2, 3]  # as if two steps had brought them
-    more = [Segment(0, 6, sequence.tokens[6:-1], 0)]
     proposer.read([sequence], [target.forward_with_features(more, LAYERS)[1]])
     proposer.available([sequence])
-    proposal = proposer.propose([sequence], np.array([2]))
-    assert proposal.drafts[0].tokens == [4, 5] and proposal.num_forwards == 0
+    with torch.inference_mode():
+        expected = paths_by_hand(head, sequence.tokens, 6)
+    assert paths_of(proposer.propose([sequence], np.array([6])).drafts[0]) == expected
 
 
 def test_states_do_not_pile_up_when_nothing_is_drafted() -> None:
@@ -148,7 +158,7 @@ def test_states_do_not_pile_up_when_nothing_is_drafted() -> None:
         most = max(most, sum(map(len, proposer._waiting.get(request, []))))
     assert 6 <= most <= 2 * 6 + 5
     assert not proposer._waiting
-    assert not proposer._state
+    assert not proposer._states
 
 
 def test_head_is_the_same_when_loaded_again(tmp_path: Path) -> None:

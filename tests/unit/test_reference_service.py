@@ -48,14 +48,17 @@ def test_draft_model_is_needed_to_draft(name: ProposerName) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "known_first", "trees"),
-    [("lookup", True, False), ("draft", False, False),
-     ("eagle", False, False), ("lookup-tree", True, True),
-     ("draft-tree", False, True)],
+    ("name", "known_first", "trees", "confidences"),
+    [("lookup", True, False, False), ("draft", False, False, True),
+     ("eagle", False, True, True), ("lookup-tree", True, True, False),
+     ("draft-tree", False, True, True)],
 )  # fmt: skip
-def test_daemon_is_told_what_lengths_mean(name: str, known_first: bool, trees: bool) -> None:
+def test_daemon_is_told_what_lengths_mean(
+    name: str, known_first: bool, trees: bool, confidences: bool
+) -> None:
     link = link_to("ipc:///nowhere.sock", "worker-0")(replace(FACTS, proposer=name))
     assert isinstance(link, EngineLink)
     limits = link.hello.limits
     link.close()
     assert (limits.drafts_known_first, limits.trees) == (known_first, trees)
+    assert limits.confidences == confidences

@@ -9,12 +9,15 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_model
 
+from smartspec.engine_adapter.lengths import RAGGED, CostCurve, DraftCost
+from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import Calibration
+from smartspec.engine_adapter.reference.candidates import Candidates
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.sampling import Draws, likeliest
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams, Sequence
-from smartspec.engine_adapter.reference.tree_draft_model import NUM_CHILDREN, TreeDraftModel
+from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
 
 MAX_LEN = 64
 NUM_ROWS = 3
@@ -47,7 +50,7 @@ def most_probable_paths(model: torch.nn.Module, sequence: Sequence, size: int) -
             logits = model(input_ids=tokens, use_cache=False).logits[0, -1:]
         place = [sequence.num_tokens + len(path)]
         draws = Draws.of([(sequence.request.sampling, sequence.seed, place)])
-        found = likeliest(logits, draws, NUM_CHILDREN)
+        found = likeliest(logits, draws, TreeDraftModel.num_children)
         return [(c, (*path, t)) for t, c in zip(*(x[0].tolist() for x in found), strict=True)]
 
     heap = [(-chance, path) for chance, path in children(())]
@@ -91,12 +94,13 @@ def test_drafts_are_those_of_a_fresh_cache_when_paths_were_accepted(
     monkeypatch.setattr(Calibration, "learn", lambda *outcome: None)
     rng = np.random.default_rng(3)
     runner = ModelRunner(tiny_model("gpt2", seed=1), NUM_ROWS, MAX_LEN)
-    proposer = TreeDraftModel(runner, max_length=9)
+    proposer = TreeDraftModel(runner, max_length=9, copies=False)
     running = sequences(KINDS[kind])
     num_scattered = 0
     for _ in range(6):
         lengths = rng.integers(0, 10, NUM_ROWS)
-        fresh = TreeDraftModel(ModelRunner(tiny_model("gpt2", seed=1), NUM_ROWS, MAX_LEN), 9)
+        plain = ModelRunner(tiny_model("gpt2", seed=1), NUM_ROWS, MAX_LEN)
+        fresh = TreeDraftModel(plain, 9, copies=False)
         for drafter in (proposer, fresh):
             drafter.available(running)
         trees = proposer.propose(running, lengths).drafts
@@ -122,3 +126,83 @@ def test_growth_stays_within_the_row_when_it_is_almost_full() -> None:
     proposer.available([sequence])
     tree = proposer.propose([sequence], np.array([9])).drafts[0]
     assert tree.size == 9
+
+
+def with_copy() -> Sequence:
+    """Of which the end has occurred before, and all that would be copied is known to be right."""
+    sequence = sequences(KINDS["greedy"])[0]
+    sequence.tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
+    return sequence
+
+
+def sure_of_copies(proposer: TreeDraftModel) -> None:
+    for _ in range(300):
+        one = Candidates(proposer._calibration, 0)
+        one.copy([1, 2], [0.625, 0.625])
+        one.learn([1, 2])
+
+
+def test_copies_are_branches_beside_the_drafts() -> None:
+    proposer = TreeDraftModel(ModelRunner(tiny_model("llama", seed=1), NUM_ROWS, MAX_LEN))
+    sequence = with_copy()
+    offer = proposer.available([sequence])
+    proposal = proposer.propose([sequence], np.array([12]))
+    paths = paths_of(proposal.drafts[0])
+    assert (4,) in paths and (4, 5) in paths
+    assert any(path[0] != 4 for path in paths)
+    assert proposal.num_forwards > 0
+    assert offer.features[1, 0] > 0  # how sure the copy is of its first token
+
+
+def test_draft_model_is_not_run_where_a_copy_is_as_good_as_certain() -> None:
+    proposer = TreeDraftModel(ModelRunner(tiny_model("llama", seed=1), NUM_ROWS, MAX_LEN))
+    sure_of_copies(proposer)
+    sequence = with_copy()
+    proposer.available([sequence])
+    proposal = proposer.propose([sequence], np.array([3]))
+    assert proposal.drafts[0] == DraftTree.chain([4, 5, 6])
+    assert proposal.num_forwards == proposal.num_draft_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("forward_s", "token_price", "kinds"),
+    [
+        (100.0, 100.0, {"none"}),
+        (100.0, 0.3, {"none", "copy"}),
+        (0.0, 0.05, {"tree"}),
+    ],
+    ids=["all_too_dear", "forwards_too_dear", "cheap"],
+)
+def test_none_a_copy_and_a_tree_fall_out_of_the_prices(
+    forward_s: float, token_price: float, kinds: set[str]
+) -> None:
+    proposer = TreeDraftModel(ModelRunner(tiny_model("llama", seed=1), NUM_ROWS, MAX_LEN))
+    sure_of_copies(proposer)
+    running = [with_copy(), *sequences(KINDS["greedy"])[1:]]
+    curve = CostCurve(RAGGED, [0.0, 1.0], [0.0, token_price])
+    prices = Prices(1.0, (curve,), DraftCost(0.0, forward_s))
+    proposer.available(running)
+    proposal = proposer.propose_at(running, np.full(NUM_ROWS, 9), prices)
+    found = set()
+    for place, tree in enumerate(proposal.drafts):
+        if not tree.size:
+            found.add("none")
+        elif tree == DraftTree.chain(tree.tokens) and place == 0 and not proposal.num_forwards:
+            found.add("copy")
+        else:
+            assert tree.parents.count(ROOT) > 1 or tree.depths[-1] > 1
+            found.add("tree")
+    assert found == kinds
+    assert (proposal.num_forwards > 0) == ("tree" in kinds)
+
+
+def test_verified_nodes_are_those_worth_most_over_the_whole_batch() -> None:
+    proposer = TreeDraftModel(ModelRunner(tiny_model("llama", seed=1), NUM_ROWS, MAX_LEN))
+    running = sequences(KINDS["greedy"])
+    prices = Prices(1.0, (CostCurve(RAGGED, [0.0, 1.0], [0.0, 0.08]),), DraftCost(0.0, 0.01))
+    proposer.available(running)
+    cut = proposer.propose_at(running, np.full(NUM_ROWS, 9), prices).cut
+    assert cut is not None and cut.num_verified.any() and cut.num_cut.any()
+    for chances, size in zip(cut.chances, cut.num_verified.tolist(), strict=True):
+        assert all(chance > 0.08 for chance in chances[:size])
+        assert all(chance <= 0.08 for chance in chances[size:])

@@ -1,15 +1,19 @@
-"""Chains cut by confidence: worth more than whole ones, and what is told of them is unbiased."""
+"""Drafts cut by confidence: worth more than whole ones, and what is told of them is unbiased."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from smartspec.engine_adapter.lengths import RAGGED, CostCurve, DraftCost
 from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import F64, I64, Calibration
-from smartspec.engine_adapter.reference.chain_growth import ChainGrowth, Cut
-from smartspec.engine_adapter.reference.draft_tree import DraftTree
+from smartspec.engine_adapter.reference.candidates import Candidates
+from smartspec.engine_adapter.reference.draft_tree import ROOT
+from smartspec.engine_adapter.reference.growth import Cut, Growth, Level
 from smartspec.estimators.acceptance import AcceptanceEstimator
 
 SIZE, DEPTH = 16, 4
@@ -25,32 +29,50 @@ def true_rate(confidence: F64) -> F64:
     return rate
 
 
+def new_calibration() -> Calibration:
+    return Calibration(Candidates.num_bands())
+
+
+def lengthen(growth: Growth, level: Level, confidences: npt.ArrayLike) -> None:
+    """Chains: one child of each node, always token 0."""
+    given = np.asarray(confidences).tolist()
+    growth.add(level, [([0], [own]) for own in given])
+
+
+def first(places: Iterable[int]) -> Level:
+    return [(int(place), ROOT) for place in places]
+
+
+def said(run: I64, most: int = DEPTH) -> list[list[int]]:
+    """What the target says after each of the drafts, all 0, of which ``run`` are right."""
+    return [[0] * min(int(right), most) + [1] * (most + 1 - min(int(right), most)) for right in run]
+
+
 def grow(
     calibration: Calibration, rng: np.random.Generator, prices: Prices = PRICES
-) -> tuple[ChainGrowth, Cut, F64, I64]:
+) -> tuple[Growth, Cut, F64, I64]:
     """A step: the growth, the cut, confidences [DEPTH, SIZE], and how many would be right."""
     confidences = rng.beta(0.8, 1.4, (DEPTH, SIZE))
     right = rng.random((DEPTH, SIZE)) < true_rate(confidences)
-    growth = ChainGrowth(prices, calibration, BANDS, np.full(SIZE, DEPTH))
-    able = growth.who_pays(np.ones(SIZE, np.bool_))
-    for depth in range(DEPTH):
-        if not able.any():
-            break
-        rows = np.flatnonzero(able)
-        growth.add(rows, confidences[depth, rows])
-        able = growth.who_pays(able)
+    growth = Growth(calibration, BANDS, np.full(SIZE, DEPTH), prices)
+    level, depth = first(growth.starting()), 0
+    while level:
+        lengthen(growth, level, confidences[depth, [place for place, _ in level]])
+        level = growth.next_level([DEPTH] * SIZE)
+        depth += 1
     cut = growth.cut(rng.random(SIZE))
     run: I64 = np.cumprod(right, axis=0).sum(axis=0).astype(np.int64)
     accepted = np.minimum(run, cut.num_verified)
-    for i, (size, count) in enumerate(zip(cut.num_verified.tolist(), accepted.tolist())):  # noqa: B905
-        sure = confidences[:size, i].tolist()
-        calibration.learn(DraftTree.chain([0] * size), sure, list(range(count)))
+    for one, num_accepted, tokens in zip(
+        growth.requests, accepted.tolist(), said(run), strict=True
+    ):
+        one.learn(tokens[: num_accepted + 1])
     return growth, cut, confidences, run
 
 
 def test_survivals_are_those_of_all_drafts_when_the_unsure_ones_are_cut() -> None:
     rng = np.random.default_rng(4)
-    calibration = Calibration()
+    calibration = new_calibration()
     told, blind = AcceptanceEstimator(max_length=DEPTH), AcceptanceEstimator(max_length=DEPTH)
     buckets = np.zeros(SIZE, np.int64)
     first: list[float] = []
@@ -68,7 +90,7 @@ def test_survivals_are_those_of_all_drafts_when_the_unsure_ones_are_cut() -> Non
         accepted = np.minimum(run, cut.num_verified)
         rows = blind.rows(np.arange(SIZE))
         blind.learn_many(rows, buckets, cut.num_verified, accepted)
-        passed = np.where(accepted == cut.num_verified, accepted + cut.num_cut_accepted, accepted)
+        passed = np.array([len(path) for path in cut.accepted(said(run))])
         rows = told.rows(np.arange(SIZE))
         told.learn_many(rows, buckets, cut.num_verified + cut.num_cut, passed)
     assert num_cut > 0.4 * 1000 * SIZE
@@ -78,43 +100,60 @@ def test_survivals_are_those_of_all_drafts_when_the_unsure_ones_are_cut() -> Non
     assert float(told.pooled_hazards()[0]) == pytest.approx(truth, abs=0.03)
 
 
-def test_a_cut_draft_is_told_of_by_its_chance_given_what_is_verified() -> None:
-    calibration = Calibration()
-    growth = ChainGrowth(PRICES, calibration, np.zeros(3, np.int64), np.full(3, 2))
-    growth.add(np.arange(3), [0.9, 0.3, 0.3])
-    growth.add(np.array([0, 1]), [0.4, 0.9])  # chances 0.36 and 0.27
-    cut = growth.cut(np.array([0.39, 0.28, 0.31]))
+def test_of_cut_drafts_the_first_is_told_as_it_was_and_others_by_their_chances() -> None:
+    growth = Growth(new_calibration(), np.zeros(3, np.int64), np.full(3, 3), PRICES)
+    lengthen(growth, first(range(3)), [0.9, 0.3, 0.3])
+    for one in growth.requests:
+        one.run(0)
+    lengthen(growth, [(0, 0), (1, 0)], [0.4, 0.9])  # chances 0.36 and 0.27
+    cut = growth.cut(np.full(3, 0.89))
     assert cut.num_verified.tolist() == [1, 0, 0]
     assert cut.num_cut.tolist() == [1, 2, 1]
-    # 0.4 given the first; 0.3 and then 0.27; 0.3.
-    assert cut.num_cut_accepted.tolist() == [1, 1, 0]
-    assert growth.cut(np.full(3, 0.26)).num_cut_accepted.tolist() == [1, 2, 1]
+    # The second draft of the second follows one that was right: with a chance of 0.9.
+    assert cut.accepted([[0, 0], [0], [1]]) == [[0, 1], [0, 1], []]
+    assert cut.accepted([[0, 1], [0], [0]]) == [[0], [0, 1], [0]]
+    assert cut._replace(luck=np.full(3, 0.91)).accepted([[1, 0], [0], [1]]) == [[], [0], []]
+
+
+def test_what_is_told_of_a_cut_branch_is_drawn_among_its_children() -> None:
+    growth = Growth(new_calibration(), np.zeros(1, np.int64), np.full(1, 9), PRICES)
+    growth.add([(0, ROOT)], [([5, 6], [0.4, 0.3])])
+    growth.requests[0].run(0)
+    growth.add([(0, 0)], [([7, 8], [0.5, 0.25])])
+    rng, hits = np.random.default_rng(2), np.zeros(4)
+    for _ in range(2000):
+        cut = growth.cut(rng.random(1))
+        assert not cut.num_verified.any()
+        for node in cut.accepted([[5]])[0]:
+            hits[node] += 1
+    assert cut.drafted[0].tokens == [5, 6, 7, 8]
+    assert hits / 2000 == pytest.approx([1.0, 0.0, 0.5, 0.25], abs=0.04)
 
 
 def test_floors_are_drafted_and_verified_whatever_they_are_worth() -> None:
     floor = np.zeros(SIZE, np.int64)
     floor[3] = 3
     dear = PRICES._replace(draft=DraftCost(0.0, 100.0), floor=floor)
-    growth, cut, _, _ = grow(Calibration(), np.random.default_rng(0), dear)
-    assert growth.drafted.tolist() == floor.tolist() == cut.num_verified.tolist()
+    _, cut, _, _ = grow(new_calibration(), np.random.default_rng(0), dear)
+    assert [tree.size for tree in cut.drafted] == floor.tolist() == cut.num_verified.tolist()
 
 
 def test_nothing_is_drafted_or_cut_when_no_forward_pays() -> None:
     dear = PRICES._replace(draft=DraftCost(0.0, 100.0))
-    growth, cut, _, _ = grow(Calibration(), np.random.default_rng(0), dear)
-    assert not growth.drafted.any() and not cut.num_verified.any() and not cut.num_cut.any()
-    assert not growth.next_step().any()
+    growth, cut, _, _ = grow(new_calibration(), np.random.default_rng(0), dear)
+    assert not growth.starting()
+    assert not cut.num_verified.any() and not cut.num_cut.any()
 
 
 def test_tokens_beyond_their_price_are_more_than_of_any_fixed_length() -> None:
     rng = np.random.default_rng(9)
-    calibration = Calibration()
+    calibration = new_calibration()
     fixed, ours = np.zeros(DEPTH + 1), 0.0
     for step in range(1500):
-        growth, cut, _, run = grow(calibration, rng)
+        _, cut, _, run = grow(calibration, rng)
         if step < 300:
             continue
-        forwards = int(growth.drafted.max())
+        forwards = max(tree.size for tree in cut.drafted)
         verified = cut.num_verified
         ours += float(np.minimum(run, verified).sum()) - PRICE * float(verified.sum())
         ours -= 0.3 * forwards
