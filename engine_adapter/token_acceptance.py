@@ -120,7 +120,7 @@ class CopyAcceptance:
         odds *= self._drafted.lift(drafted)
         if otherwise is not None:
             third = np.asarray(otherwise, np.float64)
-            odds *= third / (1.0 - third)  # over those of all drafts, which the next line is
+            odds *= third / (1.0 - third)
         else:
             odds *= self._before.odds
         return _rate(odds)
