@@ -307,14 +307,7 @@ class Engine:
             rows = self.rows(batch)
             if self.hello.limits.drafts_known_first:
                 self.acceptance.learn_presence(rows, observation.num_available > 0)
-            tried = np.flatnonzero(learned)
-            if len(tried):
-                self.acceptance.learn_many(
-                    rows[tried],
-                    observation.buckets[tried],
-                    learned[tried],
-                    observation.accepted[tried],
-                )
+            self.acceptance.learn_many(rows, observation.buckets, learned, observation.accepted)
         num_draft_tokens = report.num_draft_tokens
         if self.hello.limits.drafts_known_first or self.key.trees:
             # Found, or grown beside others; but whatever they cost must be seen as theirs.

@@ -151,7 +151,7 @@ def _by_depth(
     depths = depths_tried(deepest) if draft.per_forward_s > 0 else [deepest]
     if 1 < len(depths) == deepest + 1 and ladder.presence is None:
         gains, counts = ladder.every_depth()
-        drafts = ladder.forced_drafts + np.arange(gains.shape[1])
+        drafts: F64 = ladder.forced_drafts + np.arange(float(gains.shape[1]))
         by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
         floor = ladder.deepest_floor
         by_depth = np.array([draft.by_depth(max(depth, floor)) for depth in depths])

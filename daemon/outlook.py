@@ -135,5 +135,5 @@ def _curves(engine: Engine, shape: StepShape) -> list[CostCurve]:
     for mode in sorted(limits.modes, key=lambda mode: mode == UNIFORM):
         shape = shape._replace(ragged=float(engine.is_dear(mode)))
         tokens, seconds = engine.step_cost.whole_curve(shape, 1, most)
-        curves.append(CostCurve(mode, tokens, tuple(seconds.tolist())))
+        curves.append(CostCurve(mode, tokens, seconds))
     return curves

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import NamedTuple, TypedDict
+from functools import partial
+from typing import Generic, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from smartspec.estimators.step_cost import StepShape
 
 TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew
 YOUNG = 200  #: decisions in which the table is still moving fast
+STEADY = 1000  #: decisions after which a batch that is as it was is looked at every other step
 FALLBACK_EVERY = 50  #: decisions between two fallback tables: it changes slowly
 RELEASE_TTL_S = 1e-9  #: of a policy that has expired by the time it is looked at
 
@@ -53,6 +55,24 @@ class Order(NamedTuple):
     def is_bound(self) -> bool:
         """Whether targets bend the lengths: the engine's choice of them, not ours."""
         return self.num_targets > self.num_out_of_reach
+
+
+T = TypeVar("T")
+
+
+class Once(Generic[T]):
+    """What ``make`` makes, when first asked; functools.cache takes longer to set up than that."""
+
+    __slots__ = ("_made", "_make")
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: T | None = None
+
+    def __call__(self) -> T:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +153,8 @@ class Planner:
         self._meet_targets = meet_targets
         self._fallback: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._table: npt.NDArray[np.float32] | None = None
+        self._last: Decision | None = None
+        self._decided_for: Observation | None = None
         self._told: Told | None = None
         self._num_untold = 0  #: decisions since then
         self._num_decisions = 0
@@ -159,6 +181,9 @@ class Planner:
             return None
         if arm is not self._arm:
             self._arm, self._arm_after = arm, engine.policy_seq
+        if self._last is not None and self._stands(self._last, observation):
+            self._num_untold += 1
+            return dataclasses.replace(self._last, is_news=False)
         outlook = Outlook.of(engine, observation, self._survivals())
         optimum = outlook.optimum()
         none, prompts_s = outlook.without()
@@ -178,20 +203,47 @@ class Planner:
         policy = partial(self._policy, seq, observation, outlook, order, optimum, self._fallback)
         if arm is Arm.OWN and is_news:
             policy = partial(self._release, seq, order.reason)
-        return Decision(
+        self._decided_for = observation
+        self._last = Decision(
             order,
             seq,
             report_seq,
-            cache(policy),
+            Once(policy),
             optimum.choice.lengths,
             outlook.chosen(optimum),
             none,
-            cache(partial(outlook.at_length, engine.hello.limits.static_length)),
+            Once(partial(outlook.at_length, engine.hello.limits.static_length)),
             partial(_gain_std, engine, outlook, optimum.choice.lengths),
             optimum.choice.mode,
             is_news,
             arm is not Arm.SMARTSPEC or not (order.is_bound or self.is_learning),
             optimum.value_of_time * prompts_s,
+        )
+        return self._last
+
+    def _stands(self, last: Decision, observation: Observation) -> bool:
+        """Whether the last decision, made for the step before, need not be made anew."""
+        before, report = self._decided_for, observation.report
+        return (
+            before is not None
+            and before.batch is observation.batch
+            and before.report.num_prefill_tokens == report.num_prefill_tokens
+            and before.report.seq + 1 == report.seq
+            and self._num_decisions >= STEADY
+            and self._arm is last.order.arm is Arm.SMARTSPEC
+            and last.is_comparable
+            and not last.order.num_probes
+            and self._is_told(observation)
+        )
+
+    def _is_told(self, observation: Observation) -> bool:
+        """Whether the policy last told is of this arm and in force, or will soon be."""
+        told = self._told
+        return (
+            told is not None
+            and told.seq == self.engine.policy_seq > self._arm_after
+            and self._num_untold < TOLD_EVERY
+            and told.may_hold(observation)
         )
 
     def _survivals(self) -> npt.NDArray[np.float32]:
@@ -271,12 +323,7 @@ class Planner:
         if order.arm is Arm.OWN:
             # Told again only where that did not arrive: its own arrival makes it look alive.
             return report.source != "own" and report.policy_seq <= self._arm_after
-        if (
-            told is None
-            or not told.seq == self.engine.policy_seq > self._arm_after
-            or self._num_untold >= TOLD_EVERY
-            or not told.may_hold(observation)
-        ):
+        if told is None or not self._is_told(observation):
             return True
         if order.arm is Arm.NONE:
             return False

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 Worth = npt.NDArray[np.floating[Any]]
+Breakpoints = Sequence[float] | F64
 
 RAGGED = "ragged"  #: every request has its own length
 UNIFORM = "uniform"  #: one length for all; shorter requests are padded to it
@@ -75,19 +76,32 @@ class CostCurve:
     [1.0, 1.5, 3.0]
     """
 
-    __slots__ = ("_seconds", "_tokens", "mode", "num_tokens", "seconds")
+    __slots__ = ("_seconds", "_tokens", "mode")
 
-    def __init__(self, mode: str, num_tokens: Sequence[float], seconds: Sequence[float]) -> None:
+    def __init__(self, mode: str, num_tokens: Breakpoints, seconds: Breakpoints) -> None:
         self.mode = mode
-        self.num_tokens = tuple(num_tokens)
-        self.seconds = tuple(seconds)
-        slope = 0.0
-        if len(num_tokens) > 1:
-            slope = (seconds[-1] - seconds[-2]) / (num_tokens[-1] - num_tokens[-2])
+        size = len(num_tokens)
         # One more breakpoint far out, so that interpolation is all there is to do at step time.
-        last = num_tokens[-1] + _FAR, seconds[-1] + max(slope, 0.0) * _FAR
-        self._tokens: F64 = np.array([*num_tokens, last[0]])
-        self._seconds: F64 = np.array([*seconds, last[1]])
+        self._tokens: F64 = np.empty(size + 1)
+        self._tokens[:-1] = num_tokens
+        self._seconds: F64 = np.empty(size + 1)
+        self._seconds[:-1] = seconds
+        slope = 0.0
+        if size > 1:
+            (n, last), (s, last_s) = num_tokens[-2:], seconds[-2:]
+            slope = max((last_s - s) / (last - n), 0.0)
+        self._tokens[-1] = num_tokens[-1] + _FAR
+        self._seconds[-1] = seconds[-1] + slope * _FAR
+
+    @property
+    def num_tokens(self) -> tuple[float, ...]:
+        """The breakpoints."""
+        return tuple(self._tokens[:-1].tolist())
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Seconds at them."""
+        return tuple(self._seconds[:-1].tolist())
 
     def at(self, num_tokens: Any) -> F64:
         """Seconds at ``num_tokens`` (any shape)."""
@@ -202,6 +216,8 @@ class Ladder:
         self.weight_sum = float(self.size if weight is None else weight.sum())
         self.ceiling = ceiling
         self.floor = floor
+        self._most: I64 | None = None  #: lengths that ceilings allow
+        self._gains: F64 | None = None  #: by length, [K + 1, B]
         self.deepest_floor = 0
         self._forced_gain = 0.0
         self.forced_drafts = 0.0  #: by floors
@@ -220,8 +236,12 @@ class Ladder:
 
     def clip(self, lengths: npt.ArrayLike) -> I64:
         """``lengths`` (one, or [B]) as they can be: within ceilings and `max_length`."""
-        clipped = np.minimum(np.full(self.size, lengths, np.int64), self.max_length)
-        return clipped if self.ceiling is None else np.minimum(clipped, self.ceiling)
+        if self._most is None:
+            self._most = np.full(self.size, self.max_length, np.int64)
+            if self.ceiling is not None:
+                np.minimum(self._most, self.ceiling, out=self._most)
+        clipped: I64 = np.minimum(lengths, self._most)
+        return clipped
 
     def _expected(self, values: Any) -> Any:
         return values if self.presence is None else values * self.presence
@@ -319,8 +339,11 @@ class Ladder:
         clipped = self.clip(lengths)
         if self.floor is not None:
             clipped = np.maximum(clipped, self.floor)
-        taken = _DEPTHS[: self.max_length] < clipped
-        return clipped, self.weight_sum + float(self._expected(self.worth)[taken].sum())
+        if self._gains is None:
+            self._gains = np.zeros((self.max_length + 1, self.size))
+            self._expected(self.worth).cumsum(axis=0, out=self._gains[1:])
+        gain = self._gains[clipped, np.arange(self.size)].sum()
+        return clipped, self.weight_sum + float(gain)
 
 
 def step_seconds(

@@ -90,7 +90,10 @@ SMALL_CHANGE = 0.1  #: of a hazard: the window follows such changes by itself
 MERGE_SWEEPS = 8  #: of Newton's method over all axes
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  #: times `request_strength`: how alike requests may be
 STRENGTH_WINDOW = 20_000  #: drafts that they are judged by
-SCORED_EVERY = 8  #: steps: how alike requests are changes slowly
+SETTLED = (
+    0.5  #: of the window: one step of first drafts moves the pooled hazard little from then on
+)
+SCORED_EVERY = 8  #: steps: how alike requests are changes slowly, and so does a settled table
 SCORED_STEPS = 100  #: of a request: one that goes on for ever says no more of how others differ
 MAX_SCORE = 1e9
 KEPT_AFTER_CHANGE = 4.0  #: observations that the counts of a depth are worth after a change
@@ -98,6 +101,9 @@ KEPT_AFTER_CHANGE = 4.0  #: observations that the counts of a depth are worth af
 # Columns of a request's counts: rejections and exposures, long and short memory; matches and tries;
 # steps with drafts, which do not fade.
 _EVENTS, _RECENT_EVENTS, _EXPOSURE, _RECENT_EXPOSURE, _HITS, _TRIES, _DRAFTED = range(7)
+
+
+_NOBODY: tuple[Rows | None, F64] = (None, np.zeros(0))  # whose corrections are known: nobody's
 
 
 def _clipped(values: F64, limits: tuple[float, float]) -> F64:
@@ -240,6 +246,7 @@ class AcceptanceEstimator:
         self._strength = request_strength
         self._scores = np.zeros(len(STRENGTHS) + 1)  # log-likelihoods; last: of how many drafts
         self._num_unscored = 0  # steps
+        self._corrected = _NOBODY  # what `corrections` gave, and whom: learning wants it too
         self._log_survival: F32 | None = None
         self._hazard: F64 = np.zeros((0, 0))
         self._log_hazard: F64 = np.zeros((0, 0))
@@ -249,6 +256,7 @@ class AcceptanceEstimator:
 
     def rows(self, ids: npt.ArrayLike) -> Rows:
         """Rows of the requests ``ids`` [B], for the calls below; see `RequestRows.rows`."""
+        self._corrected = _NOBODY
         return self._requests.rows(ids)
 
     def learn_many(
@@ -272,7 +280,10 @@ class AcceptanceEstimator:
         if len(rows):
             self._refresh()
             counts = self._requests.counts[rows]
-            c = self._posterior(counts, self._strength)
+            of, c = self._corrected
+            if of is not rows:
+                c = self._posterior(counts, self._strength)
+            self._corrected = _NOBODY
             self._watch(c, bucket, self._first(passed))
             new = self._histogram(bucket, proposed, passed)
             if self._tells_apart:
@@ -309,18 +320,21 @@ class AcceptanceEstimator:
             self._log_survival = None
 
     def _outcomes(self, *columns: npt.ArrayLike) -> list[npt.NDArray[np.intp]]:
-        limits = (self.num_buckets - 1, self.max_length, self.max_length)
         checked = []
         for name, column, limit in zip(
-            ("buckets", "drafted", "accepted"), columns, limits, strict=True
+            ("buckets", "drafted", "accepted"),
+            columns,
+            (self.num_buckets - 1, self.max_length, self.max_length),
+            strict=True,
         ):
             array = np.asarray(column)
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 raise ValueError(f"{name} must be a column of integers")
-            negative = array.dtype.kind == "i" and array.min(initial=0) < 0
-            if negative or (array.size and array.max() > limit):
+            whole = array.astype(np.intp)
+            # As unsigned numbers, negative ones are above any limit.
+            if array.size and whole.view(np.uintp).max() > limit:
                 raise ValueError(f"{name} must be in [0, {limit}]")
-            checked.append(array.astype(np.intp))
+            checked.append(whole)
         if len(checked[1]) == len(checked[2]) and (checked[2] > checked[1]).any():
             raise ValueError("more drafts accepted than drafted")
         return checked
@@ -430,9 +444,12 @@ class AcceptanceEstimator:
         mass = self.window * (1.0 - fade) / np.maximum(new[0], 1.0)
         self._counts *= fade
         self._counts += new * mass
-        np.clip(self._counts[1], 0.0, self._counts[0], out=self._counts[1])
-        self._fit_effects()
-        self._log_survival = None
+        np.minimum(self._counts[1], self._counts[0], out=self._counts[1])
+        np.maximum(self._counts[1], 0.0, out=self._counts[1])
+        settled = self._counts[0, -1, 0] > SETTLED * self.window
+        if not settled or self._num_unscored == 0:
+            self._fit_effects()
+            self._log_survival = None
 
     def _logits(self, pooled: F64) -> F64:
         """The additive model, [*axis sizes, max_length]."""
@@ -521,7 +538,8 @@ class AcceptanceEstimator:
     def log_survival(self) -> F32:
         """log P(at least j drafts are accepted), [num_buckets, max_length]; finite, falling.
 
-        Read-only, and a new array whenever something was learned.
+        Read-only, and a new array when something was learned; once the table has settled, of every
+        eighth step.
         """
         self._refresh()
         assert self._log_survival is not None
@@ -558,7 +576,9 @@ class AcceptanceEstimator:
     def corrections(self, rows: Rows) -> F32:
         """c of each request, [B]: its survivals are its bucket's to this power; 1 when unknown."""
         self._requests.check(rows)
-        return self._posterior(self._requests.counts[rows], self._strength).astype(np.float32)
+        c = self._posterior(self._requests.counts[rows], self._strength)
+        self._corrected = rows, c
+        return c.astype(np.float32)
 
     def pooled_presence(self) -> float:
         """Share of requests and steps for which drafts are to be had; 0.5 when unknown."""
@@ -662,6 +682,7 @@ class AcceptanceEstimator:
 
     def forget_requests(self) -> None:
         """Drop all requests, as when an engine starts anew and numbers them from the beginning."""
+        self._corrected = _NOBODY
         self._requests = RequestRows(self.max_requests, num_columns=7)
 
     @classmethod

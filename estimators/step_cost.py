@@ -78,7 +78,6 @@ class Coverage(NamedTuple):
 class _Grid(NamedTuple):
     """Breakpoints of curves over one range of tokens, [M]."""
 
-    num_tokens: tuple[float, ...]
     tokens: F64
     sizes: F64  #: tokens that the target computes
     segments: F64  #: [M, num_segments], units in each segment
@@ -109,7 +108,7 @@ _FIXED, _BATCH, _VERIFY, _CONTEXT, _PREFILL, _EAGER, _RAGGED = range(7)
 _DRAFTING, _FORWARDS, _TOKENS, _CATCH_UP = range(7, 11)
 _SEGMENTS = 11  # and onwards: one per segment
 _SMALL = np.arange(1.0, SIZES + 2)  #: counts with a level of their own, and the next
-SOLVED_EVERY = 4  #: steps, once not `YOUNG`: one alone moves coefficients that remember 50 little
+SOLVED_EVERY = 8  #: steps, once not `YOUNG`: one alone moves coefficients that remember 50 little
 YOUNG = 200  #: steps in which coefficients are still moving fast
 MAX_GRIDS = 128  #: ranges of tokens whose breakpoints are kept
 _NOISE = 0.1  # relative deviation of an observation that the prior's precision is in units of
@@ -420,7 +419,7 @@ class StepCost(Regressor):
         inner = inner[(inner > lo) & (inner < hi)]
         return np.unique(np.concatenate(([lo], inner, [hi])).astype(np.int64))
 
-    def whole_curve(self, shape: StepShape, lo: int, hi: int) -> tuple[tuple[float, ...], F64]:
+    def whole_curve(self, shape: StepShape, lo: int, hi: int) -> tuple[F64, F64]:
         """`target_curve` at its `breakpoints` in [lo, hi]: token counts, and seconds.
 
         What does not depend on what was learned is worked out once for a range.
@@ -431,9 +430,9 @@ class StepCost(Regressor):
                 self._grids.clear()
             tokens = self.breakpoints(lo, hi).astype(np.float64)
             sizes = self._padded(tokens)
-            grid = _Grid(tuple(tokens.tolist()), tokens, sizes, self._segments(sizes))
+            grid = _Grid(tokens, sizes, self._segments(sizes))
             self._grids[lo, hi] = grid
-        return grid.num_tokens, self._curve(shape, grid.tokens, grid.sizes, grid.segments)
+        return grid.tokens, self._curve(shape, grid.tokens, grid.sizes, grid.segments)
 
     def prefill_cost(self) -> float:
         """Seconds by which a token of a prompt is dearer than a verified one; may be negative."""

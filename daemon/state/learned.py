@@ -47,9 +47,12 @@ WARM_STEPS = 100  #: steps steered after which an engine is not swept any more
 #: Where a step's cost may bend. On a CPU one token (matrix times vector) is far cheaper than two;
 #: a GPU's roofline shows in the hundreds, and a line through both sides of a knee says that drafts
 #: which cost nothing are dear: so knots are no more than half as far again from each other there.
-#: Beyond, drafts come on top of a pass that prompts have filled (budgets of 512 to 2048 tokens are
-#: usual), and what they cost there is learned apart.
-COST_KNOTS = (2, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
+#: From 128 on they are a quarter apart, up to where drafts come on top of passes that prompts have
+#: filled (budgets of 512 to 2048 tokens are usual): GPUs take stairs, of 64 tokens on an A100, and
+#: what a line misses of a stair below the budget it takes from the price of drafts above.
+COST_KNOTS = (
+    2, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 2048,
+)  # fmt: skip
 RELEASE = version("smartspec")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -425,3 +427,34 @@ def test_state_is_refused_when_its_effects_are_out_of_range() -> None:
     state["effects"] = {"shape": [5, 2], "data": np.full((5, 2), 1e6).astype("<f8").tobytes()}
     with pytest.raises(ValueError, match="effects"):
         AcceptanceEstimator.from_state(state)
+
+
+def test_table_is_worked_out_with_every_eighth_step_once_it_has_settled() -> None:
+    rng = np.random.default_rng(0)
+    estimator = AcceptanceEstimator(max_length=4, window=200)
+    rows, hazards = estimator.rows(np.arange(16)), np.full((16, 4), 0.7)
+    tables, drafted = [], np.full(16, 4)
+    for _ in range(201):
+        accepted = draft(rng, hazards, drafted)
+        estimator.learn_many(rows, np.zeros(16, np.intp), drafted, accepted)
+        tables.append(estimator.log_survival())
+    fresh = [after is not before for before, after in pairwise(tables)]
+    assert all(fresh[:5])
+    assert sum(fresh[40:]) == len(fresh[40:]) / 8
+
+
+def test_what_is_learned_does_not_depend_on_who_has_asked_for_corrections() -> None:
+    rng = np.random.default_rng(0)
+    asked, unasked = (AcceptanceEstimator(max_length=4) for _ in range(2))
+    for step in range(50):
+        drafted = rng.integers(0, 5, 16) if step % 2 else np.full(16, 4)
+        accepted = draft(rng, np.full((16, 4), 0.7), drafted)
+        for estimator in (asked, unasked):
+            rows = estimator.rows(np.arange(step, step + 16))
+            if estimator is asked:
+                estimator.corrections(rows)
+            estimator.learn_many(rows, np.zeros(16, np.intp), drafted, accepted)
+            if estimator is asked:
+                estimator.corrections(rows)
+            estimator.learn_many(rows, np.zeros(16, np.intp), drafted, accepted)
+    assert asked.state() == unasked.state()

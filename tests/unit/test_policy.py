@@ -331,6 +331,23 @@ def test_policy_is_sent_again_when_it_did_not_arrive() -> None:
     assert source.decisions[-1].is_news
 
 
+def test_batch_that_is_as_it_was_is_looked_at_every_other_step_once_steady(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("smartspec.daemon.policy.STEADY", 100)
+    scripted, source = planned([0.8] * 6 + [0.3] * 6, steps=300)
+    decided = [(d.report_seq, d.is_news) for d in source.decisions]
+    early, late = decided[:100], decided[200:]
+    assert all(seq == step for step, (seq, _) in enumerate(early, 1))
+    behind = [step - seq for step, (seq, _) in enumerate(late, 201)]
+    assert max(behind) == 1 and 0.3 < np.mean(behind) <= 0.5
+    assert not any(news for lag, (_, news) in zip(behind, late, strict=True) if lag)
+    for _ in range(10):  # whoever is new is looked at
+        scripted.replace(1, np.array([0.8]))
+        scripted.step()
+        assert source.decisions[-1].report_seq == len(source.decisions)
+
+
 @pytest.mark.parametrize("modes", [("ragged",), ("uniform",), ("ragged", "uniform")])
 def test_every_mode_of_the_engine_gets_a_curve(modes: tuple[str, ...]) -> None:
     greeting = hello()

@@ -551,3 +551,26 @@ def test_noise_is_refused_when_its_state_is_damaged(damage: dict) -> None:
     with pytest.raises(ValueError, match=r"\S"):
         residuals.restore({**before, **damage})
     assert residuals.state() == before
+
+
+def test_coefficients_move_with_every_eighth_step_once_settled_and_at_once_after_a_change() -> None:
+    machine, model, shape = Machine(3, outliers=0.0), StepCost(), StepShape(8, 24, 0, 4000, 2, 16)
+
+    def moves(steps: int) -> list[bool]:
+        found = []
+        for _ in range(steps):
+            before = model._solver.coef
+            machine.run(model, 1)
+            found.append(model._solver.coef is not before)
+        return found
+
+    assert all(moves(200))
+    assert sum(moves(80)) == 10
+    machine.scale = 1.5
+    for _ in range(40):
+        before, changes = model.seconds(shape), model.num_changes
+        machine.run(model, 1)
+        if model.num_changes > changes:
+            assert model.seconds(shape) > 1.1 * before
+            return
+    raise AssertionError("no change of level was told")
