@@ -8,7 +8,7 @@ expected, and for the drafter's forward that follows it where drafts go on by th
 
 A first start sweeps: it tries lengths for all. First the longest, and lengths that halve, once
 each, which shows how a step's time grows with its tokens up to the most that there can be. Then all
-that by this lose little, some more times: what is best lies among them, wherever the curve has a knee.
+that by this lose little, some more times: what is best lies among them, wherever there is a knee.
 """
 
 from __future__ import annotations
