@@ -2,7 +2,7 @@
 
 The default model with prompt lookup answers Spec-Bench's prompts on the CPU, one thread of torch.
 How many are running, how long prompts are and how long drafts may be change every few dozen steps;
-a sweep of all lengths comes first, as the daemon's does. Every step is kept as the daemon would be
+a sweep of all lengths, twice, comes first. Every step is kept as the daemon would be
 told of it. Other work on the machine is part of what is recorded: see that there is none.
 
 Run: python benchmarks/record_step_times.py; writes benchmarks/data/step_times.npz

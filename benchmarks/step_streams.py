@@ -2,7 +2,7 @@
 
 A small closed loop on a virtual clock: requests arrive at a rate that changes every few hundred
 steps, prompts are processed in chunks beside decoding, lengths follow the load and wander, and a
-seed sweep comes first, as the daemon's does. Time passes as the machine's noiseless seconds say.
+sweep of all lengths, twice, comes first. Time passes as the machine's noiseless seconds say.
 """
 
 from __future__ import annotations

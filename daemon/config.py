@@ -66,7 +66,7 @@ class ControlSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     ] = 0.005
     seed_sweep: Annotated[
         bool,
-        _doc("Try every length once when an engine is new, so that its costs are known.", "now"),
+        _doc("Try lengths for all when an engine is new, so that its costs are known.", "now"),
     ] = True
     meet_targets: Annotated[
         bool,

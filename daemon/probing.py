@@ -8,7 +8,7 @@ expected, and for the drafter's forward that follows it where drafts go on by th
 
 A first start sweeps: it tries lengths for all. First the longest, and lengths that halve, once
 each, which shows how a step's time grows with its tokens up to the most that there can be. Then all
-that by this lose little, twice each: what is best lies among them, wherever the curve has a knee.
+that by this lose little, some more times: what is best lies among them, wherever there is a knee.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from smartspec.daemon.engines import Engine, Observation
 from smartspec.daemon.goodput import Optimum
 from smartspec.engine_adapter.lengths import I64, CostCurve, DraftCost, Ladder, step_seconds
 
-NEAR, LOOKS = 0.25, 2  #: share of a step's time that a length may lose to be tried so often more
+NEAR, LOOKS = 0.4, 4  #: share of a step's time that a length may lose to be tried so often more
 MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
-BATCH_PROBES = 8  #: requests that share the drafter's forwards in one probe
+PROBE_TOKENS = 8  #: of a draft model in one probe, whose requests share the drafter's forwards
 SPACING = 8  #: decisions between two probes, or two looks at what one would cost
 #: Lengths probed in turn, 0 for the longest: while some requests speculate, and while none does.
 #: Then what is wanted is news of the first draft, of which a cheap probe brings most.
 TURNS, TURNS_WHEN_OFF = (2, 0, 1), (1, 1, 2, 1, 1, 0)
 SHARE_WHILE_DRAFTING = 0.2  #: of the budget, once settled: much is then learned without probes
+SHARE_WHILE_OFF = 0.5  #: of the budget: deep probes, which bring little then, are dear
 SETTLING_STEPS = 1000  #: of a first start, whose sweep saw each size of pass only now and then
 #: What was earned in more than this time, or in these steps where they are long, is not saved up:
 #: else what was saved while nothing was drafted is spent in a burst once something is.
@@ -70,14 +71,17 @@ class Prober:
 
     @property
     def sweeping(self) -> bool:
-        return bool(self._sweep)
+        return bool(self._sweep or self._near)
 
     def account(self, observation: Observation) -> None:
         """Earn from a step, and cross off what it tried of the sweep."""
         settled = not self._settling
         self._settling = max(0, self._settling - 1)
-        reduced = settled and observation.num_drafted.any()
-        share = self.share * (SHARE_WHILE_DRAFTING if reduced else 1.0)
+        share = self.share
+        if not observation.drafted_any:
+            share *= SHARE_WHILE_OFF
+        elif settled:
+            share *= SHARE_WHILE_DRAFTING
         step_s = observation.report.step_s
         most_s = share * max(SAVINGS_S, SAVINGS_STEPS * step_s)
         self._purse_s = min(self._purse_s + share * step_s, most_s)
@@ -91,8 +95,6 @@ class Prober:
         elif self._tries >= MAX_TRIES:
             self._sweep.pop(0)
             self._tries = 0
-        if not self._sweep:
-            self._sweep = self._near
 
     def sweep_length(self, observation: Observation) -> int | None:
         """The length that all requests should try next to seed the models; None: no sweep now.
@@ -100,10 +102,12 @@ class Prober:
         Each call goes on to the next, since what was told shows only some steps later. The short
         ones come last, so that what is told again meanwhile costs little.
         """
-        if not self._sweep or observation.report.num_waiting:
+        if observation.report.num_waiting:
             return None
-        self._sweep.append(self._sweep.pop(0))
-        return self._sweep[-1]
+        if self._sweep:
+            self._sweep.append(self._sweep.pop(0))
+            return self._sweep[-1]
+        return self._near.pop(0) if self._near else None
 
     def plan(
         self,
@@ -122,13 +126,13 @@ class Prober:
         if observation.report.num_waiting:
             return 0, 0
         given = optimum, ladder, curve, draft, num_other_tokens
-        if self._sweep is self._near:
+        if not self._sweep:
             deepest, most_s = observation.num_available.max(), NEAR * optimum.choice.seconds
             while self._near and (
                 self._near[0] > deepest or self._loss_s(*given, self._near[0]) > most_s
             ):
                 self._near.pop(0)
-        if self._sweep:
+        if self.sweeping:
             return 0, 0
         self._since_last += 1
         if self._since_last < SPACING or self._purse_s <= 0:
@@ -136,7 +140,9 @@ class Prober:
         self._since_last = 0
         turns = TURNS if optimum.choice.lengths.any() else TURNS_WHEN_OFF
         length = min(turns[self._turn % len(turns)] or self.max_length, self.max_length)
-        count = min(ladder.size, BATCH_PROBES) if draft.per_forward_s > 0 else 1
+        count = 1
+        if draft.per_forward_s > 0:
+            count = min(ladder.size, max(1, PROBE_TOKENS // length))
         cost_s = self._cost_s(*given, length, count)
         if cost_s is None or cost_s > self._purse_s:
             return 0, 0

@@ -15,8 +15,10 @@ from smartspec.daemon.policy import Planner
 from smartspec.daemon.probing import (
     LOOKS,
     MAX_TRIES,
+    PROBE_TOKENS,
     SAVINGS_S,
     SHARE_WHILE_DRAFTING,
+    SHARE_WHILE_OFF,
     sweep_lengths,
 )
 
@@ -165,20 +167,36 @@ def test_no_sweep_is_made_when_it_is_not_wanted_or_the_engine_is_warm() -> None:
     assert not Planner(restarted, daemon_epoch=1).prober.sweeping
 
 
-def test_what_probes_bring_less_than_expected_is_paid_for() -> None:
-    engine, source = steered([0.3] * 8, share=0.1)
-    for _ in range(600):
+@pytest.mark.parametrize("lookup", [True, False], ids=["lookup", "draft_model"])
+def test_half_the_budget_goes_into_small_probes_while_nothing_is_drafted(lookup: bool) -> None:
+    share, costs = 0.02, BUSY if lookup else DRAFTING
+    engine, source = steered([0.05] * 12, costs, lookup=lookup, share=share)
+    prober = source.planner.prober
+    for _ in range(200):
         engine.step()
-    engine.acceptance = np.zeros(8)
-    prober, before = source.planner.prober, len(engine.choices)
-    cost_s = -prober.cost_s
-    for _ in range(300):
+    before, cost_s, seconds = len(engine.choices), prober.cost_s, engine.seconds
+    for _ in range(800):
         engine.step()
-    cost_s += prober.cost_s
-    probes = [c for c in engine.choices[before:] if c.source == "probe"]
-    assert len(probes) > 10
-    lost_s = sum(BUSY.token_s * int(choice.lengths.sum()) for choice in probes)
-    assert cost_s == pytest.approx(lost_s, rel=0.2)
+    drafted = [c for c in engine.choices[before:] if c.lengths.any()]
+    assert {choice.source for choice in drafted} == {"probe"}
+    assert all(choice.lengths.sum() <= PROBE_TOKENS for choice in drafted)
+    earned_s = SHARE_WHILE_OFF * share * (engine.seconds - seconds)
+    assert 0.7 * earned_s < prober.cost_s - cost_s < 1.3 * earned_s
+
+
+def test_probe_is_paid_at_what_it_brought() -> None:
+    costs = []
+    for acceptance in (0.0, 1.0):
+        engine, source = steered([0.3] * 8, share=0.1)
+        for _ in range(300):
+            engine.step()
+        engine.acceptance = np.full(8, acceptance)
+        while engine.choices[-1].source != "probe":
+            engine.step()
+        costs.append(source.planner.prober.cost_s)
+        num_drafts = int(engine.choices[-1].lengths.sum())
+        value_of_time = source.decisions[-1].policy.value_of_time
+    assert costs[0] - costs[1] == pytest.approx(num_drafts / value_of_time, rel=0.05)
 
 
 def test_forward_that_follows_a_probe_is_paid_for() -> None:
