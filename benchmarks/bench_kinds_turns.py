@@ -2,9 +2,9 @@
 
 Five workers on one model, each with a batch of its own that never empties, of the same prompts in
 the same order (Spec-Bench's first turns, the shorter ones). Turns go round in random order, so that
-each round is a comparison within seconds. What counts is seconds in steps that decode, over tokens
-emitted. The controller's daemon runs in this process, between the steps; it starts knowing nothing,
-and has the warm-up to learn in.
+each round is a comparison within seconds. What counts is seconds over tokens emitted, in steps that
+carry no prompts. The controller's daemon runs in this process, between the steps; it starts knowing
+nothing, and has the warm-up to learn in.
 
 Run: python benchmarks/bench_kinds_turns.py [--rounds 12 --turn-s 4 --batch 4 --threads 2]
 """
@@ -75,7 +75,7 @@ class Turns:
                 self._worker.add_request(self._asked[self._next % len(self._asked)])
                 self._next += 1
             facts = self._worker.step().facts
-            if facts is not None and facts.batch.size:
+            if facts is not None and facts.batch.size and not facts.batch.num_prefill_tokens:
                 spent += facts.step_s
                 tokens += int(facts.num_emitted.sum())
                 self.num_steps += 1

@@ -77,11 +77,9 @@ class Candidates:
 
     def copy(self, tokens: Sequence[int], confidences: Sequence[float]) -> None:
         """What would be copied, each token of which follows the one before."""
-        parent = ROOT
+        parent, kind = ROOT, Kind.COPIED
         for token, own in zip(tokens, confidences, strict=True):
-            parent = self._put(
-                parent, token, own, Kind.COPIED if parent == ROOT else Kind.COPIED_ON
-            )
+            parent, kind = self._put(parent, token, own, kind), Kind.COPIED_ON
 
     def draft(self, tokens: Sequence[int], confidences: Sequence[float]) -> None:
         """A chain of drafts."""
@@ -135,6 +133,7 @@ class Candidates:
         return self.chance(node) * max(0.0, 1.0 - self._held.get(node, 0.0))
 
     def best(self, most: int) -> Best:
+        """The ``most`` of the greatest chances; all, where there are not so many."""
         self._settle()
         if self._best is None or len(self._best.nodes) != min(most, len(self._tokens)):
             tree, nodes = most_probable(self._tokens, self._parents, self._chances, most)

@@ -220,6 +220,13 @@ def test_output_is_the_same_when_drafts_are_cut_by_confidence(name: str, sampled
             if not proposer.trees:  # nor has anybody run all the children of a node
                 assert facts.num_draft_tokens >= told.sum()
             assert (told <= facts.batch.ceiling).all()
+            assert facts.num_cut_accepted is not None
+            passed = facts.num_accepted.astype(int) + facts.num_cut_accepted
+            if proposer.trees and facts.accepted_ranks is not None:
+                ranks = facts.accepted_ranks.tolist()
+                assert [rank.bit_count() for rank in ranks] == passed.tolist()
+                assert all(rank >> size == 0 for rank, size in zip(ranks, told, strict=True))
+            assert (passed <= told).all()
     if name == "itself":  # else its cache would hold something that is not the request's text
         assert (accepted == drafted).all()
     else:

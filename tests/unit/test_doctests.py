@@ -14,6 +14,14 @@ MODULES = [
     "smartspec.daemon.goodput",
     "smartspec.engine_adapter.lengths",
     "smartspec.engine_adapter.messages",
+    "smartspec.engine_adapter.prices",
+    "smartspec.engine_adapter.token_acceptance",
+    "smartspec.engine_adapter.reference.calibration",
+    "smartspec.engine_adapter.reference.candidates",
+    "smartspec.engine_adapter.reference.draft_tree",
+    "smartspec.engine_adapter.reference.growth",
+    "smartspec.engine_adapter.reference.prompt_lookup",
+    "smartspec.engine_adapter.reference.tree_lookup",
     "smartspec.engine_adapter.reference.http.turnover",
     *(
         module.name

@@ -122,6 +122,32 @@ def test_second_rate_is_that_of_the_second_copied_token() -> None:
     assert first > 0.8 and second < 0.2
 
 
+def test_copies_are_what_would_be_proposed_and_as_likely_as_such_tokens_were() -> None:
+    proposer = PromptLookup(max_length=3)
+    for number in range(20):  # after 1 2 comes 3 again, and then not the 4 of before
+        sequence = sequence_of([1, 2, 3, 4, 1, 2], number)
+        proposer.available([sequence])
+        sequence.tokens += [3, 7]
+        proposer.accepted([sequence], [[0]])
+    pair = [sequence_of([1, 2, 3, 4, 1, 2], 98), sequence_of([7, 8, 9], 99)]
+    offer = proposer.available(pair)
+    (tokens, likely), nothing = proposer.copies(pair)
+    assert tokens == proposer.propose(pair, np.array([3, 0])).drafts[0].tokens == [3, 4, 1]
+    assert likely[0] > 0.8 and likely[1] < 0.2
+    assert likely[0] > offer.features[0, 0]  # how far the earlier occurrences agree, by itself
+    assert nothing == ([], [])
+
+
+def test_a_copy_on_which_earlier_occurrences_disagree_is_less_likely() -> None:
+    alike, unlike = [1, 2, 3, 5, 1, 2, 3, 6, 1, 2], [1, 2, 4, 5, 1, 2, 3, 6, 1, 2]
+    proposer = PromptLookup(max_length=1)
+    pair = [sequence_of(alike, 1), sequence_of(unlike, 2)]
+    proposer.available(pair)
+    (first, sure), (second, unsure) = proposer.copies(pair)
+    assert first == second == [3]
+    assert sure[0] > unsure[0]
+
+
 def test_nothing_can_be_drafted_when_nothing_matches() -> None:
     proposer = PromptLookup(max_length=3)
     sequence = sequence_of([1, 2, 3])
