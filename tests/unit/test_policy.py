@@ -305,13 +305,13 @@ def test_policy_under_way_is_not_sent_again_when_policies_come_late(
 
 
 def test_policy_is_kept_for_a_new_batch_that_it_suits_and_not_for_another() -> None:
-    scripted, source = planned([0.8] * 8, Costs(knee=16, beyond_s=0.004), steps=300)
+    scripted, source = planned([0.8] * 4, Costs(knee=16, beyond_s=0.001), steps=300)
     while not source.decisions[-1].is_news:
         scripted.step()
     scripted.replace(1, np.array([0.8]))
     scripted.step()
     assert not source.decisions[-1].is_news
-    scripted.set_batch(np.full(2, 0.8))
+    scripted.set_batch(np.full(24, 0.8))
     scripted.step()
     assert source.decisions[-1].is_news
 
