@@ -155,7 +155,10 @@ class Scene:
         self.seq = 0
 
     def honest(self) -> None:
-        """The next report of the honest engine, and its Hello before the first."""
+        """The next report of the honest engine, and its Hello before the first.
+
+        No policy has come into force with it, so that one is told with every report.
+        """
         if not self.seq:
             self.transport.put(b"honest", hello("honest"))
         self.seq += 1
@@ -168,6 +171,8 @@ class Scene:
                 num_accepted=wire.pack(accepted, "u8"),
                 num_emitted=wire.pack(accepted + 1, "u8"),
                 step_s=0.03 + 0.002 * float(self.rng.random()),
+                source="own",
+                policy_seq=0,
             ),
         )
 
