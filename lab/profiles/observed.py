@@ -59,6 +59,16 @@ class AcceptanceSeen(NamedTuple):
     presence: float  #: share of requests and steps for which drafts were to be had
 
 
+class Visit(NamedTuple):
+    """What a step did for one request."""
+
+    num_emitted: int
+    num_drafted: int
+    num_accepted: int
+    num_available: int
+    features: tuple[float, ...]  #: by the engine's names for them
+
+
 @dataclass
 class Observed:
     """One engine's reports."""
@@ -68,6 +78,7 @@ class Observed:
     gaps_s: list[float] = field(default_factory=list)  #: between steps, while there was work
     kv_tokens: list[float] = field(default_factory=list)
     tried: dict[int, tuple[int, int]] = field(default_factory=dict)  #: by request: accepted, tried
+    visits: dict[int, list[Visit]] = field(default_factory=dict)  #: by request, in order
     num_decoded: int = 0  #: requests and steps
     num_with_drafts: int = 0
 
@@ -127,14 +138,17 @@ class _Reader:
         if report.roster_version != self._version or report.step_s <= 0:
             return
         size = len(self._ids)
-        drafted, accepted, available = (
+        drafted, accepted, available, emitted = (
             unpack(column, "u8", (size,), name, 0).astype(np.int64)
             for column, name in (
                 (report.num_drafted, "num_drafted"),
                 (report.num_accepted, "num_accepted"),
                 (report.num_available, "num_available"),
+                (report.num_emitted, "num_emitted"),
             )
         )
+        num_features = len(self.seen.hello.limits.features)
+        features = unpack(report.features, "f32", (num_features, size), "features", 0.0)
         seen = self.seen
         apart = report.target_s is not None and report.draft_s is not None
         seen.steps.append(
@@ -159,7 +173,11 @@ class _Reader:
         self._last = report.seq, event.at_s, size > 0
         seen.num_decoded += size
         seen.num_with_drafts += int((available > 0).sum())
-        for request, k, a in zip(self._ids, drafted.tolist(), accepted.tolist(), strict=True):
+        columns = (column.tolist() for column in (emitted, drafted, accepted, available))
+        for request, e, k, a, v, told in zip(
+            self._ids, *columns, features.T.tolist(), strict=True
+        ):
+            seen.visits.setdefault(request, []).append(Visit(e, k, a, v, tuple(told)))
             if k:
                 before = seen.tried.get(request, (0, 0))
                 # After the first rejection nothing is known: a accepted, and one that was not.
