@@ -233,7 +233,7 @@ def simulated(measured: Measured) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "worker.rec"
         file.write_bytes(measured.recording)
-        seen = observed.of_recording(file)["worker"]
+        seen = observed.of_recording(file, with_visits=True)["worker"]
     profile = observed.fit(seen, "worker")
     drafts = seen.acceptance()
     assert drafts is not None

@@ -1,12 +1,12 @@
 """What drafts brought at every position of the answers that an engine reported.
 
-A step that drafts k of a request and has a < k accepted tells what its next positions bring: a,
-a - 1, ... 0 drafts in a row. Where all k were accepted (or nothing was drafted that was to be had)
-the run is as long as that, and goes on if the next step's begins right after: the token in
-between, which the target drew, is taken to be the copy's then.
+A step that drafts k for a request of which a < k are accepted says what its next positions bring:
+a, a - 1, ... 0 drafts in a row. Where all k were accepted, or none of what was to be had was
+drafted, the run may be longer: it is taken to go on through the token that the target drew if at
+the next step's first position there is a run too.
 
-So an engine that drafts its longest is told apart best: runs up to that are exact. Positions that
-no step began at are taken to be told what the step before them was.
+So an engine should be recorded that drafts its longest. At a position where no step began, an
+engine is taken to tell what it did at the step before.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ def outcomes(
 
     An answer longer than recorded begins anew; a request that was not seen has no drafts. For
     engines that look up: of others, drafts that were not drafted are not known.
+
+    Raises ValueError where ``seen`` was read without visits.
     """
+    if seen.visits is None:
+        raise ValueError("read the recording with_visits")
     names = seen.hello.limits.features
     kept = [i for i, name in enumerate(names) if name != FEATURE_LAST_SHARE]
     sizes = num_output + max_length
