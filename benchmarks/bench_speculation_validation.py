@@ -6,10 +6,13 @@ no speculation, length 3 and SmartSpec, in rounds. In every round a stretch is r
 length of 5. Recording and arms share the machine's pace so, which drifts. Worker: one core;
 daemons: another.
 
-All that the simulator knows is the recording: what steps cost (`smartspec profile`), and what drafts
-brought at each position of each answer. It serves the requests at the arms' times, with the
-arms' lengths. `<arm>_err_pct`: mean latency simulated over served, less 1; `<arm>_cost_err_pct`:
-the profile's seconds of the very steps that were served over what they took, less 1.
+All that the simulator knows of engine and drafts is the recording: what steps cost (`smartspec
+profile`), and what drafts brought at each position of each answer (`lab.profiles.answers`). It
+serves requests of the arms' times and lengths. `<arm>_err_pct`: mean latency simulated over served,
+less 1; `<arm>_steps_err_pct`: the same of the number of steps; `<arm>_cost_err_pct`: the profile's
+seconds of the very steps that were served over what they took, less 1. `drawn`: drafts are
+drawn at random instead, as `smartspec simulate` does, with the recording's mean, spread and
+presence.
 
 `--keep FILE` writes what was measured, `--from FILE` simulates that again.
 """
@@ -58,12 +61,11 @@ BETWEEN_S = 15.0  #: from one round's last arrival to the next round, simulated
 
 
 class Arm(msgspec.Struct):
-    """What was served under one policy, all rounds together; by request where not said otherwise."""
+    """What was served under one policy, all rounds together; by request, or by step."""
 
     latency_s: list[float] = []
     answers: list[list[int]] = []
-    steps: list[Step] = []  #: by step
-    began_s: list[float] = []  #: by step, since the round began
+    steps: list[Step] = []
 
 
 class Measured(msgspec.Struct):
@@ -132,7 +134,6 @@ def serve(
                     done[added[event.id]] = time.perf_counter() - began, event
             if output.facts is not None:
                 arm.steps.append(step_of(output.facts))
-                arm.began_s.append(now)
         else:
             worker.length_source.idle()
             time.sleep(0.01)

@@ -179,10 +179,10 @@ class _Reader:
             width = len(seen.hello.limits.features)
             features = unpack(report.features, "f32", (width, size), "features")
             columns = (column.tolist() for column in (emitted, drafted, accepted, available))
-            for request, *counts, told in zip(
+            for request, e, k, a, v, told in zip(
                 self._ids, *columns, features.T.tolist(), strict=True
             ):
-                seen.visits.setdefault(request, []).append(Visit(*counts, tuple(told)))
+                seen.visits.setdefault(request, []).append(Visit(e, k, a, v, tuple(told)))
         for request, k, a in zip(self._ids, drafted.tolist(), accepted.tolist(), strict=True):
             if k:
                 before = seen.tried.get(request, (0, 0))
