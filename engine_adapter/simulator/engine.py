@@ -217,7 +217,9 @@ class Engine:
         if self.outcomes.match_length is not None:
             match = self.outcomes.match_length[positions]
             ceiling[match == 0] = 0
-            features = np.stack([features[0], match.astype(np.float32)])
+            told = self.outcomes.features
+            shown = match[None] if told is None else told[:, positions]
+            features = np.concatenate([features, shown.astype(np.float32)])
         return DecodeBatch(
             (rows + 1).astype(np.uint64),
             ceiling,

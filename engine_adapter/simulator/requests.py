@@ -59,3 +59,6 @@ class Outcomes:
     run: U8  #: [P], drafts in a row that would be accepted from here
     probability: F32  #: [P], true probability that a draft is accepted here; NaN: not known
     match_length: U8 | None = None  #: [P], tokens that a lookup matched; 0: nothing to draft
+    #: what the engine tells of a position in place of the match's length, where it was recorded
+    feature_names: tuple[str, ...] = ()
+    features: F32 | None = None  #: [F, P], by ``feature_names``

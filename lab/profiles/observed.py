@@ -59,6 +59,16 @@ class AcceptanceSeen(NamedTuple):
     presence: float  #: share of requests and steps for which drafts were to be had
 
 
+class Visit(NamedTuple):
+    """What a step did for one request."""
+
+    num_emitted: int
+    num_drafted: int
+    num_accepted: int
+    num_available: int
+    features: tuple[float, ...]  #: by the engine's names for them
+
+
 @dataclass
 class Observed:
     """One engine's reports."""
@@ -68,6 +78,7 @@ class Observed:
     gaps_s: list[float] = field(default_factory=list)  #: between steps, while there was work
     kv_tokens: list[float] = field(default_factory=list)
     tried: dict[int, tuple[int, int]] = field(default_factory=dict)  #: by request: accepted, tried
+    visits: dict[int, list[Visit]] | None = None  #: by request, in order, where they were asked for
     num_decoded: int = 0  #: requests and steps
     num_with_drafts: int = 0
 
@@ -88,8 +99,11 @@ class Observed:
         return AcceptanceSeen(mean, concentration, self.num_with_drafts / max(self.num_decoded, 1))
 
 
-def of_recording(path: Path) -> dict[str, Observed]:
-    """By engine, from a file of `smartspec record`. Raises RecordingError, OSError."""
+def of_recording(path: Path, *, with_visits: bool = False) -> dict[str, Observed]:
+    """By engine, from a file of `smartspec record`. Raises RecordingError, OSError.
+
+    ``with_visits``: keep what every step did for every request (`answers.outcomes`)
+    """
     found: dict[str, _Reader] = {}
     with path.open("rb") as file:
         for event in read(file, str(path)):
@@ -100,7 +114,8 @@ def of_recording(path: Path) -> dict[str, Observed]:
                 if isinstance(message, Hello):
                     name = message.engine
                     if name not in found or found[name].peer != event.peer:
-                        found[name] = _Reader(Observed(message), event.peer)
+                        seen = Observed(message, visits={} if with_visits else None)
+                        found[name] = _Reader(seen, event.peer)
                 elif isinstance(message, StepReport):
                     for reader in found.values():
                         if reader.peer == event.peer:
@@ -159,6 +174,15 @@ class _Reader:
         self._last = report.seq, event.at_s, size > 0
         seen.num_decoded += size
         seen.num_with_drafts += int((available > 0).sum())
+        if seen.visits is not None:
+            emitted = unpack(report.num_emitted, "u8", (size,), "num_emitted")
+            width = len(seen.hello.limits.features)
+            features = unpack(report.features, "f32", (width, size), "features")
+            columns = (column.tolist() for column in (emitted, drafted, accepted, available))
+            for request, e, k, a, v, told in zip(
+                self._ids, *columns, features.T.tolist(), strict=True
+            ):
+                seen.visits.setdefault(request, []).append(Visit(e, k, a, v, tuple(told)))
         for request, k, a in zip(self._ids, drafted.tolist(), accepted.tolist(), strict=True):
             if k:
                 before = seen.tried.get(request, (0, 0))

@@ -172,6 +172,12 @@ class Fleet:
         self.loop.cycle(0.0)
 
 
+def _features(outcomes: Outcomes) -> tuple[str, ...]:
+    if outcomes.match_length is None:
+        return ()
+    return (FEATURE_MATCH_LENGTH,) if outcomes.features is None else outcomes.feature_names
+
+
 def _hello(name: str, cell: Cell) -> Hello:
     is_lookup = cell.draft == "lookup"
     profile = cell.profile
@@ -189,9 +195,7 @@ def _hello(name: str, cell: Cell) -> Hello:
             max_length=cell.max_length,
             max_num_running=cell.max_num_running or profile.max_num_running,
             static_length=min(3, cell.max_length),
-            features=(FEATURE_LAST_SHARE, FEATURE_MATCH_LENGTH)
-            if cell.outcomes.match_length is not None
-            else (FEATURE_LAST_SHARE,),
+            features=(FEATURE_LAST_SHARE, *_features(cell.outcomes)),
             graph_sizes=profile.graph_sizes,
             drafts_known_first=is_lookup,
         ),
