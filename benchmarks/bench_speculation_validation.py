@@ -10,9 +10,10 @@ All that the simulator knows of engine and drafts is the recording: what steps c
 profile`), and what drafts brought at each position of each answer (`lab.profiles.answers`). It
 serves requests of the arms' times and lengths. `<arm>_err_pct`: mean latency simulated over served,
 less 1; `<arm>_steps_err_pct`: the same of the number of steps; `<arm>_cost_err_pct`: the profile's
-seconds of the very steps that were served over what they took, less 1. `drawn`: drafts are
-drawn at random instead, as `smartspec simulate` does, with the recording's mean, spread and
-presence.
+seconds of the very steps that were served over what they took, less 1. Then with less that is
+known: `untold`, the engine tells none of its lookup's features; `others`, each request has the
+drafts of another of them, at random; `drawn`, drafts are drawn as `smartspec simulate` does, with
+the recording's mean, spread and presence.
 
 `--keep FILE` writes what was measured, `--from FILE` simulates that again.
 """
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -250,19 +252,24 @@ def simulated(measured: Measured) -> dict[str, float]:
     ids = [id_of[request] for request in range(len(measured.at_s))]
     rounds = np.array(measured.round_of)
     at_s = np.array(measured.at_s) + rounds * (max(measured.at_s) + BETWEEN_S)
+    # How much of an answer could be drafted: of long ones, and of the others.
+    size = np.array([len(answer) for answer in measured.arms["none"].answers])
+    columns = [answers.positions(seen.visits[i])[0] for i in ids] if seen.visits else []
+    share = np.array([(run > 0).mean() for run in columns])
+    is_long = size > np.median(size)
+    figures["copied_share_long"] = float(share[is_long].mean())
+    figures["copied_share_short"] = float(share[~is_long].mean())
     for name in ARMS:
         arm = measured.arms[name]
         num_output = np.array([len(answer) for answer in arm.answers])
         traffic = Traffic(at_s - at_s[0], np.array(measured.num_prompt), num_output)
-        told = answers.outcomes(seen, ids, num_output, max_length=MAX_LENGTH)
         served_s = float(np.mean(arm.latency_s))
         step_s = sum(step.step_s for step in arm.steps)
         figures[f"{name}_served_s"] = served_s
-        for kind in ("", "drawn_"):
+        for kind in ("", "untold_", "others_", "drawn_") if name != "none" else ("",):
             ours, steps = [], []
             for seed in range(NUM_SEEDS):
-                outcomes = told
-                if kind:
+                if kind == "drawn_":
                     outcomes = acceptance.draw(
                         acceptance.BetaOverRequests(drafts.acceptance, drafts.concentration),
                         num_output,
@@ -270,6 +277,12 @@ def simulated(measured: Measured) -> dict[str, float]:
                         seed=seed,
                         presence=min(drafts.presence, 1.0),
                     )
+                else:
+                    order = np.random.default_rng(seed).permutation(ids)
+                    which = order.tolist() if kind == "others_" else ids
+                    outcomes = answers.outcomes(seen, which, num_output, max_length=MAX_LENGTH)
+                if kind == "untold_":
+                    outcomes = replace(outcomes, feature_names=(), features=None)
                 cell = Cell(profile, "lookup", traffic, outcomes, max_length=MAX_LENGTH, seed=seed)
                 engine = simulate(name, cell)
                 ours.append(float(engine.served.latency_s.mean()))
