@@ -15,6 +15,7 @@ from smartspec.engine_adapter.base import F32
 F64 = npt.NDArray[np.float64]
 
 MEMORY = 512.0  #: drafts after one token beyond which older ones fade
+LEAST = 1e-4  #: rate of all tokens, and of 1 less it: odds stay finite
 STRENGTH = 2.0  #: drafts that the rate of all tokens is worth in that of one
 
 
@@ -67,12 +68,13 @@ class TokenAcceptance:
     @property
     def odds(self) -> float:
         """Of acceptance, over all tokens."""
-        return float(self._all[0] / (self._all[1] - self._all[0]))
+        pooled = self.pooled
+        return pooled / (1.0 - pooled)
 
     @property
     def pooled(self) -> float:
-        """P(a draft is accepted), over all tokens."""
-        return float(self._all[0] / self._all[1])
+        """P(a draft is accepted), over all tokens; never quite 0 or 1, whatever is learned."""
+        return min(max(float(self._all[0] / self._all[1]), LEAST), 1.0 - LEAST)
 
     def _make_room(self, size: int) -> None:
         if size > len(self._counts):

@@ -90,9 +90,7 @@ SMALL_CHANGE = 0.1  #: of a hazard: the window follows such changes by itself
 MERGE_SWEEPS = 8  #: of Newton's method over all axes
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  #: times `request_strength`: how alike requests may be
 STRENGTH_WINDOW = 20_000  #: drafts that they are judged by
-SETTLED = (
-    0.5  #: of the window: one step of first drafts moves the pooled hazard little from then on
-)
+SETTLED = 0.5  #: of the window: from then on a step moves the pooled hazard little
 SCORED_EVERY = 8  #: steps: how alike requests are changes slowly, and so does a settled table
 SCORED_STEPS = 100  #: of a request: one that goes on for ever says no more of how others differ
 MAX_SCORE = 1e9

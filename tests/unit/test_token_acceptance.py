@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smartspec.engine_adapter.token_acceptance import MEMORY, TokenAcceptance
+from smartspec.engine_adapter.token_acceptance import MEMORY, CopyAcceptance, TokenAcceptance
 
 
 def test_rates_follow_each_token_when_tokens_differ() -> None:
@@ -32,3 +32,13 @@ def test_memory_is_bounded_when_one_token_comes_for_ever() -> None:
     for _ in range(3 * int(MEMORY) // 64):
         rates.learn([1] * 64, [True] * 64)
     assert rates.rates([1])[0] > 0.9
+
+
+@pytest.mark.parametrize("outcome", [True, False])
+def test_rates_stay_finite_when_every_draft_for_a_long_time_came_out_alike(outcome: bool) -> None:
+    rates = CopyAcceptance()
+    tokens = np.ones(100_000, np.int64)
+    for _ in range(250):  # each fades what was known before by more than a hundredfold
+        rates.learn(tokens, tokens, np.full(len(tokens), outcome))
+    told = rates.rates([1, 2], [1, 2])
+    assert np.isfinite(told).all() and ((told > 0.9) == outcome).all()
