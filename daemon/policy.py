@@ -267,12 +267,9 @@ class Planner:
         """What to run, and why."""
         engine, batch, limits = self.engine, observation.batch, self.engine.hello.limits
         steering = arm is Arm.SMARTSPEC
-        ladder, curves, draft = outlook.ladder, outlook.curves, outlook.draft
         probe_length = num_probes = 0
         if steering:
-            probe_length, num_probes = self.prober.plan(
-                engine, optimum, ladder, curves[0], draft, outlook.num_prompt_tokens
-            )
+            probe_length, num_probes = self.prober.plan(observation, outlook, optimum)
         every = FALLBACK_EVERY if self._num_decisions >= YOUNG else FALLBACK_EVERY // 5
         if self._num_decisions and self._num_decisions % every == 0:
             self._fallback = outlook.by_batch(limits.max_num_running)

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from smartspec.daemon.engines import Engine, Observation
+from smartspec.daemon.engines import Observation
 from smartspec.daemon.goodput import Optimum
-from smartspec.engine_adapter.lengths import I64, CostCurve, DraftCost, Ladder, step_seconds
+from smartspec.daemon.outlook import Outlook
+from smartspec.engine_adapter.lengths import I64, step_seconds
 
 NEAR, LOOKS = 0.4, 4  #: share of a step's time that a length may lose to be tried so often more
 MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
@@ -109,27 +110,18 @@ class Prober:
             return self._sweep[-1]
         return self._near.pop(0) if self._near else None
 
-    def plan(
-        self,
-        engine: Engine,
-        optimum: Optimum,
-        ladder: Ladder,
-        curve: CostCurve,
-        draft: DraftCost,
-        num_other_tokens: int,
-    ) -> tuple[int, int]:
+    def plan(self, observation: Observation, outlook: Outlook, optimum: Optimum) -> tuple[int, int]:
         """Length and number of requests to probe in the next step; (0, 0) for none."""
-        observation = engine.last
-        if self.max_length == 0 or ladder.size == 0 or observation is None:
+        ladder = outlook.ladder
+        if self.max_length == 0 or ladder.size == 0:
             return 0, 0
-        self._correct(observation, optimum, ladder, draft)
+        self._correct(observation, outlook, optimum)
         if observation.report.num_waiting:
             return 0, 0
-        given = optimum, ladder, curve, draft, num_other_tokens
         if not self._sweep:
             deepest, most_s = observation.num_available.max(), NEAR * optimum.choice.seconds
             while self._near and (
-                self._near[0] > deepest or self._loss_s(*given, self._near[0]) > most_s
+                self._near[0] > deepest or _loss_s(outlook, optimum, self._near[0]) > most_s
             ):
                 self._near.pop(0)
         if self.sweeping:
@@ -141,9 +133,9 @@ class Prober:
         turns = TURNS if optimum.choice.lengths.any() else TURNS_WHEN_OFF
         length = min(turns[self._turn % len(turns)] or self.max_length, self.max_length)
         count = 1
-        if draft.per_forward_s > 0:
+        if outlook.draft.per_forward_s > 0:
             count = min(ladder.size, max(1, PROBE_TOKENS // length))
-        cost_s = self._cost_s(*given, length, count)
+        cost_s = _cost_s(outlook, optimum, length, count)
         if cost_s is None or cost_s > self._purse_s:
             return 0, 0
         self._pay(cost_s)
@@ -155,69 +147,49 @@ class Prober:
         self._purse_s -= cost_s
         self.cost_s += cost_s
 
-    def _correct(
-        self, observation: Observation, optimum: Optimum, ladder: Ladder, draft: DraftCost
-    ) -> None:
+    def _correct(self, observation: Observation, outlook: Outlook, optimum: Optimum) -> None:
         """Pay for what a probe brought less than was expected, and for a forward that follows it.
 
         Some engines run the first forward of whoever was drafted for in the step before, whether or
         not anything is then drafted.
         """
-        report = observation.report
+        report, ladder = observation.report, outlook.ladder
         if report.source == "probe":
             drafted = np.arange(ladder.max_length)[:, None] < observation.num_drafted
             expected = ladder.weight_sum + float(ladder.worth[drafted].sum())
             self._pay((expected - observation.weighted_tokens) / optimum.value_of_time)
         elif report.num_draft_forwards and not observation.drafted_any:
-            self._pay(draft.by_depth(report.num_draft_forwards))
-
-    @staticmethod
-    def _loss_s(
-        optimum: Optimum,
-        ladder: Ladder,
-        curve: CostCurve,
-        draft: DraftCost,
-        num_other_tokens: int,
-        length: int,
-    ) -> float:
-        """Time lost by a step of this length for all, at the value of time."""
-        best = optimum.choice
-        lengths, gain = ladder.at(length)
-        num_tokens = ladder.size + num_other_tokens
-        seconds = _seconds(curve, draft, num_tokens, lengths)
-        return (best.gain - gain) / optimum.value_of_time + seconds - best.seconds
-
-    @staticmethod
-    def _cost_s(
-        optimum: Optimum,
-        ladder: Ladder,
-        curve: CostCurve,
-        draft: DraftCost,
-        num_other_tokens: int,
-        length: int,
-        count: int,
-    ) -> float | None:
-        """Expected time lost by the probe, less its gain at the value of time; None: no probe."""
-        lengths = optimum.choice.lengths
-        most = ladder.clip(length)
-        able = np.flatnonzero(most > lengths)
-        if not len(able):
-            return None
-        probed = able[np.argsort(lengths[able], kind="stable")[:count]]
-        after = lengths.copy()
-        after[probed] = most[probed]
-        depths = np.arange(ladder.max_length)[:, None]
-        added = (depths >= lengths) & (depths < after)
-        gain = float(ladder.worth[added].sum())
-
-        num_tokens = ladder.size + num_other_tokens
-        extra_s = _seconds(curve, draft, num_tokens, after)
-        extra_s -= _seconds(curve, draft, num_tokens, lengths)
-        return max(0.0, extra_s - gain / optimum.value_of_time)
+            self._pay(outlook.draft.by_depth(report.num_draft_forwards))
 
 
-def _seconds(curve: CostCurve, draft: DraftCost, num_tokens: int, lengths: I64) -> float:
-    """Of a step of so many tokens without drafts."""
+def _loss_s(outlook: Outlook, optimum: Optimum, length: int) -> float:
+    """Time lost by a step of this length for all, at the value of time."""
+    best = optimum.choice
+    lengths, gain = outlook.ladder.at(length)
+    return (best.gain - gain) / optimum.value_of_time + _seconds(outlook, lengths) - best.seconds
+
+
+def _cost_s(outlook: Outlook, optimum: Optimum, length: int, count: int) -> float | None:
+    """Expected time lost by the probe, less its gain at the value of time; None: no probe."""
+    ladder, lengths = outlook.ladder, optimum.choice.lengths
+    most = ladder.clip(length)
+    able = np.flatnonzero(most > lengths)
+    if not len(able):
+        return None
+    probed = able[np.argsort(lengths[able], kind="stable")[:count]]
+    after = lengths.copy()
+    after[probed] = most[probed]
+    depths = np.arange(ladder.max_length)[:, None]
+    added = (depths >= lengths) & (depths < after)
+    gain = float(ladder.worth[added].sum())
+    extra_s = _seconds(outlook, after) - _seconds(outlook, lengths)
+    return max(0.0, extra_s - gain / optimum.value_of_time)
+
+
+def _seconds(outlook: Outlook, lengths: I64) -> float:
+    """Of a step in which all drafts are there."""
+    num_tokens = outlook.ladder.size + outlook.num_prompt_tokens
     drafts = np.array(float(lengths.sum()))
     depth = int(lengths.max(initial=0))
+    curve, draft = outlook.curves[0], outlook.draft
     return float(step_seconds(curve, draft, num_tokens + drafts, drafts, depth))
