@@ -372,9 +372,8 @@ def _check_hello(hello: Hello) -> None:
         limits.static_length <= limits.max_length,
         f"limits.static_length: {limits.static_length} is over limits.max_length",
     )
-    most = limits.max_num_running * limits.max_length
     require(
-        most <= MAX_DRAFTS,
+        limits.max_num_running * limits.max_length <= MAX_DRAFTS,
         f"limits: {limits.max_num_running} requests of {limits.max_length} drafts each, at most "
         f"{MAX_DRAFTS} drafts can be decided for in time",
     )
@@ -405,8 +404,8 @@ def _read_roster(roster: Roster, max_num_running: int) -> Batch:
     if roster.weight:
         weight = unpack(roster.weight, "f32", (size,), "weight")
         low, high = WEIGHTS
-        allowed = f"weight: must be in [{low:g}, {high:g}]"
-        require(bool(((weight >= low) & (weight <= high)).all()), allowed)
+        is_within = bool(((weight >= low) & (weight <= high)).all())
+        require(is_within, f"weight: must be in [{low:g}, {high:g}]")
     floor = unpack(roster.floor, "u8", (size,), "floor") if roster.floor else None
     target: Any = None
     if roster.token_time_target_s:
@@ -421,8 +420,8 @@ def _check_seconds(report: StepReport) -> None:
             continue
         if not 0 <= value <= MAX_STEP_S:  # refuses NaN too
             raise MessageError(f"{name}: {value}, expected 0 to {MAX_STEP_S:.0f} seconds")
-    least = MIN_STEP_S
-    require(report.step_s >= least, f"step_s: {report.step_s}, a step takes at least {least:g} s")
+    took_s = report.step_s
+    require(took_s >= MIN_STEP_S, f"step_s: {took_s}, a step takes at least {MIN_STEP_S:g} s")
     parts = (report.target_s or 0.0) + (report.draft_s or 0.0)
     require(parts <= report.step_s * 1.001 + 1e-6, "target_s + draft_s: more than step_s")
     require(0 <= report.kv_usage <= 1.0, f"kv_usage: {report.kv_usage}, expected 0 to 1")
