@@ -102,6 +102,8 @@ class PrometheusExporter:
 
     def note(self, event: BusEvent, state: EngineState | None) -> None:
         """Count an event; ``state`` is that of its engine, with the event in it."""
+        if state is not None and state.state != "connected" and not isinstance(event, EngineEvent):
+            return  # its series are gone, and a straggler does not bring them back
         match event:
             case StepEvent():
                 self._note_step(event, state)
