@@ -39,7 +39,7 @@ from smartspec.daemon.event_bus import (
     StepEvent,
 )
 from smartspec.daemon.state import warm_start
-from smartspec.daemon.telemetry import metric_ids, redis_store
+from smartspec.daemon.telemetry import embedded_valkey, metric_ids, redis_store
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineState
 from smartspec.daemon.telemetry.process import Telemetry
@@ -303,6 +303,36 @@ def test_embedded_server_is_started_again_when_it_dies(runtime_dir: Path, bus: E
         play(bus, 1, 5)
         eventually(lambda: client.xlen("smartspec:v1:steps:worker-0") == 5)
         client.close()
+
+
+def test_server_that_is_being_started_is_given_up_when_the_store_is_closed(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mute(EmbeddedValkey):
+        def _answers(self) -> bool:
+            return False
+
+    monkeypatch.setattr(embedded_valkey, "START_TIMEOUT_S", 0.5)
+    server = Mute(runtime_dir / "own.sock")
+    client = connect(f"unix://{server.socket_path}")
+    store = RedisStore(client, "t:", stream_maxlen=10, ttl_s=60, server=server)
+    store.start()
+    pid = eventually(lambda: server.pid)
+    store.close(timeout_s=0.1)
+    eventually(lambda: not psutil.pid_exists(pid))
+    assert store._thread is not None
+    store._thread.join()  # an exception in it would fail this test
+
+
+def test_stopped_server_goes_with_telemetry(runtime_dir: Path, bus: EventBus) -> None:
+    with telemetry_process(runtime_dir, "telemetry.prometheus_port=0") as process:
+        connected(bus, runtime_dir).close()
+        [server] = psutil.Process(process.pid).children()
+        server.suspend()
+        process.terminate()
+        _, log = process.communicate(timeout=15)
+        assert b"Traceback" not in log
+        eventually(lambda: not server.is_running())
 
 
 def test_no_server_is_left_when_telemetry_is_killed(runtime_dir: Path, bus: EventBus) -> None:
