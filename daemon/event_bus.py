@@ -113,8 +113,7 @@ class EngineEvent(Event, frozen=True, kw_only=True, tag="engine"):
 
     engine: str
     epoch: int
-    #: "connected", "left", "lost", "replaced" (by one of its name), "quarantined" or "refused"
-    state: str
+    state: str  #: "connected", "left", "lost", "replaced" (by one of its name) or "quarantined"
     fingerprint: dict[str, str] = {}
     limits: dict[str, object] = {}
 

@@ -129,8 +129,6 @@ class EngineTracker:
             case GainEvent():
                 for name in _GAIN_FIELDS:
                     setattr(self.state, name, getattr(event, name))
-            case EngineEvent(state="refused"):
-                pass  # another's attempt under this name; the engine itself goes on
             case EngineEvent():
                 self._note_engine(event)
 

@@ -75,7 +75,7 @@ class Telemetry:
         tracker = None
         if isinstance(event, (StepEvent, DecisionEvent, GainEvent, EngineEvent)):
             tracker = self._trackers.get(event.engine)
-            if tracker is None and getattr(event, "state", "") != "refused":
+            if tracker is None:
                 tracker = self._trackers[event.engine] = EngineTracker(event.engine)
         if tracker is not None:
             tracker.note(event)  # type: ignore[arg-type]  # it is one of the four

@@ -115,7 +115,7 @@ class PrometheusExporter:
                 self._of(ids.ENGINE_EVENTS, event.state).inc()
                 if event.state == "connected":
                     self._of(ids.CONNECTED, event.engine).set(1)
-                elif event.state != "refused":
+                else:
                     self.forget(event.engine)
             case NoteEvent():
                 self._of(ids.NOTES, event.level, event.kind).inc()
