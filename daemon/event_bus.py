@@ -61,7 +61,7 @@ class DecisionEvent(Event, frozen=True, kw_only=True, gc=False, tag="decision"):
     engine: str
     policy_seq: int
     report_seq: int
-    steering: bool  #: False: observe mode, or refused; nothing was sent
+    steering: bool  #: False: observing, paused, retreated, or a block without SmartSpec
     reason: str
     value_of_time: float = 0.0  #: tokens per second
     depth: int = 0
