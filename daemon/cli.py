@@ -83,7 +83,7 @@ def run(
     runtime_dir: RuntimeDir = None,
     endpoint: Annotated[str | None, typer.Option(help="Where engines connect.")] = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis; default: embedded.")] = None,
-    prometheus_port: Annotated[int | None, typer.Option(help="On 127.0.0.1; 0: none.")] = None,
+    prometheus_port: Annotated[int | None, typer.Option(help="To be scraped at; 0: none.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
     set_: Assignments = None,
 ) -> None:

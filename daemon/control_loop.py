@@ -248,7 +248,8 @@ class ControlLoop:
                 self.counters.failed("learning", session.engine.name)
             predicted.append(seconds)
         session.learn_s = (self._clock() - began) / max(1, len(predicted))
-        if self._is_heard:
+        # An engine that has left is not heard of after that: its last turn is learned in silence.
+        if self._is_heard and self.sessions.by_peer.get(session.peer) is session:
             for observation, seconds in zip(observations, predicted, strict=True):
                 self._bus.publish(
                     narration.step_event(session.engine, observation, seconds, self._wall())

@@ -329,6 +329,21 @@ def test_nothing_is_decided_for_an_engine_that_reports_and_goes_in_one_turn(rig:
     assert rig.loop.sessions.retired["gpu0"].learned.num_steps == 1  # what it said is still true
 
 
+def test_nothing_is_published_of_an_engine_after_it_was_said_to_have_left(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    rig.cycle(b"a", step_report(2, roster=False), wire.Goodbye(epoch=1))
+    rig.clock.now += 2.0
+    rig.cycle()
+    of_engine = [event for event in rig.bus.events if getattr(event, "engine", "") == "gpu0"]
+    assert isinstance(of_engine[-1], EngineEvent) and of_engine[-1].state == "left"
+    assert [event.seq for event in rig.bus.of(StepEvent)] == [1]
+
+
+def test_steps_of_an_engine_are_not_taken_for_those_of_its_successor(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(7), hello("gpu0", epoch=2), step_report(1, epoch=2))
+    assert [event.seq for event in rig.bus.of(StepEvent)] == [1]
+
+
 def test_engine_is_lost_after_long_silence_and_returns_where_it_was(rig: Rig) -> None:
     for seq in range(1, 150):
         rig.cycle(b"a", step_report(seq, roster=seq == 1))
