@@ -225,18 +225,24 @@ class Told(FixedLength):
         engine, present = self.engine, self.engine.present
         assert present is not None
         depths = np.arange(1, engine.max_length + 1)[:, None]
-        if self._clairvoyant:
+        factor, trees = present.cost_factor, engine.outcomes.trees
+        draft = engine.profile.draft(self._draft, factor)
+        if trees is not None:
+            survival = trees.gain[present.requests].T
+            # As many passes as the deepest tree of so many nodes would take.
+            levels = trees.num_levels[present.requests, 1:].max(axis=0, initial=0)
+            draft = draft._replace(forwards=tuple(levels.tolist()))
+        elif self._clairvoyant:
             survival = (depths <= engine.outcomes.run[present.positions]).astype(np.float64)
         else:
             ahead = engine.outcomes.probability[present.positions + depths - 1]
             survival = np.cumprod(ahead, axis=0, dtype=np.float64)
-        factor, prompts = present.cost_factor, batch.num_prefill_tokens
+        prompts = batch.num_prefill_tokens
         most = batch.size * (1 + engine.max_length) + prompts
         alone, carrying = (
             engine.profile.curve(batch.size, present.context_tokens, chunks, most, factor)
             for chunks in ((), present.chunks)
         )
-        draft = engine.profile.draft(self._draft, factor)
         ladder = Ladder(survival, ceiling=batch.ceiling)
         price = self.value_of_time(Known(ladder, alone, carrying, draft, prompts))
         return goodput.at_price(ladder, price, [carrying], draft, prompts).choice
