@@ -145,17 +145,26 @@ class Fleet:
     cells : one per engine
     library : what was learned before; None: a cold start
     bus : where the daemon's events go
+    settings : the daemon's; None: as it comes
     """
 
     def __init__(
-        self, cells: list[Cell], library: Library | None = None, bus: Bus | None = None
+        self,
+        cells: list[Cell],
+        library: Library | None = None,
+        bus: Bus | None = None,
+        settings: config.Settings | None = None,
     ) -> None:
         self._queue = queue = Queue()
         self._wire = Wire()
         self._turn_due = False
-        settings = config.Settings()
         self.loop = ControlLoop(
-            settings, self._wire, bus or NullBus(), queue.clock, queue.clock, library
+            settings or config.Settings(),
+            self._wire,
+            bus or NullBus(),
+            queue.clock,
+            queue.clock,
+            library,
         )
         self.links: list[EngineLink] = []
         self.engines: list[Engine] = []
