@@ -86,6 +86,14 @@ def non_negative(name: str, value: Any) -> float:
     return number
 
 
+def whole(name: str, value: Any) -> int:
+    """``value`` as an int; ValueError with ``name`` unless it is a whole number >= 0."""
+    number = non_negative(name, value)
+    if number != int(number):
+        raise ValueError(f"{name} must be a whole number, got {number!r}")
+    return int(number)
+
+
 def pack(array: F64) -> State:
     """A float array as plain values: shape and little-endian bytes."""
     return {"shape": list(array.shape), "data": array.astype("<f8").tobytes()}

@@ -34,16 +34,46 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.estimators.acceptance import (
-    HAZARD_RANGE,
-    AcceptanceEstimator,
-    time_of_event,
-)
+from smartspec.estimators.acceptance import AcceptanceEstimator
 from smartspec.estimators.base import F64, State, pack, unpack
+from smartspec.estimators.frailty import time_of_event
+from smartspec.estimators.survival_table import HAZARD_RANGE, Index, SurvivalTable, clipped
 
 PER_DOUBLING = 1.0  #: s, where nothing was seen
 PER_DOUBLING_WEIGHT = 45.0  #: what that is worth, in squares of log2 k: five trees of 8 nodes
 FORWARDS_WINDOW = 500  #: trees that s is remembered from
+
+
+def tried(drafted: Index, max_length: int) -> npt.NDArray[np.bool_]:
+    """[B, max_length], which ranks trees of ``drafted`` nodes have."""
+    ranks: npt.NDArray[np.bool_] = np.arange(max_length) < drafted[:, None]
+    return ranks
+
+
+class GainTable(SurvivalTable):
+    """Gains per bucket and rank; "hazard" and "survival" are both the gain of a rank."""
+
+    group_starts: ClassVar[tuple[int, ...]] = (0, 1, 3, 7, 15, 31)
+
+    def _pooled(self) -> F64:
+        seen, hit = self._counts[:, -1].tolist()
+        expected, pooled = self.prior, []
+        for rank, (tries, hits) in enumerate(zip(seen, hit, strict=True), 1):
+            rate = (hits + self.prior_weight * expected) / (tries + self.prior_weight)
+            pooled.append(rate)
+            expected = rate * rank / (rank + 1)
+        return clipped(np.array(pooled), HAZARD_RANGE)
+
+    def histogram(self, bucket: Index, proposed: Index, hits: npt.NDArray[Any]) -> F64:
+        new = np.zeros((2, self.num_buckets + 1, self.max_length))
+        np.add.at(new[0], bucket, tried(proposed, self.max_length))
+        np.add.at(new[1], bucket, hits)
+        new[:, -1] = new[:, :-1].sum(axis=1)
+        return new
+
+    def _cumulate(self, hazard: F64) -> F64:
+        falling: F64 = -np.log(np.sort(hazard, axis=1)[:, ::-1])
+        return falling
 
 
 class TreeAcceptance(AcceptanceEstimator):
@@ -58,7 +88,7 @@ class TreeAcceptance(AcceptanceEstimator):
         numbers of nodes
     """
 
-    _group_starts: ClassVar[tuple[int, ...]] = (0, 1, 3, 7, 15, 31)
+    _table_type: ClassVar[type[SurvivalTable]] = GainTable
     _tells_apart: ClassVar[bool] = False
     _params: ClassVar[tuple[str, ...]] = ("num_buckets", "max_length", "max_requests", "axis_sizes")
 
@@ -83,16 +113,11 @@ class TreeAcceptance(AcceptanceEstimator):
         hits = np.asarray(accepted)
         if hits.dtype != np.bool_ or hits.ndim != 2 or hits.shape[1] != self.max_length:
             raise ValueError(f"accepted must be bools [B, {self.max_length}]")
-        count: npt.NDArray[np.intp] = np.count_nonzero(hits, axis=1)
+        count: Index = np.count_nonzero(hits, axis=1)
         bucket, proposed, _ = super()._outcomes(buckets, drafted, count)
-        if len(proposed) == len(hits) and (hits & ~self._tried(proposed)).any():
+        if len(proposed) == len(hits) and (hits & ~tried(proposed, self.max_length)).any():
             raise ValueError("nodes accepted that were not drafted")
         return [bucket, proposed, hits]
-
-    def _tried(self, drafted: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
-        """[B, max_length], which ranks trees of ``drafted`` nodes have."""
-        tried: npt.NDArray[np.bool_] = np.arange(self.max_length) < drafted[:, None]
-        return tried
 
     def _first(self, hits: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         first: npt.NDArray[np.bool_] = hits[:, 0]
@@ -101,47 +126,21 @@ class TreeAcceptance(AcceptanceEstimator):
     def _events(
         self,
         c: F64,
-        bucket: npt.NDArray[np.intp],
-        proposed: npt.NDArray[np.intp],
+        bucket: Index,
+        proposed: Index,
         hits: npt.NDArray[Any],
     ) -> tuple[F64, F64]:
-        self._refresh()
+        self._table.refresh()
         most = int(proposed.max())
-        exposure = self._cumulative[bucket, 1 : most + 1]
-        hits, rejected = hits[:, :most], (self._tried(proposed) & ~hits)[:, :most]
+        exposure = self._table.cumulative[bucket, 1 : most + 1]
+        hits, rejected = hits[:, :most], (tried(proposed, self.max_length) & ~hits)[:, :most]
         happened = rejected * time_of_event(c[:, None], exposure)
         seen = np.where(hits, exposure, happened).sum(axis=1)
         return rejected.sum(axis=1) / proposed, seen / proposed
 
-    def _histogram(
-        self,
-        bucket: npt.NDArray[np.intp],
-        proposed: npt.NDArray[np.intp],
-        hits: npt.NDArray[Any],
-    ) -> F64:
-        new = np.zeros((2, self.num_buckets + 1, self.max_length))
-        np.add.at(new[0], bucket, self._tried(proposed))
-        np.add.at(new[1], bucket, hits)
-        new[:, -1] = new[:, :-1].sum(axis=1)
-        return new
-
-    def _pooled(self) -> F64:
-        tried, hit = self._counts[:, -1].tolist()
-        expected, pooled = self.prior, []
-        for rank, (tries, hits) in enumerate(zip(tried, hit, strict=True), 1):
-            rate = (hits + self.prior_weight * expected) / (tries + self.prior_weight)
-            pooled.append(rate)
-            expected = rate * rank / (rank + 1)
-        clipped: F64 = np.clip(np.array(pooled), *HAZARD_RANGE)
-        return clipped
-
-    def _cumulate(self, hazard: F64) -> F64:
-        falling: F64 = -np.log(np.sort(hazard, axis=1)[:, ::-1])
-        return falling
-
     def _outcome(self, accepted: int) -> npt.NDArray[Any]:
         """The first ``accepted`` ranks: which they were a number does not say."""
-        return self._tried(np.array([accepted], np.intp))
+        return tried(np.array([accepted], np.intp), self.max_length)
 
     def learn_forwards(self, num_nodes: int, num_forwards: int) -> None:
         """Take in that a draft model's trees of up to ``num_nodes`` took so many forwards."""
