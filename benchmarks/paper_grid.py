@@ -33,6 +33,8 @@ class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     max_num_running: Count
     duration_s: Positive  #: in which requests come; a run ends when all are served
     traffic: tuple[str, ...]
+    #: of trees: fixed numbers of nodes, rising, the last the most that there may be; none: chains
+    tree_sizes: tuple[Count, ...] = ()
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +50,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     loads: tuple[float, ...]
     static_loads: tuple[float, ...]
     rivals: tuple[str, ...]
+    tree_rivals: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -59,9 +62,22 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         return (*self.loads, FULL, *self.static_loads)
 
     @property
+    def longest(self) -> int:
+        """Longest length; of trees, most nodes."""
+        return self.pair.tree_sizes[-1] if self.pair.tree_sizes else self.max_length
+
+    @property
     def statics(self) -> tuple[str, ...]:
         """Policies that know one length."""
-        return ("none", *(f"static{k}" for k in range(1, self.max_length + 1)))
+        lengths = self.pair.tree_sizes or range(1, self.max_length + 1)
+        return ("none", *(f"static{k}" for k in lengths))
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Further policies; "chain3" where drafts are trees: the first guesses, three in a row."""
+        if not self.pair.tree_sizes:
+            return self.rivals
+        return (*(f"chain{k}" for k in range(1, self.max_length + 1)), *self.tree_rivals)
 
 
 class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -73,6 +89,7 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     loads: tuple[Positive, ...]
     static_loads: tuple[Positive, ...]
     rivals: tuple[str, ...]
+    tree_rivals: tuple[str, ...]  #: where drafts are trees
     traffic: dict[str, Requests]
     pairs: dict[str, Pair]
 
@@ -90,6 +107,7 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
                 loads=self.loads,
                 static_loads=self.static_loads,
                 rivals=self.rivals,
+                tree_rivals=self.tree_rivals,
             )
             for pair_name, pair in self.pairs.items()
             for name in pair.traffic

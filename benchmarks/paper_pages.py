@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +21,9 @@ LINES = {
     "static1": ("#b9d3e3", "-"),
     "static3": ("#7aa6c2", "-"),
     "static5": ("#33658a", "-"),
+    "static4": ("#d8b4dd", "-"),  # of trees alone
+    "static8": ("#b07cc6", "-"),
+    "static16": ("#6a3d9a", "-"),
     "authors": ("#6a994e", "--"),
     COLD: ("#d1495b", ":"),
     WARM: ("#d1495b", "-"),
@@ -61,8 +64,11 @@ def tables(results: Sequence[Result], shown: Sequence[str] = SHOWN) -> str:
 
 
 def _pair_table(results: Sequence[Result], shown: Sequence[str]) -> str:
-    rows = [["traffic", "load", "none", "best static", *(HEADS.get(p, p) for p in shown),
-             "95% bound", "speed-up"]]  # fmt: skip
+    setting = results[0].setting
+    shown = [p for p in shown if p in (*setting.others, COLD, WARM)]
+    chains = [p for p in setting.others if p.startswith("chain")]
+    rows = [["traffic", "load", "none", "best static", *(["best chain"] if chains else []),
+             *(HEADS.get(p, p) for p in shown), "95% bound", "speed-up"]]  # fmt: skip
     for result in results:
         for cell in result.cells:
             ratio = cell.vs_best_static
@@ -73,6 +79,7 @@ def _pair_table(results: Sequence[Result], shown: Sequence[str]) -> str:
                     f"{cell.load:g}",
                     f"{cell.latency_s['none']:.2f} s",
                     best,
+                    *_best_chain(chains, {p: ratio[p].value for p in chains}, min),
                     *(f"{ratio[p].value:.3f}" for p in shown),
                     f"{ratio[WARM].upper95:.3f}",
                     f"{1 / cell.vs_none[WARM].value:.2f}",
@@ -91,6 +98,7 @@ def _pair_table(results: Sequence[Result], shown: Sequence[str]) -> str:
                 "full",
                 f"{full.served_per_s['none']:.1f}/s",
                 best,
+                *_best_chain(chains, {p: full.vs_best_static[p].value for p in chains}, max),
                 *(f"{full.vs_best_static[p].value:.3f}" for p in shown[:-1]),
                 f"**{warm}**" if full.misses else warm,
                 "",
@@ -98,6 +106,16 @@ def _pair_table(results: Sequence[Result], shown: Sequence[str]) -> str:
             ]
         )
     return _table(rows)
+
+
+def _best_chain(
+    chains: Sequence[str], ratio: dict[str, float], best_of: Callable[..., str]
+) -> list[str]:
+    """A cell of the table: the chain that is best in hindsight; nothing where there are none."""
+    if not chains:
+        return []
+    best = best_of(chains, key=ratio.__getitem__)
+    return [f"{ratio[best]:.3f} ({best.removeprefix('chain')})"]
 
 
 def _length(policy: str) -> str:
@@ -119,15 +137,23 @@ def latency(results: Sequence[Result], path: Path) -> None:
         axes.set_axis_off()
     for axes, result in zip(grid, results, strict=False):
         _panel(axes, result)
-    labels = grid[0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside upper center", ncols=len(LINES), fontsize="small")
+    handles = {}
+    for axes in grid:
+        lines, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
+    order = [HEADS.get(policy, policy) for policy in LINES if HEADS.get(policy, policy) in handles]
+    known = [handles[label] for label in order]
+    figure.legend(known, order, loc="outside upper center", ncols=len(order), fontsize="small")
     figure.supxlabel("load (1: what is served without speculation)", fontsize="small")
     figure.supylabel("mean request latency (s)", fontsize="small")
     figure.savefig(path, dpi=75)
 
 
 def _panel(axes: Axes, result: Result) -> None:
+    trees = bool(result.setting.pair.tree_sizes)
     for policy, (colour, style) in LINES.items():
+        if policy == "static4" and not trees:  # one line in between is enough of chains
+            continue
         points = [(load, of[policy]) for load, of in result.latency_s.items() if policy in of]
         if not points:
             continue

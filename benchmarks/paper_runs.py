@@ -55,9 +55,16 @@ def play(setting: Setting, load: float) -> list[Run]:
     for seed, cell in enumerate(cells):
         engine, _ = steer(cell, learned[(seed + 1) % len(cells)])
         runs.append(run_of(load, WARM, seed, engine))
-        for policy in (*setting.statics, *setting.rivals):
-            runs.append(run_of(load, policy, seed, simulate(policy, cell)))
+        for policy in (*setting.statics, *setting.others):
+            runs.append(run_of(load, policy, seed, serve(policy, cell, setting)))
     return runs
+
+
+def serve(policy: str, cell: Cell, setting: Setting) -> Engine:
+    """A run under a policy that is not SmartSpec; of "chain3" the drafter drafts chains."""
+    if policy.startswith("chain"):
+        return simulate(policy.replace("chain", "static"), cell.chains(setting.max_length))
+    return simulate(policy, cell)
 
 
 def steer(cell: Cell, before: Checkpoint | None = None) -> tuple[Engine, Checkpoint]:
@@ -82,7 +89,8 @@ def make_cell(setting: Setting, load: float, seed: int) -> Cell:
         acceptance=asked.acceptance,
         concentration=setting.concentration,
         presence=asked.presence,
-        max_length=setting.max_length,
+        max_length=setting.longest,
+        trees=bool(pair.tree_sizes),
         max_num_running=pair.max_num_running,
         duration_s=pair.duration_s,
         mean_prompt=asked.mean_prompt,

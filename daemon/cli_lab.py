@@ -80,6 +80,9 @@ def simulate(
     num_seeds: NumSeeds = None,
     max_length: MaxLength = None,
     max_num_running: MaxNumRunning = None,
+    trees: Annotated[
+        bool | None, typer.Option("--trees", help="Draft trees; lengths are numbers of nodes.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.html, plots and results.json.")
     ] = None,
@@ -106,6 +109,7 @@ def simulate(
             num_seeds=num_seeds,
             max_length=max_length,
             max_num_running=max_num_running,
+            trees=trees,
         )
         report.show(wanted, num_workers, json, out)
     except (ValueError, OSError) as error:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from smartspec.engine_adapter.simulator.requests import F64, I64, U8, Outcomes
+from smartspec.engine_adapter.simulator.trees import Trees, guess_chances, guesses, most_probable
 
 MAX_RUN = 64  #: no longer run is told apart
 MATCHED = 4  #: tokens that a lookup matches where it matches
@@ -72,26 +73,41 @@ def draw(
     max_length: int,
     seed: int,
     presence: float | None = None,
+    trees: bool = False,
 ) -> Outcomes:
     """Outcomes of all requests.
 
     ``max_length``: positions past an answer's end that a step may draft for; ``presence``: the
     probability that a lookup has something to draft, at each position; None: drafts always exist.
+    ``trees``: drafts are trees of up to ``max_length`` nodes (trees.py), most probable first for
+    the mean of the request's probabilities; their first guesses are as right as a chain's drafts.
     """
     sizes = num_output + max_length
     offset = np.concatenate([[0], np.cumsum(sizes)])
     run = np.empty(int(offset[-1]), np.uint8)
     probability = np.empty(len(run), np.float32)
     match = None if presence is None else np.empty(len(run), np.uint8)
+    guess, shapes = np.empty(len(run) if trees else 0, np.uint8), []
     for i, size in enumerate(sizes.tolist()):
         rng = np.random.default_rng((seed, i))
         at = slice(int(offset[i]), int(offset[i + 1]))
         chance = acceptance.probability(rng, i, size)
+        luck = rng.random(size)
         probability[at] = chance
-        run[at] = runs(rng.random(size) < chance)
+        run[at] = runs(luck < chance)
+        if trees:
+            guess[at] = guesses(luck, chance)
+            mean = np.array(float(chance.mean()))
+            shapes.append(most_probable(guess_chances(mean).tolist(), max_length))
         if match is not None and presence is not None:
             match[at] = np.where(rng.random(size) < presence, MATCHED, 0)
-    return Outcomes(offset[:-1].astype(np.int64), run, probability, match)
+    return Outcomes(
+        offset[:-1].astype(np.int64),
+        run,
+        probability,
+        match,
+        trees=Trees.of(guess, shapes, max_length) if trees else None,
+    )
 
 
 def replay(

@@ -45,7 +45,8 @@ class Served(NamedTuple):
 class Present(NamedTuple):
     """The step about to run, as only a simulator knows it: for policies that are told the truth."""
 
-    positions: I64  #: [B], of the decoding requests, in the columns of the outcomes
+    requests: I64  #: [B], those that decode
+    positions: I64  #: [B], where they are in the columns of the outcomes
     context_tokens: int
     chunks: tuple[Chunk, ...]
     cost_factor: float
@@ -59,7 +60,7 @@ class Engine:
     profile, draft : what steps cost; ``draft`` is one of the profile's, or "lookup"
     source : who chooses lengths
     traffic, outcomes : the requests
-    max_length : longest length that can be drafted
+    max_length : longest length that can be drafted; of trees, most nodes
     max_num_running : at most as many at once; None: the profile's
     noise : relative deviation of a step's time
     cost_factor : by seconds since the beginning, what all costs are multiplied by
@@ -140,38 +141,39 @@ class Engine:
         positions = self.outcomes.offset[rows] + self._emitted[rows]
         batch = self._batch(rows, positions, chunks)
         factor = self._cost_factor(now_s)
-        self.present = Present(positions, context, chunks, factor)
-        size, total, depth = len(rows), 0, 0
+        self.present = Present(rows, positions, context, chunks, factor)
+        size, total, forwards = len(rows), 0, 0
         lengths = np.zeros(0, np.uint8)
         if size:
             chosen = np.minimum(self.source.choose(batch).lengths, batch.ceiling)
             lengths = chosen.astype(np.uint8)
-            total, depth = int(chosen.sum()), int(chosen.max())
-        accepted = np.minimum(self.outcomes.run[positions], lengths)
+            total, forwards = int(chosen.sum()), self.outcomes.forwards(rows, lengths)
+        accepted = self.outcomes.accepted(rows, positions, lengths)
         left = self.traffic.num_output[rows] - self._emitted[rows]
-        emitted = np.minimum(accepted.astype(np.int64) + 1, left)
+        emitted = np.minimum(accepted.num_accepted.astype(np.int64) + 1, left)
         luck = 1 + self._noise * self._rng.standard_normal(2)
         target_s = self.profile.target_seconds(size, size + total, context, chunks)
         target_s *= factor * max(float(luck[0]), 0.1)
         draft_s = 0.0
         if total and not self._is_lookup:
             d = self._draft
-            draft_s = d.fixed_s + d.per_forward_s * depth + d.per_token_s * total
+            draft_s = d.fixed_s + d.per_forward_s * forwards + d.per_token_s * total
             draft_s *= factor * max(float(luck[1]), 0.1)
         seconds = target_s + draft_s
         facts = StepFacts(
             batch=batch,
             num_drafted=lengths,
-            num_accepted=accepted,
+            num_accepted=accepted.num_accepted,
             num_emitted=emitted.astype(np.uint8),
             step_s=seconds,
             target_s=target_s,
             draft_s=draft_s,
             context_tokens=context,
-            num_draft_forwards=0 if self._is_lookup else depth,
+            num_draft_forwards=0 if self._is_lookup else forwards,
             num_draft_tokens=0 if self._is_lookup else total,
             num_waiting=self.num_waiting,
             kv_usage=min(context / self.profile.kv_tokens, 1.0),
+            accepted_ranks=accepted.ranks,
         )
         self._step = batch, emitted, facts, done
         return seconds

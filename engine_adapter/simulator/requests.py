@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from smartspec.engine_adapter.simulator.trees import Trees
+
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
+U64 = npt.NDArray[np.uint64]
 F32 = npt.NDArray[np.float32]
 
 
@@ -46,13 +50,21 @@ class Traffic:
         return Traffic((arrival - begin) / speed_up, self.num_prompt[at], self.num_output[at])
 
 
+class Accepted(NamedTuple):
+    """What became of a step's drafts, [B]."""
+
+    num_accepted: U8
+    ranks: U64 | None  #: of trees: bit j is set when the node of rank j is accepted
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What drafts would bring at every position of every answer.
 
     An answer's outcomes belong to its positions and not to steps: a step that begins at position p
     and drafts k has ``min(k, run[p])`` accepted, whichever policy chose k. So policies meet the
-    same luck, and differences between them are paired.
+    same luck, and differences between them are paired. With ``trees`` a length is a number of
+    nodes, and those accepted are the path that the answer takes through them.
     """
 
     offset: I64  #: [R], where each answer's positions begin in the columns below
@@ -62,3 +74,16 @@ class Outcomes:
     #: what the engine tells of a position in place of the match's length, where it was recorded
     feature_names: tuple[str, ...] = ()
     features: F32 | None = None  #: [F, P], by ``feature_names``
+    trees: Trees | None = None  #: None: drafts are chains
+
+    def accepted(self, requests: I64, positions: I64, lengths: U8) -> Accepted:
+        """Of drafts of ``lengths`` at these positions of these requests; all [B]."""
+        if self.trees is None:
+            return Accepted(np.minimum(self.run[positions], lengths), None)
+        return self.trees.accepted(requests, positions, lengths)
+
+    def forwards(self, requests: I64, lengths: U8) -> int:
+        """Sequential passes of a drafter for these drafts, all requests together."""
+        if self.trees is None:
+            return int(lengths.max(initial=0))
+        return self.trees.forwards(requests, lengths)

@@ -50,7 +50,9 @@ def check(experiment: Experiment) -> None:
     experiment.check()
     gpu = experiment.load_profile()
     empty = Traffic(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
-    drawn = acceptance.draw(acceptance.Constant(0.5), empty.num_output, max_length=1, seed=0)
+    drawn = acceptance.draw(
+        acceptance.Constant(0.5), empty.num_output, max_length=1, seed=0, trees=experiment.trees
+    )
     for name in experiment.policies:
         if name != "smartspec":
             rival(name, Cell(gpu, experiment.draft, empty, drawn, max_length=1))

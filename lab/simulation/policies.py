@@ -15,8 +15,9 @@ import numpy as np
 from smartspec.daemon import goodput
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, StepFacts
 from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
-from smartspec.engine_adapter.simulator.engine import Engine
+from smartspec.engine_adapter.simulator.engine import Engine, Present
 from smartspec.engine_adapter.simulator.profile import Profile
+from smartspec.engine_adapter.simulator.requests import F64
 
 
 class BatchLength(FixedLength):
@@ -221,22 +222,32 @@ class Told(FixedLength):
         """The goodput of the batch without the step's prompts: as the daemon prices a second."""
         return goodput.solve(step.ladder, [step.alone], step.draft).value_of_time
 
+    def survival(self, present: Present) -> F64:
+        """Of the step about to run: [max_length, B], of trees the gains of ranks."""
+        outcomes = self.engine.outcomes
+        depths = np.arange(1, self.engine.max_length + 1)[:, None]
+        if outcomes.trees is not None:
+            return outcomes.trees.gain[present.requests].T
+        if self._clairvoyant:
+            return (depths <= outcomes.run[present.positions]).astype(np.float64)
+        ahead = outcomes.probability[present.positions + depths - 1]
+        return np.cumprod(ahead, axis=0, dtype=np.float64)
+
     def choose(self, batch: DecodeBatch) -> Choice:
         engine, present = self.engine, self.engine.present
         assert present is not None
-        depths = np.arange(1, engine.max_length + 1)[:, None]
-        if self._clairvoyant:
-            survival = (depths <= engine.outcomes.run[present.positions]).astype(np.float64)
-        else:
-            ahead = engine.outcomes.probability[present.positions + depths - 1]
-            survival = np.cumprod(ahead, axis=0, dtype=np.float64)
-        factor, prompts = present.cost_factor, batch.num_prefill_tokens
+        factor, trees = present.cost_factor, engine.outcomes.trees
+        draft = engine.profile.draft(self._draft, factor)
+        if trees is not None:
+            # As many passes as the deepest tree of so many nodes would take.
+            levels = trees.num_levels[present.requests, 1:].max(axis=0, initial=0)
+            draft = draft._replace(forwards=tuple(levels.tolist()))
+        prompts = batch.num_prefill_tokens
         most = batch.size * (1 + engine.max_length) + prompts
         alone, carrying = (
             engine.profile.curve(batch.size, present.context_tokens, chunks, most, factor)
             for chunks in ((), present.chunks)
         )
-        draft = engine.profile.draft(self._draft, factor)
-        ladder = Ladder(survival, ceiling=batch.ceiling)
+        ladder = Ladder(self.survival(present), ceiling=batch.ceiling)
         price = self.value_of_time(Known(ladder, alone, carrying, draft, prompts))
         return goodput.at_price(ladder, price, [carrying], draft, prompts).choice

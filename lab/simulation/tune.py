@@ -72,6 +72,8 @@ def ground(tuning: Tuning) -> tuple[Tuning, Ground]:
 
     Raises ValueError for a profile or state that is not, or cannot be used.
     """
+    if tuning.trees:
+        raise ValueError("a table is fitted to chains: leave trees out")
     survival = beta_survival(tuning.acceptance, tuning.concentration, tuning.max_length)
     if tuning.state:
         models = _learned(tuning.state, tuning.max_num_running)[1]
@@ -112,7 +114,7 @@ def _learned(state: str, max_num_running: int) -> tuple[Profile, learned.Learned
             raise ValueError(f"{path}: {error}") from error
     assert checkpoint is not None
     if checkpoint.key.trees:
-        raise ValueError(f"{path}: learned of trees, and the simulator's drafts are chains")
+        raise ValueError(f"{path}: learned of trees, and a table is fitted to chains")
     models = learned.restore(checkpoint)
     seen = observed.of_learned(models, max_num_running)
     return observed.fit(seen, path.stem, source="as the daemon's model has them"), models

@@ -33,7 +33,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     acceptance: Chance = 0.7  #: mean over requests
     concentration: Positive = 6.0
     presence: Annotated[float, Meta(gt=0, le=1)] = 0.6  #: how often a lookup finds a draft
-    max_length: Annotated[int, Meta(ge=1, le=16)] = 5
+    max_length: Annotated[int, Meta(ge=1, le=16)] = 5  #: of trees, most nodes
     max_num_running: Count = 64
     duration_s: Positive = 60.0  #: of arrivals, as played
     arrivals: Literal["poisson", "gamma", "diurnal"] = "poisson"
@@ -44,6 +44,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     trace: str = ""  #: a file of requests, in place of all of ``arrivals`` and lengths
     trace_format: Literal["auto", "azure", "mooncake", "servegen"] = "auto"
     trace_begin_s: Annotated[float, Meta(ge=0)] = 0.0  #: skipped of the trace
+    trees: bool = False  #: drafts are trees, of a drafter's five best guesses for each token
 
     def load_profile(self) -> Profile:
         return profile.load(self.profile)
@@ -58,6 +59,8 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def check(self) -> None:
         """Raises ValueError for a profile, draft or trace that is not, naming what is known."""
         self.load_profile().draft(self.draft)
+        if self.trees and self.draft == "lookup":
+            raise ValueError("trees are of a drafter's guesses: name a draft other than lookup")
         if self.trace:
             _recorded(self)
 
@@ -77,6 +80,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             max_length=self.max_length,
             seed=seed,
             presence=presence,
+            trees=self.trees,
         )
         return Cell(
             self.load_profile(),

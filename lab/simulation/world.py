@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from smartspec.daemon import config
 from smartspec.daemon.control_loop import ControlLoop
@@ -32,6 +32,9 @@ POLICIES = (
     "none", "static", "table", "tiers", "authors", "bandit", "switch_off", "informed",
     "clairvoyant", "smartspec",
 )  # fmt: skip
+#: Made for chains: a table is fitted to them, tiers are of one guess a token, the authors' closed
+#: form is a chain's, and what will be accepted of a tree does not fall with rank.
+OF_CHAINS = ("table", "tiers", "authors", "clairvoyant")
 DAEMON_S = 0.001  #: from a report to the policy that follows from it
 
 
@@ -46,12 +49,16 @@ class Cell:
     acceptance: float = 0.7  #: what an operator who tunes a table offline has measured: the mean
     concentration: float = 6.0  #: of a Beta over requests
     presence: float = 1.0  #: how often there is anything to draft
-    max_length: int = 5
+    max_length: int = 5  #: of trees (`Outcomes.trees`), most nodes
     max_num_running: int | None = None
     seed: int = 0
     noise: float = 0.02
     cost_factor: Callable[[float], float] = lambda now_s: 1.0
     watch: Callable[[float, StepFacts], None] | None = None  #: called after every step
+
+    def chains(self, max_length: int) -> Cell:
+        """The same, with the same luck, of a drafter that drafts chains of its first guesses."""
+        return replace(self, outcomes=replace(self.outcomes, trees=None), max_length=max_length)
 
     def engine(self, source: LengthSource, hear: Callable[[], None] = lambda: None) -> Engine:
         """The engine, steered by ``source``."""
@@ -72,7 +79,12 @@ class Cell:
 
 
 def rival(name: str, cell: Cell) -> LengthSource:
-    """A policy by name; "static3" is length 3 for all. Raises ValueError for others."""
+    """A policy by name; "static3" is length 3 for all.
+
+    Raises ValueError for others, and for those of `OF_CHAINS` where drafts are trees.
+    """
+    if cell.outcomes.trees is not None and name in OF_CHAINS:
+        raise ValueError(f"{name} is a policy for chains, and drafts are trees")
     if name.startswith("static") and name[6:].isdigit():
         return FixedLength(int(name[6:]))
     match name:
@@ -133,17 +145,26 @@ class Fleet:
     cells : one per engine
     library : what was learned before; None: a cold start
     bus : where the daemon's events go
+    settings : the daemon's; None: as it comes
     """
 
     def __init__(
-        self, cells: list[Cell], library: Library | None = None, bus: Bus | None = None
+        self,
+        cells: list[Cell],
+        library: Library | None = None,
+        bus: Bus | None = None,
+        settings: config.Settings | None = None,
     ) -> None:
         self._queue = queue = Queue()
         self._wire = Wire()
         self._turn_due = False
-        settings = config.Settings()
         self.loop = ControlLoop(
-            settings, self._wire, bus or NullBus(), queue.clock, queue.clock, library
+            settings or config.Settings(),
+            self._wire,
+            bus or NullBus(),
+            queue.clock,
+            queue.clock,
+            library,
         )
         self.links: list[EngineLink] = []
         self.engines: list[Engine] = []
@@ -198,5 +219,6 @@ def _hello(name: str, cell: Cell) -> Hello:
             features=(FEATURE_LAST_SHARE, *_features(cell.outcomes)),
             graph_sizes=profile.graph_sizes,
             drafts_known_first=is_lookup,
+            trees=cell.outcomes.trees is not None,
         ),
     )

@@ -41,7 +41,7 @@ def test_the_grid_names_only_what_there_is_and_has_five_seeds() -> None:
         gpu.draft(setting.pair.draft)
         assert setting.pair.max_num_running <= gpu.max_num_running
         # Beyond its last size a profile's table of dense layers is extrapolated.
-        most = setting.pair.max_num_running * (1 + setting.max_length) + gpu.chunk_tokens
+        most = setting.pair.max_num_running * (1 + setting.longest) + gpu.chunk_tokens
         assert most < gpu.dense_tokens[-1]
 
 
@@ -73,6 +73,19 @@ def test_a_setting_runs_every_policy_at_every_load_with_every_seed() -> None:
     assert len(found) == len(set(found)) and set(found) == expected
     drafting = {run.policy for run in runs if run.num_drafted}
     assert drafting == policies - {"none"}
+
+
+def test_a_setting_of_trees_runs_sizes_and_chains_that_meet_the_same_luck() -> None:
+    pair = msgspec.structs.replace(SETTING.pair, tree_sizes=(2, 6))
+    setting = msgspec.structs.replace(SETTING, pair=pair, tree_rivals=("informed",))
+    runs = {run.policy: run for run in paper_runs.play(setting, 0.9) if run.seed == 0}
+    chains = {"chain1", "chain2"}
+    assert set(runs) == {"none", "static2", "static6", "informed", COLD, WARM} | chains
+    cell = paper_runs.make_cell(setting, 0.9, 0)
+    assert cell.outcomes.trees is not None and cell.max_length == 6
+    # A tree of two holds at least what a chain of two does.
+    assert runs["static2"].num_accepted >= 0.95 * runs["chain2"].num_accepted > 0
+    assert runs["chain1"].num_drafted < runs["static2"].num_drafted < runs["static6"].num_drafted
 
 
 def test_a_warm_run_goes_on_from_what_another_seed_has_learned() -> None:
@@ -160,6 +173,22 @@ def test_tables_and_pictures_show_every_cell(tmp_path: Path) -> None:
     assert "| h100_8b_eagle.t0.9 | 1 | 1 | 0 |" in text
     for name in ("paper_latency.png", "paper_speedup.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_trees_names_the_best_chain(tmp_path: Path) -> None:
+    pair = msgspec.structs.replace(SETTING.pair, tree_sizes=(2, 6))
+    setting = msgspec.structs.replace(SETTING, pair=pair, tree_rivals=("informed",))
+    latency = {}
+    for load, of_chains in ((0.5, (1.3, 1.1)), (FULL, (1.3, 1.1))):
+        latency |= {(load, "none"): 2.0, (load, "static2"): 1.0, (load, "static6"): 1.2}
+        latency |= {(load, "chain1"): of_chains[0], (load, "chain2"): of_chains[1]}
+        latency |= {(load, "informed"): 0.8, (load, COLD): 1.0, (load, WARM): 0.9}
+    paper_pages.write([paper_results.of(setting, made_up(latency))], tmp_path)
+    lines = (tmp_path / "tables.md").read_text().splitlines()
+    assert lines[2].startswith("| traffic | load | none | best static | best chain | informed |")
+    assert "| short | 0.5 | 3.00 s | 1.50 s (2) | 1.100 (2) | 0.800 | 1.000 | 0.900 |" in lines[4]
+    full = "| short | full | 3.0/s | 3.0/s (0) | 0.650 (1) | 0.400 | 0.500 | **0.450** |"
+    assert full in lines[5]
 
 
 def test_runs_are_kept_for_the_same_setting_and_code_alone(

@@ -204,7 +204,7 @@ def test_tune_refuses_what_was_learned_of_trees(tmp_path: Path) -> None:
     key = msgspec.structs.replace(learned_state.CHECKPOINT.key, trees=True)
     path = tmp_path / "trees.state"
     path.write_bytes(learned.encode(learned.Learned.new(key).checkpoint()))
-    with pytest.raises(ValueError, match="the simulator's drafts are chains"):
+    with pytest.raises(ValueError, match="a table is fitted to chains"):
         tune.ground(Tuning(state=str(path)))
 
 
