@@ -37,6 +37,7 @@ the above holds as it is; only, a drafter's forwards are fewer than nodes (`Draf
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,19 @@ _FAR = 1e15  #: tokens
 LATE = 1e15  #: of value, per second of a step that is too late: beyond any gain
 
 
+class Piece(NamedTuple):
+    """A straight line between two breakpoints of a cost curve."""
+
+    begin: float  #: tokens
+    end: float
+    seconds: float  #: at the begin
+    slope: float  #: seconds per token
+
+    def at(self, num_tokens: float) -> float:
+        """Seconds."""
+        return self.seconds + self.slope * (num_tokens - self.begin)
+
+
 class CostCurve:
     """Seconds of one target pass by tokens verified: linear between breakpoints.
 
@@ -76,10 +90,11 @@ class CostCurve:
     [1.0, 1.5, 3.0]
     """
 
-    __slots__ = ("_seconds", "_tokens", "mode")
+    __slots__ = ("_pieces", "_seconds", "_tokens", "mode")
 
     def __init__(self, mode: str, num_tokens: Breakpoints, seconds: Breakpoints) -> None:
         self.mode = mode
+        self._pieces: list[Piece] | None = None  # made when asked for
         size = len(num_tokens)
         # One more breakpoint far out, so that interpolation is all there is to do at step time.
         self._tokens: F64 = np.empty(size + 1)
@@ -102,6 +117,15 @@ class CostCurve:
     def seconds(self) -> tuple[float, ...]:
         """Seconds at them."""
         return tuple(self._seconds[:-1].tolist())
+
+    def pieces(self) -> list[Piece]:
+        """The curve as straight lines, rising."""
+        if self._pieces is None:
+            tokens, seconds = self._tokens.tolist(), self._seconds.tolist()
+            self._pieces = [Piece(-_FAR, tokens[0], seconds[0], 0.0)]
+            for (begin, end), (low, high) in zip(pairwise(tokens), pairwise(seconds), strict=True):
+                self._pieces.append(Piece(begin, end, low, (high - low) / (end - begin)))
+        return self._pieces
 
     def at(self, num_tokens: Any) -> F64:
         """Seconds at ``num_tokens`` (any shape)."""
@@ -270,6 +294,20 @@ class Ladder:
         counts = np.zeros(gains.shape, np.int64)
         within.cumsum(axis=1, out=counts[:, 1:])
         return gains, counts
+
+    def ranked(self, depth: int) -> tuple[I64, Worth, F64]:
+        """Items within ``depth``, best first: their requests, what they lose, gains of so many.
+
+        A loss is a worth with its sign turned, infinite where the item may not be chosen; gains are
+        of the best 0, 1, 2, ... items. Among equals the shallower come first, as `lengths` takes
+        them. Without presences only.
+        """
+        loss = -self._free[:depth].ravel()
+        order = loss.argsort(kind="stable")
+        loss = loss[order]
+        gains = np.zeros(len(loss) + 1)
+        loss.cumsum(out=gains[1:])
+        return order % self.size, loss, self.weight_sum + self._forced_gain - gains
 
     def _scan(self, depth: int) -> tuple[F64, F64, Worth]:
         """Prefixes, and the worth of the items in falling order: of one depth, once."""
