@@ -190,7 +190,7 @@ class EngineLink:
             self._receive()
             self._prepared_at = self._clock()
             if batch is not None:
-                self._steer(batch)
+                self._steer(batch, ahead=True)
         except Exception:
             self._note_error("preparing a choice")
             self._program = None
@@ -263,13 +263,13 @@ class EngineLink:
 
     # -- choosing -------------------------------------------------------------------------------
 
-    def _steer(self, batch: DecodeBatch) -> Choice | None:
+    def _steer(self, batch: DecodeBatch, ahead: bool = False) -> Choice | None:
         program = self._program
         if program is None:
             return None
         silent_s = self._clock() - self._policy_heard_at
         if silent_s <= program.policy.ttl_s:
-            return program.choose(batch)
+            return program.prepare(batch) if ahead else program.choose(batch)
         if silent_s <= program.policy.ttl_s + program.policy.fallback_s:
             return program.fallback(batch)
         self._program = None
