@@ -11,6 +11,13 @@ arm from a slow machine.
 
 What each repetition measured is kept in build/figures/demo_raw.jsonl as it comes in, and
 `--resume` goes on from there after an interruption.
+
+`--arms kinds`: the same of kinds of drafts in place of lengths of copies. No speculation, copies,
+chains of the shipped head, and trees of it with copies among their branches, each of a fixed size;
+and SmartSpec, which has all of these to choose from at every step. `--arms pilot` is what the fixed
+sizes were chosen by, from its one repetition with another seed.
+
+Run: python benchmarks/bench_demo.py [--arms kinds] [--repetitions 6] [--resume]
 """
 
 from __future__ import annotations
@@ -35,17 +42,42 @@ from smartspec.lab import environment
 from smartspec.lab.demo import run as demo
 from smartspec.lab.demo import schedule as schedules
 from smartspec.lab.demo import summary
-from smartspec.lab.demo.arms import ARMS
+from smartspec.lab.demo.arms import ARMS, Arm
 from smartspec.lab.demo.live import Display
 from smartspec.lab.demo.player import PlayError
 from smartspec.lab.demo.processes import ProcessFailed
 from smartspec.lab.demo.session import ArmPlayed, Session, warm_up_prompts
 
 SMARTSPEC = summary.SMARTSPEC
-OTHERS = tuple(arm.name for arm in ARMS if arm.name != SMARTSPEC)
+PROPOSERS = {"copies": "lookup", "chain": "eagle-chain", "tree": "eagle"}
+NONE = ARMS[0]
+STEERED = Arm(SMARTSPEC, "SmartSpec", "", None, PROPOSERS["tree"])
 
 
-def measure(raw: Path, repetitions: int, seed: int, quick: bool, console: Console) -> None:
+def fixed(kind: str, *sizes: int) -> list[Arm]:
+    """Drafts of one kind, always of one size."""
+    return [
+        Arm(f"{kind}_{size}", f"{kind} of {size}", f"set to {size}", size, PROPOSERS[kind])
+        for size in sizes
+    ]
+
+
+ARM_SETS = {
+    "lengths": ARMS,
+    "kinds": (NONE, *fixed("copies", 5), *fixed("chain", 1), *fixed("tree", 2), STEERED),
+    "pilot": (
+        NONE,
+        *fixed("copies", 3, 5, 8),
+        *fixed("chain", 1, 2),
+        *fixed("tree", 2, 4, 6),
+        STEERED,
+    ),
+}
+
+
+def measure(
+    raw: Path, arms: Sequence[Arm], repetitions: int, seed: int, quick: bool, console: Console
+) -> None:
     """Play what ``raw`` does not hold yet, and append it there."""
     done = read(raw)
     prompts = schedules.load_prompts()
@@ -54,7 +86,7 @@ def measure(raw: Path, repetitions: int, seed: int, quick: bool, console: Consol
     finished = {row["repetition"] for row in done}
     if finished >= set(range(repetitions)):
         return
-    with Session(raw.parent / "demo", Display(console)) as session:
+    with Session(raw.parent / "demo", Display(console), arms) as session:
         # A resumed run keeps the rates of its first part: they are what makes it one experiment.
         capacity = done[0]["capacity_requests_per_s"] if done else None
         if capacity is None:
@@ -64,8 +96,8 @@ def measure(raw: Path, repetitions: int, seed: int, quick: bool, console: Consol
         for repetition in sorted(set(range(repetitions)) - finished):
             began = time.monotonic()
             schedule = schedules.build(prompts, capacity, seed=seed + repetition)
-            shift = repetition % len(ARMS)
-            order = ARMS[shift:] + ARMS[:shift]
+            shift = repetition % len(arms)
+            order = [*arms[shift:], *arms[:shift]]
             played: dict[str, ArmPlayed] = {}
             stolen: dict[str, float] = {}
             for arm in order:
@@ -83,7 +115,7 @@ def measure(raw: Path, repetitions: int, seed: int, quick: bool, console: Consol
                 "stolen_share": stolen,
                 "num_different_answers": len(
                     summary.compare_answers(
-                        {arm.name: played[arm.name].played.requests for arm in ARMS}
+                        {arm.name: played[arm.name].played.requests for arm in arms}
                     ).different
                 ),
                 "wall_s": time.monotonic() - began,
@@ -93,7 +125,7 @@ def measure(raw: Path, repetitions: int, seed: int, quick: bool, console: Consol
                 file.write(json.dumps(row) + "\n")
             means = ", ".join(
                 f"{name} {row['arms'][name]['overall']['latency_mean_s']:.2f} s"
-                for name in (*OTHERS, SMARTSPEC)
+                for name in (arm.name for arm in arms)
             )
             console.print(f"repetition {repetition + 1}: {means}", highlight=False)
 
@@ -112,7 +144,24 @@ def arm_row(result: ArmPlayed) -> dict[str, Any]:
     return {
         **summary.arm_summary(result.played.requests),
         "steps_by_source": result.steps_by_source,
+        "steps": steps_summary(result),
         "notes": result.notes,
+    }
+
+
+def steps_summary(result: ArmPlayed) -> dict[str, float]:
+    """Means over the steps that decoded and carried no prompts."""
+    steps = [s for s in result.played.steps if s.lengths and not s.num_prefill_tokens]
+    if not steps:
+        return {}
+    return {
+        "num": len(steps),
+        "num_decoding": float(np.mean([len(step.lengths) for step in steps])),
+        "num_verified": float(np.mean([sum(step.num_drafted) for step in steps])),
+        "num_accepted": float(np.mean([sum(step.num_accepted) for step in steps])),
+        "drafting_ms": 1e3 * float(np.mean([step.draft_s for step in steps])),
+        "target_ms": 1e3 * float(np.mean([step.target_s for step in steps])),
+        "step_ms": 1e3 * float(np.mean([step.step_s for step in steps])),
     }
 
 
@@ -130,19 +179,20 @@ def read(raw: Path) -> list[dict[str, Any]]:
 def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Figures over repetitions; ratios below 1: SmartSpec is faster."""
     phases = list(rows[0]["arms"][SMARTSPEC]["phases"])
+    others = [name for name in rows[0]["arms"] if name != SMARTSPEC]
     figures: dict[str, float] = {}
     ratios = {}
     for group in (*phases, summary.OVERALL):
-        means = {name: mean_latencies(rows, name, group) for name in (*OTHERS, SMARTSPEC)}
-        best = min(OTHERS, key=lambda name: float(np.mean(means[name])))
+        means = {name: mean_latencies(rows, name, group) for name in (*others, SMARTSPEC)}
+        best = min(others, key=lambda name: float(np.mean(means[name])))
         ratios[group] = paired_ratio(means[SMARTSPEC], means[best])
         figures[f"{group}_vs_best"], figures[f"{group}_vs_best_upper95"] = ratios[group]
-        for other in OTHERS:
+        for other in others:
             figures[f"{group}_vs_{other}"] = paired_ratio(means[SMARTSPEC], means[other]).value
         for name, values in means.items():
             figures[f"{group}_{name}_latency_mean_s"] = float(np.mean(values))
         # Against the best of each repetition by itself: harsher still, since it picks by luck.
-        best_each = [min(each) for each in zip(*(means[name] for name in OTHERS), strict=True)]
+        best_each = [min(each) for each in zip(*(means[name] for name in others), strict=True)]
         figures[f"{group}_vs_best_each"] = paired_ratio(means[SMARTSPEC], best_each).value
     worst = {
         "worst_phase_vs_best": max(ratios[phase].value for phase in phases),
@@ -165,12 +215,14 @@ def mean_latencies(rows: Sequence[dict[str, Any]], arm: str, group: str) -> list
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arms", choices=ARM_SETS, default="lengths")
     parser.add_argument("--repetitions", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with demo_raw.jsonl")
+    parser.add_argument("--resume", action="store_true", help="go on with what was kept")
     parser.add_argument("--quick", action="store_true", help="few short requests: does it work?")
     args = parser.parse_args()
-    name = "demo_quick" if args.quick else "demo"
+    name = "demo" if args.arms == "lengths" else f"demo_{args.arms}"
+    name += "_quick" if args.quick else ""
     FOLDER.mkdir(parents=True, exist_ok=True)
     raw = FOLDER / f"{name}_raw.jsonl"
     if not args.resume:
@@ -178,7 +230,7 @@ def main() -> int:
     code = 0
     try:
         with demo.signals_raise():
-            measure(raw, args.repetitions, args.seed, args.quick, Console())
+            measure(raw, ARM_SETS[args.arms], args.repetitions, args.seed, args.quick, Console())
     except KeyboardInterrupt:
         print("interrupted; `--resume` goes on from here", file=sys.stderr)
         code = demo.EXIT_INTERRUPTED

@@ -34,7 +34,7 @@ from smartspec.engine_adapter.base import FixedLength
 from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.draft_model import DraftModel
-from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadRunner
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import Proposer
@@ -44,12 +44,6 @@ from smartspec.engine_adapter.reference.worker import Worker
 DRAFTS = 5
 ROWS = 8
 CONTEXT_TOKENS = 300
-
-
-class Chains(FeatureDraft):
-    """Of what may follow, the head's first choice alone."""
-
-    num_children = 1
 
 
 class Decoded(NamedTuple):
@@ -208,7 +202,7 @@ def main() -> None:
         proposers: dict[str, Proposer] = {
             "drafter": FeatureDraft(head, ROWS, MODEL_LEN, DRAFTS),
             "head": FeatureDraft(head, ROWS, MODEL_LEN, DRAFTS, copies=False),
-            "head_chain": Chains(head, ROWS, MODEL_LEN, DRAFTS, copies=False),
+            "head_chain": FeatureChain(head, ROWS, MODEL_LEN, DRAFTS),
         }
         if not arguments.without_copy:
             thin: Any = models.without_layers(target.model, models.DEFAULT_DRAFT_DROP_LAYERS)

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 from acceptance_traces import Answer, load
-from bench_drafter import Chains
 from bench_tree_replay import Course, daemon_for, replay
 from figures import record
 from record_acceptance import MODEL_LEN, ask
@@ -38,7 +37,7 @@ from torch import Tensor
 from smartspec.engine_adapter.base import FixedLength
 from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
-from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.feature_head import FeatureHead
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
@@ -65,7 +64,7 @@ def proposer_for(kind: str, head: FeatureHead) -> Proposer:
         case "copies":
             return PromptLookup(max(SIZES[kind]))
         case "chains":
-            return Chains(head, ROWS, MODEL_LEN, max(SIZES[kind]), copies=False)
+            return FeatureChain(head, ROWS, MODEL_LEN, max(SIZES[kind]))
         case "trees":
             return FeatureDraft(head, ROWS, MODEL_LEN, MOST, copies=False)
     return FeatureDraft(head, ROWS, MODEL_LEN, MOST)

@@ -16,7 +16,6 @@ import time
 
 import numpy as np
 import torch
-from bench_drafter import Chains
 from bench_tree_replay import daemon_for
 from figures import record
 from paired import paired_ratio
@@ -26,7 +25,7 @@ from spec_bench import prompts
 from smartspec.engine_adapter.base import FixedLength, LengthSource
 from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
-from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.feature_head import FeatureHead
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import Proposer
@@ -88,7 +87,7 @@ def proposer_for(arm: str, head: FeatureHead, batch: int) -> Proposer:
     if arm in ("none", "copy_3"):
         return PromptLookup(MOST)
     if arm == "chain_2":
-        return Chains(head, batch, MODEL_LEN, MOST, copies=False)
+        return FeatureChain(head, batch, MODEL_LEN, MOST)
     return FeatureDraft(head, batch, MODEL_LEN, MOST)
 
 

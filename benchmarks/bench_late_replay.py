@@ -42,9 +42,8 @@ from fakes import Steering
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, LengthSource, StepFacts
 from smartspec.engine_adapter.lengths import F64, I64, Choice
 from smartspec.engine_adapter.reference.calibration import Calibration, temperature_bands
-from smartspec.engine_adapter.reference.candidates import Candidates
-from smartspec.engine_adapter.reference.draft_tree import ROOT
-from smartspec.engine_adapter.reference.growth import Growth, Level
+from smartspec.engine_adapter.reference.candidates import Candidates, Children, Level
+from smartspec.engine_adapter.reference.growth import Growth
 from smartspec.engine_adapter.reference.sequence import SamplingParams
 
 BATCH = 8
@@ -62,7 +61,7 @@ class ConfidentReplay(Replay):
         self.calibration = Calibration(Candidates.num_bands())
         self._looks: set[int] = set()  # whose first draft is run before lengths are chosen
         self._sure: list[F64] = []  # by request, of drafts from here on
-        self._candidates: list[Candidates] = []
+        self._candidates: Candidates | None = None
 
     def _draft(self, running: list[Decoding], batch: DecodeBatch, choice: Choice) -> Drafted:
         began = np.array([one.goes_on for one in running])
@@ -73,41 +72,48 @@ class ConfidentReplay(Replay):
         ceiling = np.minimum(choice.lengths, batch.ceiling).astype(np.int64)
         if choice.prices is None:
             self._looks = {one.number for one, k in zip(running, ceiling, strict=True) if k}
-            self._candidates = [Candidates(self.calibration, int(band)) for band in bands]
-            for one, sure, length in zip(self._candidates, self._sure, ceiling, strict=True):
-                one.draft([0] * int(length), sure[:length].tolist())
+            drafts = [[0] * length for length in ceiling.tolist()]
+            self._candidates = Candidates(self.calibration, bands)
+            confidences = zip(self._sure, ceiling, strict=True)
+            self._candidates.draft(drafts, [sure[:length].tolist() for sure, length in confidences])
             return super()._draft(running, batch, choice)
         growth = Growth(self.calibration, bands, ceiling, choice.prices)
-        self._candidates = growth.requests
-        known = [(place, ROOT) for place in np.flatnonzero(began).tolist()]
+        self._candidates = growth.candidates
+        known = Level.of(np.flatnonzero(began))
         self._lengthen(growth, known, 0)
-        first = [(place, ROOT) for place in growth.starting()]
+        first = Level.of(growth.starting())
         self._lengthen(growth, first, 0)
-        num_forwards, num_tokens, depth = bool(known) + bool(first), len(known) + len(first), 0
-        while level := growth.next_level([MAX_LENGTH] * len(running)):
+        num_forwards, num_tokens = bool(known.size) + bool(first.size), known.size + first.size
+        depth = 0
+        while (level := growth.next_level([MAX_LENGTH] * len(running))).size:
             depth += 1
             self._lengthen(growth, level, depth)
-            num_forwards, num_tokens = num_forwards + 1, num_tokens + len(level)
+            num_forwards, num_tokens = num_forwards + 1, num_tokens + level.size
         anew = Growth(self.calibration, bands, ceiling, choice.prices).starting()
-        self._looks = {running[place].number for place in anew}
+        self._looks = {running[place].number for place in anew.tolist()}
         cut = growth.cut(self._rng.random(len(running)))
         sizes = cut.num_verified
         runs = [int(one.run[one.position]) for one in running]
-        told = cut.accepted([_said(run, int(k)) for run, k in zip(runs, sizes, strict=True)])
+        told = cut.accepted(
+            [_said(run, int(k)) for run, k in zip(runs, sizes, strict=True)],
+            [list(range(min(int(run), int(k)))) for run, k in zip(runs, sizes, strict=True)],
+        )
         passed = np.array([len(path) for path in told]) - np.minimum(runs, sizes)
         return Drafted(sizes, num_forwards, num_tokens, cut.num_cut.astype(np.int64), passed)
 
     def _lengthen(self, growth: Growth, level: Level, depth: int) -> None:
         """The next drafts, which are all token 0 here."""
-        growth.add(level, [([0], [float(self._sure[place][depth])]) for place, _ in level])
+        own = np.array([[self._sure[place][depth]] for place in level.places], np.float64)
+        growth.add(level, Children(np.zeros(own.shape, np.int64), own))
 
     def _learn(self, running: list[Decoding], lengths: I64, accepted: list[int]) -> None:
-        for one, decoding, length, count in zip(
-            self._candidates, running, lengths.tolist(), accepted, strict=True
-        ):
+        said = []
+        for decoding, length, count in zip(running, lengths.tolist(), accepted, strict=True):
             decoding.goes_on = decoding.number in self._looks
             run = int(decoding.run[decoding.position - count - 1])
-            one.learn(_said(run, length)[: count + 1])
+            said.append(_said(run, length)[: count + 1])
+        assert self._candidates is not None
+        self._candidates.learn(said)
 
 
 def _said(run: int, length: int) -> list[int]:

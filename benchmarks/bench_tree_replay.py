@@ -146,7 +146,7 @@ def replay(
         target_s = BASE_S * (1 + token_share * num_verified) * float(noise[0])
         draft_s = BASE_S * forward_share * proposal.num_forwards * float(noise[1])
         cut = proposal.cut
-        told = paths if cut is None else cut.accepted(drawn)
+        told = paths if cut is None else cut.accepted(drawn, paths)
         source.report(
             StepFacts(
                 batch=batch,

@@ -48,6 +48,7 @@ class Proposer(enum.StrEnum):
     lookup = "lookup"
     draft = "draft"
     eagle = "eagle"
+    eagle_chain = "eagle-chain"
     lookup_tree = "lookup-tree"
     draft_tree = "draft-tree"
     none = "none"
@@ -83,7 +84,7 @@ def run(
     runtime_dir: RuntimeDir = None,
     endpoint: Annotated[str | None, typer.Option(help="Where engines connect.")] = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis; default: embedded.")] = None,
-    prometheus_port: Annotated[int | None, typer.Option(help="On 127.0.0.1; 0: none.")] = None,
+    prometheus_port: Annotated[int | None, typer.Option(help="To be scraped at; 0: none.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
     set_: Assignments = None,
 ) -> None:
@@ -302,7 +303,9 @@ def worker(
     ] = None,
     drafter: Annotated[
         Path | None,
-        typer.Option(help="Of eagle: a file of `smartspec distill`; default: that of the model."),
+        typer.Option(
+            help="Of eagle, eagle-chain: a file of `smartspec distill`; default: that of the model."
+        ),
     ] = None,
     max_length: Annotated[
         int, typer.Option(min=0, max=64, help="Longest speculation; of trees the most nodes.")
@@ -375,8 +378,12 @@ def worker(
     drafting = proposer in (Proposer.draft, Proposer.draft_tree)
     if drafting and not (draft_model or draft_drop_layers):
         fail(f"--proposer {proposer.value}: give --draft-model or --draft-drop-layers")
-    if proposer is Proposer.eagle and model is not None and drafter is None:
-        fail("--proposer eagle: give --drafter; `smartspec distill` makes one for a model")
+    headed = proposer in (Proposer.eagle, Proposer.eagle_chain)
+    if headed and model is not None and drafter is None:
+        fail(
+            f"--proposer {proposer.value}: give --drafter; "
+            "`smartspec distill` makes one for a model"
+        )
     if speculation is Speculation.static and length > max_length:
         fail(f"--length {length}: expected at most --max-length ({max_length})")
     try:

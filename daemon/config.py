@@ -78,7 +78,10 @@ class ControlSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     ] = True
     max_engines: Annotated[Count, _doc("Engines served at once; more are refused.", "now")] = 1024
     engine_timeout_s: Annotated[
-        Seconds, _doc("Seconds of silence after which an engine is given up as lost.", "now")
+        Seconds,
+        _doc(
+            "Seconds of silence after which an engine that is no longer connected is lost.", "now"
+        ),
     ] = 60.0
 
 

@@ -34,6 +34,8 @@ log = logging.getLogger("smartspec.daemon")
 
 MAX_FRAMES_PER_CYCLE = 4096
 MAX_LEARNED_PER_CYCLE = 32  #: of one engine; what it sent before that is read, but teaches nothing
+LONG_S, REST = 0.005, 4.0  #: after a decision of so long an engine rests so many times that
+FAILED_IN_A_ROW = 16  #: decisions, after which an engine is released to its own setting
 
 
 class Transport(Protocol):
@@ -133,6 +135,7 @@ class ControlLoop:
                 # It may have reported and gone, or come anew, in one and the same turn.
                 if self.sessions.by_peer.get(session.peer) is session:
                     reason = self._decide(session, began) or reason
+                    self._beat()
             for session, observations in arrived.items():
                 self._learn(session, observations)
         self._keep_time()
@@ -191,11 +194,19 @@ class ControlLoop:
                     self.sessions.forget(session, "left")
 
     def _decide(self, session: Session, began: float) -> str | None:
-        try:
-            decision = session.planner.decide(session.trial.arm(self._clock()))
-        except Exception:
-            self.counters.failed("deciding", session.engine.name)
+        now = self._clock()
+        if now < session.rests_until:
+            self.counters["decisions_put_off"] += 1
             return None
+        try:
+            decision = session.planner.decide(session.trial.arm(now))
+        except Exception as error:
+            self._fail(session, error)
+            return None
+        session.num_failed = 0
+        took_s = self._clock() - now
+        if took_s > LONG_S:
+            session.rests_until = now + (1.0 + REST) * took_s
         if decision is None:
             return None
         if self._settings.mode != "observe" and decision.is_news:
@@ -205,6 +216,19 @@ class ControlLoop:
         session.decide_s = self._clock() - began
         self.counters["decisions"] += 1
         return decision.order.reason
+
+    def _fail(self, session: Session, error: Exception) -> None:
+        """A decision that could not be made: the last policy goes on, but not for ever."""
+        name = session.engine.name
+        self.counters.failed("deciding", name)
+        session.num_failed += 1
+        if session.num_failed == 1:
+            text = f"no decision could be made: {error!r}"
+            narration.tell(self._bus, "fault", text, name, "error")
+        if session.num_failed == FAILED_IN_A_ROW and self._settings.mode != "observe":
+            self.sessions.send(session.peer, session.planner.release())
+            text = f"{FAILED_IN_A_ROW} decisions in a row failed: left to its own setting"
+            narration.tell(self._bus, "fault", text, name, "error")
 
     def _learn(self, session: Session, observations: list[Observation]) -> None:
         began = self._clock()
@@ -224,7 +248,8 @@ class ControlLoop:
                 self.counters.failed("learning", session.engine.name)
             predicted.append(seconds)
         session.learn_s = (self._clock() - began) / max(1, len(predicted))
-        if self._is_heard:
+        # An engine that has left is not heard of after that: its last turn is learned in silence.
+        if self._is_heard and self.sessions.by_peer.get(session.peer) is session:
             for observation, seconds in zip(observations, predicted, strict=True):
                 self._bus.publish(
                     narration.step_event(session.engine, observation, seconds, self._wall())
@@ -326,10 +351,8 @@ class ControlLoop:
     # -- time -----------------------------------------------------------------------------------
 
     def _keep_time(self) -> None:
+        self._beat()
         now = self._clock()
-        if now >= self._next_heartbeat_at:
-            self._next_heartbeat_at = now + self._settings.control.heartbeat_s
-            self.sessions.beat()
         self._keeper.save_some(now, self.sessions.engines)
         if now >= self._next_tidy_at:
             self._next_tidy_at = now + 1.0
@@ -340,15 +363,26 @@ class ControlLoop:
                     self._publish_gain(session)
             self._bus.publish(self._loop_event())
 
+    def _beat(self) -> None:
+        """Tell the engines that the daemon lives, if it is time: however long a turn takes."""
+        now = self._clock()
+        if now >= self._next_heartbeat_at:
+            self._next_heartbeat_at = now + self._settings.control.heartbeat_s
+            self.sessions.beat()
+
     def close(self) -> None:
         self._transport.close()
 
     # -- saying what happened -------------------------------------------------------------------
 
     def _publish_gain(self, session: Session) -> None:
-        self._bus.publish(
-            narration.gain_event(session.engine.name, session.trial, self._clock(), self._wall())
-        )
+        name = session.engine.name
+        try:
+            event = narration.gain_event(name, session.trial, self._clock(), self._wall())
+        except Exception:
+            self.counters.failed("telling the gain", name)
+            return
+        self._bus.publish(event)
 
     def _loop_event(self) -> LoopEvent:
         outside = {

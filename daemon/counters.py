@@ -8,20 +8,28 @@ from collections import Counter
 log = logging.getLogger("smartspec.daemon")
 
 
+LOGGED = 64  #: kinds of faults, by engine, that are logged with their traceback
+
+
 class Counters(Counter[str]):
     """Totals by name since the daemon started; published once a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logged: set[tuple[str, str]] = set()
 
     def failed(self, doing: str, engine: str = "") -> None:
         """Count the error being handled: it costs one engine one decision, never the loop.
 
-        Only the first of a kind is logged, with its traceback.
+        Only an engine's first of a kind is logged, with its traceback.
         """
-        name = f"failures_{doing}"
-        self[name] += 1
-        if self[name] == 1:
-            log.exception(
-                "error while %s for engine %s",
-                doing,
-                engine or "of an unknown peer",
-                extra={"event": "failure", "engine": engine},
-            )
+        self[f"failures_{doing}"] += 1
+        if (doing, engine) in self._logged or len(self._logged) >= LOGGED:
+            return
+        self._logged.add((doing, engine))
+        log.exception(
+            "error while %s for engine %s",
+            doing,
+            engine or "of an unknown peer",
+            extra={"event": "failure", "engine": engine},
+        )

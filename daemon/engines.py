@@ -38,6 +38,10 @@ U8 = npt.NDArray[np.uint8]
 MAX_TOKENS = 1 << 28  #: no step has more of anything
 MAX_PASS_TOKENS = 1 << 22  #: nor more of prompts: cost curves travel as f32, exact to 2^24
 MAX_NAMES = 64  #: features, or execution modes
+MIN_STEP_S = 1e-6
+MOST_MISSED = 1 << 32  #: steps between two reports
+MAX_DRAFTS = 1 << 16  #: of a batch: more would take too long to decide for
+WEIGHTS = (1e-6, 1e6)  #: of requests
 MOST = {
     "num_prefill_tokens": MAX_PASS_TOKENS,
     "context_tokens": MAX_TOKENS,
@@ -176,10 +180,13 @@ class Engine:
         if report.seq <= self.last_seq:
             self.num_repeated += 1
             raise OutOfOrder(f"seq: {report.seq} after {self.last_seq}")
+        missed = report.seq - self.last_seq - 1
+        if self.last_seq:
+            require(missed <= MOST_MISSED, f"seq: {report.seq} after {self.last_seq}")
         batch = self._batch_of(report)
         observation = self._check(report, batch)
         if self.last_seq:  # what went before the first report was not missed, but not sent to us
-            self.num_missed += report.seq - self.last_seq - 1
+            self.num_missed += missed
         self.last_seq = report.seq
         self.num_reports += 1
         self.num_dropped = report.num_dropped
@@ -365,6 +372,11 @@ def _check_hello(hello: Hello) -> None:
         limits.static_length <= limits.max_length,
         f"limits.static_length: {limits.static_length} is over limits.max_length",
     )
+    require(
+        limits.max_num_running * limits.max_length <= MAX_DRAFTS,
+        f"limits: {limits.max_num_running} requests of {limits.max_length} drafts each, at most "
+        f"{MAX_DRAFTS} drafts can be decided for in time",
+    )
     sizes = limits.graph_sizes
     require(len(sizes) <= MAX_GRAPH_SIZES, f"limits.graph_sizes: more than {MAX_GRAPH_SIZES}")
     require(
@@ -391,7 +403,9 @@ def _read_roster(roster: Roster, max_num_running: int) -> Batch:
     weight: Any = None
     if roster.weight:
         weight = unpack(roster.weight, "f32", (size,), "weight")
-        require(bool((weight > 0).all()), "weight: must be > 0")
+        low, high = WEIGHTS
+        is_within = bool(((weight >= low) & (weight <= high)).all())
+        require(is_within, f"weight: must be in [{low:g}, {high:g}]")
     floor = unpack(roster.floor, "u8", (size,), "floor") if roster.floor else None
     target: Any = None
     if roster.token_time_target_s:
@@ -406,7 +420,8 @@ def _check_seconds(report: StepReport) -> None:
             continue
         if not 0 <= value <= MAX_STEP_S:  # refuses NaN too
             raise MessageError(f"{name}: {value}, expected 0 to {MAX_STEP_S:.0f} seconds")
-    require(report.step_s > 0, "step_s: 0, a step takes time")
+    took_s = report.step_s
+    require(took_s >= MIN_STEP_S, f"step_s: {took_s}, a step takes at least {MIN_STEP_S:g} s")
     parts = (report.target_s or 0.0) + (report.draft_s or 0.0)
     require(parts <= report.step_s * 1.001 + 1e-6, "target_s + draft_s: more than step_s")
     require(0 <= report.kv_usage <= 1.0, f"kv_usage: {report.kv_usage}, expected 0 to 1")

@@ -61,7 +61,7 @@ class DecisionEvent(Event, frozen=True, kw_only=True, gc=False, tag="decision"):
     engine: str
     policy_seq: int
     report_seq: int
-    steering: bool  #: False: observe mode, or refused; nothing was sent
+    steering: bool  #: False: observing, paused, retreated, or a block without SmartSpec
     reason: str
     value_of_time: float = 0.0  #: tokens per second
     depth: int = 0
@@ -113,8 +113,7 @@ class EngineEvent(Event, frozen=True, kw_only=True, tag="engine"):
 
     engine: str
     epoch: int
-    #: "connected", "left", "lost", "replaced" (by one of its name), "quarantined" or "refused"
-    state: str
+    state: str  #: "connected", "left", "lost", "replaced" (by one of its name) or "quarantined"
     fingerprint: dict[str, str] = {}
     limits: dict[str, object] = {}
 

@@ -159,12 +159,22 @@ def _by_depth(
         if not ladder.forced_drafts:
             seconds[:, 0] = by_drafts[0]
         return list(enumerate(worth(gains, seconds).max(axis=1).tolist()))
-    found = []
+    most, drafts = ladder.prefixes(deepest)
+    by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
+    best, found = -np.inf, []
     for depth in depths:
-        gain, drafts = ladder.prefixes(depth)
-        by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
-        seconds = ladder.add_depth(by_drafts, draft, depth, drafts)
+        gain, seconds = most, ladder.add_depth(by_drafts, draft, depth, drafts)
+        if depth < deepest and ladder.presence is None:
+            if float(worth(most, seconds).max()) <= best:
+                break  # nor any deeper: it would bring no more than this, and cost no less
+            gain = ladder.prefixes(depth)[0]
+            seconds = seconds[: len(gain)]
+        elif depth < deepest:
+            gain, fewer = ladder.prefixes(depth)
+            fewer_s = _seconds(ladder, curve, draft, fewer, num_other_tokens)
+            seconds = ladder.add_depth(fewer_s, draft, depth, fewer)
         found.append((depth, float(worth(gain, seconds).max())))
+        best = max(best, found[-1][1])
     return found
 
 

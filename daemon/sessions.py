@@ -63,6 +63,8 @@ class Session:
         self.decision: Decision | None = None
         self.decide_s = 0.0
         self.learn_s = 0.0
+        self.rests_until = -1e9  #: decided for no sooner: others have their turn
+        self.num_failed = 0  #: decisions in a row
 
 
 class Sessions:
@@ -142,11 +144,19 @@ class Sessions:
             self._transport.send(peer, self.heartbeat)
 
     def tidy(self, now: float) -> None:
-        """Let go of engines that have been silent for too long."""
-        timeout_s = self._settings.control.engine_timeout_s
+        """Let go of engines that have been silent for long, and are no longer connected.
+
+        An engine without requests may have nothing to say for hours.
+        """
         for session in list(self.by_name.values()):
-            if now - session.heard_at > timeout_s:
+            if self._is_silent(session, now) and not self._is_connected(session):
                 self.forget(session, "lost")
+
+    def _is_silent(self, session: Session, now: float) -> bool:
+        return now - session.heard_at > self._settings.control.engine_timeout_s
+
+    def _is_connected(self, session: Session) -> bool:
+        return self._transport.send(session.peer, self.heartbeat)
 
     def send(self, peer: bytes, message: DaemonMessage) -> None:
         """One frame to a peer, if it is still there."""
@@ -249,11 +259,11 @@ class Sessions:
         """Whether the name belongs to another engine that has worked and is still connected.
 
         Silence is no sign of death (a long prefill, an idle engine); a closed connection is. An
-        engine that hangs loses its name after ``engine_timeout_s``, as any that is lost.
+        engine that hangs loses its name after ``engine_timeout_s`` to whoever comes by it.
         """
         if known.peer == peer or known.engine.num_reports == 0:
             return False
-        return self._transport.send(known.peer, self.heartbeat)
+        return not self._is_silent(known, self._clock()) and self._is_connected(known)
 
     # -- they go --------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ from smartspec.engine_adapter.messages import MAX_FRAME_BYTES
 Peer = bytes  #: ZeroMQ's routing id of one connection
 
 HANDSHAKE_MS = 2000
+PING_MS = 1000  #: over tcp, whose other end may vanish without a word
+PING_TIMEOUT_MS = 3000  #: shorter than the engine's: when it comes anew, its name is free
 SOCKET_MODE = 0o660  #: owner and group: the engines' group may connect
 
 
@@ -77,6 +79,8 @@ class Server:
             finally:
                 os.umask(umask)
         else:
+            self._socket.heartbeat_ivl = PING_MS
+            self._socket.heartbeat_timeout = PING_TIMEOUT_MS
             self._socket.bind(endpoint)
         self.num_unsendable = 0
 

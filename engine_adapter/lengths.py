@@ -37,6 +37,7 @@ the above holds as it is; only, a drafter's forwards are fewer than nodes (`Draf
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,19 @@ _FAR = 1e15  #: tokens
 LATE = 1e15  #: of value, per second of a step that is too late: beyond any gain
 
 
+class Piece(NamedTuple):
+    """A straight line between two breakpoints of a cost curve."""
+
+    begin: float  #: tokens
+    end: float
+    seconds: float  #: at the begin
+    slope: float  #: seconds per token
+
+    def at(self, num_tokens: float) -> float:
+        """Seconds."""
+        return self.seconds + self.slope * (num_tokens - self.begin)
+
+
 class CostCurve:
     """Seconds of one target pass by tokens verified: linear between breakpoints.
 
@@ -76,10 +90,11 @@ class CostCurve:
     [1.0, 1.5, 3.0]
     """
 
-    __slots__ = ("_seconds", "_tokens", "mode")
+    __slots__ = ("_pieces", "_seconds", "_tokens", "mode")
 
     def __init__(self, mode: str, num_tokens: Breakpoints, seconds: Breakpoints) -> None:
         self.mode = mode
+        self._pieces: list[Piece] | None = None  # made when asked for
         size = len(num_tokens)
         # One more breakpoint far out, so that interpolation is all there is to do at step time.
         self._tokens: F64 = np.empty(size + 1)
@@ -102,6 +117,15 @@ class CostCurve:
     def seconds(self) -> tuple[float, ...]:
         """Seconds at them."""
         return tuple(self._seconds[:-1].tolist())
+
+    def pieces(self) -> list[Piece]:
+        """The curve as straight lines, rising."""
+        if self._pieces is None:
+            tokens, seconds = self._tokens.tolist(), self._seconds.tolist()
+            self._pieces = [Piece(-_FAR, tokens[0], seconds[0], 0.0)]
+            for (begin, end), (low, high) in zip(pairwise(tokens), pairwise(seconds), strict=True):
+                self._pieces.append(Piece(begin, end, low, (high - low) / (end - begin)))
+        return self._pieces
 
     def at(self, num_tokens: Any) -> F64:
         """Seconds at ``num_tokens`` (any shape)."""
@@ -251,7 +275,7 @@ class Ladder:
 
         Returns two arrays [depth * B + 1]; the gain is -inf where there are fewer to choose.
         """
-        return self._scan(depth)[:2]
+        return self.scan(depth)[:2]
 
     def every_depth(self) -> tuple[F64, I64]:
         """`prefixes` within every depth 0, 1, ..., `max_length`, of one sort.
@@ -271,8 +295,19 @@ class Ladder:
         within.cumsum(axis=1, out=counts[:, 1:])
         return gains, counts
 
-    def _scan(self, depth: int) -> tuple[F64, F64, Worth]:
-        """Prefixes, and the worth of the items in falling order: of one depth, once."""
+    def ranked(self, depth: int) -> tuple[I64, Worth, F64]:
+        """Items within ``depth``, best first: their requests, their worth, and gains of so many.
+
+        As `scan` has the last two; among equals the shallower come first, as `lengths` takes them.
+        Without presences only.
+        """
+        free = self._free[:depth].ravel()
+        order = (-free).argsort(kind="stable")
+        gains, _, worth = self.scan(depth)
+        return order % self.size, worth, gains
+
+    def scan(self, depth: int) -> tuple[F64, F64, Worth]:
+        """`prefixes`, and the worth of the items in falling order: of one depth, once."""
         scan = self._scans.get(depth)
         if scan is None:
             scan = self._scans[depth] = self._sort_and_sum(depth)
@@ -322,7 +357,7 @@ class Ladder:
         """The lengths that the best ``count`` items within ``depth`` make."""
         lengths = np.zeros(self.size, np.int64)
         if count > 0:
-            worth, free = self._scan(depth)[2], self._free[:depth]
+            worth, free = self.scan(depth)[2], self._free[:depth]
             least = worth[count - 1]
             (free >= least).sum(0, out=lengths)
             if count < len(worth) and worth[count] == least:

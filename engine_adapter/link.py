@@ -57,6 +57,8 @@ HELLO_S = (0.1, 1.0)  #: between Hellos to a silent daemon: at first, and at mos
 PREPARED_S = 0.5  #: after so long a prepared choice is none: the engine stood still
 KEEP_ALIVE_S = 5.0  #: an idle engine says that it is still there
 REFUSED_S = 5.0  #: a refused engine asks again after this
+PING_MS = 1000  #: over tcp, whose other end may vanish without a word; the kernel takes minutes
+PING_TIMEOUT_MS = 5000  #: unanswered, and a new connection is tried, each for as long
 SEND_QUEUE = 64  #: frames that may wait for a slow daemon
 MAX_FRAMES_PER_STEP = 256  #: a flooding daemon may not hold up a step,
 MAX_RECEIVE_S = 0.005  #: nor one that sends large frames; what is left waits for the next step
@@ -188,7 +190,7 @@ class EngineLink:
             self._receive()
             self._prepared_at = self._clock()
             if batch is not None:
-                self._steer(batch)
+                self._steer(batch, ahead=True)
         except Exception:
             self._note_error("preparing a choice")
             self._program = None
@@ -248,6 +250,11 @@ class EngineLink:
             # Such frames are refused by their decoder.
         ):
             self._socket.setsockopt(option, value)
+        if endpoint.startswith("tcp://"):
+            self._socket.heartbeat_ivl = PING_MS
+            self._socket.heartbeat_timeout = PING_TIMEOUT_MS
+            self._socket.connect_timeout = PING_TIMEOUT_MS
+            self._socket.handshake_ivl = PING_TIMEOUT_MS
         if keys is not None:
             self._socket.curve_serverkey = keys.server
             self._socket.curve_publickey = keys.public
@@ -256,13 +263,13 @@ class EngineLink:
 
     # -- choosing -------------------------------------------------------------------------------
 
-    def _steer(self, batch: DecodeBatch) -> Choice | None:
+    def _steer(self, batch: DecodeBatch, ahead: bool = False) -> Choice | None:
         program = self._program
         if program is None:
             return None
         silent_s = self._clock() - self._policy_heard_at
         if silent_s <= program.policy.ttl_s:
-            return program.choose(batch)
+            return program.prepare(batch) if ahead else program.choose(batch)
         if silent_s <= program.policy.ttl_s + program.policy.fallback_s:
             return program.fallback(batch)
         self._program = None

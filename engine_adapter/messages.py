@@ -70,7 +70,6 @@ class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     modes: tuple[Text, ...] = ("ragged",)  #: execution modes of verification
     graph_sizes: tuple[UInt, ...] = ()  #: token counts that passes are padded to, rising
     drafts_known_first: bool = False  #: drafts exist before lengths are chosen (prompt lookup)
-    drafter_runs_at_zero: bool = False  #: a step without drafts still costs a pass of the drafter
     trees: bool = False  #: a length is a number of nodes of a tree, the most probable first
     confidences: bool = False  #: can stop drafting, and cut drafts, by its drafter's confidences
 

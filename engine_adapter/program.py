@@ -26,6 +26,7 @@ from smartspec.engine_adapter.messages import (
     unpack,
 )
 from smartspec.engine_adapter.prices import Prices
+from smartspec.engine_adapter.ranking import Ranking
 from smartspec.engine_adapter.targets import choose_in_time
 
 MAX_BUCKETS = 4096
@@ -41,6 +42,18 @@ def _curve(curve: Curve) -> CostCurve:
     require(len(tokens) == len(seconds), "curves: seconds must be as many as num_tokens")
     require(all(map(operator.lt, tokens, tokens[1:])), "curves: num_tokens must rise")
     return CostCurve(curve.mode, tokens, seconds)
+
+
+def _columns(batch: DecodeBatch) -> list[Any]:
+    """All but the prompts in the pass."""
+    return [
+        batch.request_ids,
+        batch.ceiling,
+        batch.features,
+        batch.weight,
+        batch.floor,
+        batch.token_time_target_s,
+    ]
 
 
 class Program:
@@ -105,8 +118,9 @@ class Program:
             )
             self.roster = roster
         self._roster_bytes = self.roster.tobytes()
+        self._prepared: list[Any] = []  #: columns of the batch to come
         self._columns: list[bytes | None] = []  #: of the last batch
-        self._ladder: Ladder | None = None  #: of the same
+        self._ranking: Ranking | None = None  #: of the same
         self._made: tuple[str, int] | None = None  #: what chose, and prompt tokens that it minded
         self._chosen: Choice | None = None
 
@@ -171,6 +185,18 @@ class Program:
         correction[at >= 0] = self.correction[at[at >= 0]]
         return correction
 
+    def prepare(self, batch: DecodeBatch) -> Choice:
+        """What `choose` would choose, and soon will where other prompts share the pass by then.
+
+        Until then the batch's arrays are to stay as they are.
+        """
+        self._look_at(batch)
+        if self._ranking is None and not self._is_special(batch):
+            self._ranking = self._ranking_of(batch, ahead=True)
+        choice = self.choose(batch)
+        self._prepared = _columns(batch)
+        return choice
+
     def choose(self, batch: DecodeBatch) -> Choice:
         """The lengths of greatest ``gain - value_of_time * T`` for the present batch."""
         choice = self._once(("policy", batch.num_prefill_tokens), self._choose, batch)
@@ -188,56 +214,59 @@ class Program:
         batch: DecodeBatch,
     ) -> Choice | None:
         """What ``make`` makes of a batch; the last again where neither it nor ``by`` is new."""
-        # As bytes: compared at once, and an engine may use the same arrays for its next batch.
-        columns = [
-            column if column is None else column.tobytes()
-            for column in (
-                batch.request_ids,
-                batch.ceiling,
-                batch.features,
-                batch.weight,
-                batch.floor,
-                batch.token_time_target_s,
-            )
-        ]
-        if columns != self._columns:
-            self._columns, self._ladder, self._made = columns, None, None
+        self._look_at(batch)
         if by != self._made:
             self._chosen, self._made = make(batch), by
             if self._chosen is not None:
                 self._chosen.lengths.flags.writeable = False  # it may be given out again
         return self._chosen
 
+    def _look_at(self, batch: DecodeBatch) -> None:
+        """Forget what was found for the last batch, unless this one is equal."""
+        columns = _columns(batch)
+        prepared, self._prepared = self._prepared, []
+        if prepared and all(map(operator.is_, columns, prepared)):
+            return
+        # As bytes: compared at once, and an engine may use the same arrays for its next batch.
+        values = [column if column is None else column.tobytes() for column in columns]
+        if values != self._columns:
+            self._columns, self._ranking, self._made = values, None, None
+
+    def _is_special(self, batch: DecodeBatch) -> bool:
+        """Whether lengths take more than a ladder."""
+        return self.policy.by_confidence or self._has_targets(batch)
+
+    def _has_targets(self, batch: DecodeBatch) -> bool:
+        return self.policy.meet_targets and batch.token_time_target_s is not None
+
     def _choose(self, batch: DecodeBatch) -> Choice:
-        has_targets = self.policy.meet_targets and batch.token_time_target_s is not None
-        if self.policy.by_confidence and not has_targets:
-            choice = self._by_confidence(batch)
-        elif has_targets and batch.token_time_target_s is not None:
+        if self._has_targets(batch) and batch.token_time_target_s is not None:
             choice = choose_in_time(
                 self.survivals(batch),
                 batch.weight,
                 batch.floor,
                 batch.ceiling,
                 batch.token_time_target_s,
-                self.value_of_time,
-                min(self.policy.depth, self.policy.max_length),
-                self.curves,
-                self.draft,
+                *self._terms(),
                 batch.num_prefill_tokens,
             )
+        elif self.policy.by_confidence:
+            choice = self._by_confidence(batch)
         else:
-            if self._ladder is None:  # other prompts in the pass leave it as it is
-                ceiling = batch.ceiling.copy()
-                self._ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, ceiling)
-            choice = lengths.choose_lengths(
-                self._ladder,
-                self.value_of_time,
-                min(self.policy.depth, self._ladder.max_length),
-                self.curves,
-                self.draft,
-                batch.num_prefill_tokens,
-            )
+            if self._ranking is None:  # other prompts in the pass leave it as it is
+                self._ranking = self._ranking_of(batch)
+            choice = self._ranking.choose(batch.num_prefill_tokens)
         return choice._replace(policy_seq=self.policy.seq)
+
+    def _ranking_of(self, batch: DecodeBatch, ahead: bool = False) -> Ranking:
+        ceiling = batch.ceiling.copy()
+        ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, ceiling)
+        return Ranking(ladder, *self._terms(), ahead)
+
+    def _terms(self) -> tuple[float, int, list[CostCurve], DraftCost]:
+        """By which lengths are chosen: value of time, depth, costs."""
+        depth = min(self.policy.depth, self.policy.max_length)
+        return self.value_of_time, depth, self.curves, self.draft
 
     def _by_confidence(self, batch: DecodeBatch) -> Choice:
         """The longest that the policy allows, and the prices by which they are stopped and cut."""

@@ -198,14 +198,14 @@ class RecursiveLeastSquares:
         self.moment = moment - share * along * float(free @ moment)
         self.covariance = _inverse(self.precision + self.prior_weight * self._prior)
 
-    def rescale(self, factor: float) -> None:
-        """Multiply all coefficients, and their deviations, by ``factor``."""
-        self.coef = self.coef * factor
-        self.moment = self.moment / factor
+    def restart(self, factor: float) -> None:
+        """Begin anew, with all coefficients of the prior and their deviations times ``factor``."""
         self._prior_moment = self._prior_moment / factor
-        self.precision = self.precision / factor**2
         self._prior = self._prior / factor**2
-        self.covariance = self.covariance * factor**2
+        self.precision = np.zeros_like(self._prior)
+        self.moment = np.zeros_like(self.moment)
+        self._zero = []
+        self.solve()
 
     def state(self) -> State:
         """Everything but ``forgetting``, as plain values."""

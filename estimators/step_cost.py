@@ -111,6 +111,8 @@ _SMALL = np.arange(1.0, SIZES + 2)  #: counts with a level of their own, and the
 SOLVED_EVERY = 8  #: steps, once not `YOUNG`: one alone moves coefficients that remember 50 little
 YOUNG = 200  #: steps in which coefficients are still moving fast
 MAX_GRIDS = 128  #: ranges of tokens whose breakpoints are kept
+LEVELLED = 9  #: first steps, by the median of which the prior's level is set
+OTHER_LEVEL = 3.0  #: times, by which that must be wrong
 _NOISE = 0.1  # relative deviation of an observation that the prior's precision is in units of
 
 
@@ -186,6 +188,7 @@ class StepCost(Regressor):
         mean, precision = _prior(self._width, prior_fixed_s)
         if not draft_forwards:
             mean[_FORWARDS] = 0.0
+        self._prior_mean = mean
         self._solver = RecursiveLeastSquares(mean, precision, forgetting)
         self._of_draft = np.zeros(len(mean))
         self._of_draft[_DRAFTING:_SEGMENTS] = 1.0
@@ -196,6 +199,10 @@ class StepCost(Regressor):
         }
         self._overhead = RobustMean()
         self._levels = SizeLevels()
+        self._first: list[
+            float
+        ] = []  # seconds of the first steps over those that the prior expects
+        self._level = 1.0  # times the prior as it was given
         self._counts = np.zeros((len(self._low), 2), np.int64)
         self._error = 0.0
         self._num_observed = 0
@@ -278,8 +285,8 @@ class StepCost(Regressor):
         row = self.row(shape)
         solver = self._solver
         num_changes = solver.num_loosened
-        if self._num_observed == 0:
-            solver.rescale(max(step_s, RESOLUTION_S) / float(row @ solver.coef))
+        if self._num_observed < LEVELLED:
+            self._set_level(row, step_s)
         overhead_s = self._overhead.value
         predicted = max(overhead_s + float(row @ solver.coef), RESOLUTION_S)
         expected_s = float((row * self._of_target) @ solver.coef)
@@ -319,6 +326,19 @@ class StepCost(Regressor):
         error = min(abs(step_s - predicted) / step_s, 1.0)
         self._error += (error - self._error) / min(self._num_observed, 200)
         return Residual(predicted, clipped)
+
+    def _set_level(self, row: F64, step_s: float) -> None:
+        """Let the prior have the level of the first steps, whatever one of them took.
+
+        The first of all may take seconds (kernels are compiled, caches are cold). By it alone terms
+        that are never run would stay as uncertain as that, for the prior is not forgotten.
+        """
+        self._first.append(max(step_s, RESOLUTION_S) / float(row @ self._prior_mean))
+        level = sorted(self._first)[(len(self._first) - 1) // 2]
+        off = level / self._level
+        if len(self._first) == 1 or not 1.0 / OTHER_LEVEL < off < OTHER_LEVEL:
+            self._solver.restart(off)
+            self._level = level
 
     def _band(self, shape: StepShape) -> int:
         """Between which knots the tokens of the target's pass lie."""
@@ -523,6 +543,8 @@ class StepCost(Regressor):
             "filters": {name: part.state() for name, part in self._filters.items()},
             "overhead": self._overhead.state(),
             "levels": self._levels.state(),
+            "first": list(self._first),
+            "level": self._level,
             "counts": self._counts.tolist(),
             "error": self._error,
             "num_observed": self._num_observed,
@@ -543,8 +565,12 @@ class StepCost(Regressor):
             for name, part in model._filters.items():
                 part.restore(state["filters"][name])
             model._overhead.restore(state["overhead"])
-            if "levels" in state:  # not before 2026-11-26
-                model._levels.restore(state["levels"])
+            model._levels.restore(state["levels"])
+            first = [non_negative("first", value) for value in state["first"]]
+            level = non_negative("level", state["level"])
+            if len(first) > LEVELLED or not level > 0.0:
+                raise ValueError("first steps are not those of a level")
+            model._first, model._level = first, level
             counts = np.array(state["counts"], np.int64)
             if counts.shape != model._counts.shape or counts.min() < 0:
                 raise ValueError("counts do not match the knots")

@@ -71,8 +71,12 @@ class VirtualEngine:
             num_waiting=len(self.waiting),
             num_prefill_tokens=5 * len(joined),
             lengths=[0] * len(decoding),
+            num_drafted=[0] * len(decoding),
+            num_accepted=[0] * len(decoding),
             source="own",
             step_s=step_s,
+            target_s=step_s,
+            draft_s=0.0,
         )
 
     def _say(self, **event: Any) -> None:

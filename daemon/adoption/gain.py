@@ -42,6 +42,7 @@ PRIOR_CHECKS = 4.0  #: degrees of freedom of that
 COMPARISONS_KEPT = 64
 LEAST_COMPARISONS = 3  #: for an interval
 NORMAL_95 = 1.959964
+MOST_LOG = 14.0  #: of a gain or its bounds: beyond a million times nothing is known
 
 
 class Interval(NamedTuple):
@@ -53,7 +54,12 @@ class Interval(NamedTuple):
 
     @classmethod
     def of_log(cls, centre: float, spread: float) -> Interval:
-        return cls(*(math.expm1(x) for x in (centre, centre - spread, centre + spread)))
+        return cls(*(_as_gain(x) for x in (centre, centre - spread, centre + spread)))
+
+
+def _as_gain(log_ratio: float) -> float:
+    """A ratio less 1, of its logarithm; as far as anybody may want to know it."""
+    return math.expm1(min(max(log_ratio, -MOST_LOG), MOST_LOG))
 
 
 def student_95(freedom: float) -> float:
@@ -255,7 +261,7 @@ class GainEstimator:
             predicted[alternative], freedom * math.sqrt(self._claimed(alternative))
         )
         none = predicted[alternative] - predicted[Arm.NONE]
-        most = math.expm1(none + freedom * math.sqrt(self._claimed(Arm.NONE)))
+        most = _as_gain(none + freedom * math.sqrt(self._claimed(Arm.NONE)))
         return (
             interval
             if alternative is Arm.NONE
@@ -265,4 +271,4 @@ class GainEstimator:
     def bias(self, alternative: Arm) -> float | None:
         """Goodput of ``alternative``: measured over predicted, less 1; None: never run."""
         bias = self._bias[alternative]
-        return math.expm1(bias.mean) if bias.count else None
+        return _as_gain(bias.mean) if bias.count else None

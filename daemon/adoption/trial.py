@@ -264,19 +264,30 @@ class Trial:
     def _end(self, is_good: bool, step: Step, now: float) -> str | None:
         block = self._block
         words = None
-        # What was measured is only compared with what else was measured in the same time.
-        if is_good and (self._plan.share or not self.gains.is_measured):
-            self.gains.note_block(block.arm, block.tally, step.model_std())
-        if block.in_pair:
-            if is_good:
-                self._done[block.arm] = block.tally
-            if not self._pair:
-                words = self._compare(now)
-                self._start_cycle()
-        elif not self._plan.share:
-            self._rest = 1
-        self._begin()
+        try:
+            if is_good and self._is_telling(block.arm):
+                self.gains.note_block(block.arm, block.tally, step.model_std())
+            if block.in_pair:
+                if is_good:
+                    self._done[block.arm] = block.tally
+                if not self._pair:
+                    words = self._compare(now)
+                    self._start_cycle()
+            elif not self._plan.share:
+                self._rest = 1
+        finally:
+            self._begin()  # whatever went wrong: the block is over
         return words
+
+    def _is_telling(self, arm: Arm) -> bool:
+        """Whether a block says something of the gain.
+
+        What was measured is only compared with what else was measured in the same time: where
+        nothing is compared, steered steps say nothing, and others what is foreseen.
+        """
+        if self._plan.share:
+            return True
+        return arm is not Arm.SMARTSPEC and not self.gains.is_measured
 
     def _compare(self, now: float) -> str | None:
         smartspec = self._done.get(Arm.SMARTSPEC)

@@ -10,8 +10,8 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def follow_parent(parent: int) -> None:
-    """Have this process sent SIGTERM when process ``parent``, which started it, dies.
+def follow_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Have this process sent a signal when process ``parent``, which started it, dies.
 
     Linux only (elsewhere it does nothing). The signal survives exec, not fork, and comes when the
     *thread* that started this process ends: start children from a thread that lives on. Called
@@ -19,6 +19,6 @@ def follow_parent(parent: int) -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before the call
         raise SystemExit(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import logging
+import math
 import os
 import signal
 import stat
@@ -109,19 +110,24 @@ class InstanceLock:
             self._file = None
 
 
+Start = Callable[[], subprocess.Popen[bytes]]
+
+
 class TelemetryChild:
     """Keeps the telemetry process running beside the loop, at the price of a system call a turn.
 
+    The loop never waits for it, however long it takes to end: only `close` does.
+
     Parameters
     ----------
-    start : starts the process
+    start : starts the process; None: none is wanted
     bus : told of deaths and restarts
     clock : monotonic seconds
     """
 
     def __init__(
         self,
-        start: Callable[[], subprocess.Popen[bytes]],
+        start: Start | None,
         bus: Bus,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -131,6 +137,7 @@ class TelemetryChild:
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._restart_at = clock()
+        self._kill_at = math.inf  #: finite: it was asked to end
         self._num_failures = 0
 
     @property
@@ -143,10 +150,14 @@ class TelemetryChild:
         if self._process is not None:
             code = self._process.poll()
             if code is None:
+                if now >= self._kill_at:
+                    self._process.kill()
                 return
             self._process = None
-            self._failed(now, f"telemetry process ended ({_describe(code)})")
-        elif now >= self._restart_at:
+            was_asked, self._kill_at = self._kill_at < math.inf, math.inf
+            if not was_asked:
+                self._failed(now, f"telemetry process ended ({_describe(code)})")
+        elif self._start is not None and now >= self._restart_at:
             try:
                 self._process = self._start()
                 self._started_at = now
@@ -163,11 +174,13 @@ class TelemetryChild:
         log.warning("%s", text, extra={"event": "telemetry_down"})
         self._bus.publish(NoteEvent(kind="telemetry_down", level="warning", text=text))
 
-    def restart(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
-        """Stop it, and have the next `check` start it otherwise."""
-        self.close()
-        self._start = start
-        self._restart_at = self._clock()
+    def restart(self, start: Start | None) -> None:
+        """Ask it to end; `check` starts it otherwise when it has, and kills it when it does not."""
+        now = self._clock()
+        self._start, self._restart_at = start, now
+        if self._process is not None:
+            self._process.terminate()
+            self._kill_at = min(self._kill_at, now + STOP_TIMEOUT_S)
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -183,6 +196,11 @@ class TelemetryChild:
 
 def _describe(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def telemetry_of(settings: Settings) -> Start | None:
+    """What starts the telemetry process that these settings ask for, if they do."""
+    return partial(start_telemetry, settings) if settings.telemetry.enabled else None
 
 
 def start_telemetry(settings: Settings) -> subprocess.Popen[bytes]:
@@ -336,7 +354,7 @@ def run(
     lock.acquire()
     bus = _bind_bus(settings.bus_endpoint)
     console = _bind_console(settings)
-    telemetry = TelemetryChild(partial(start_telemetry, settings), bus)
+    telemetry = TelemetryChild(telemetry_of(settings), bus)
     loop = None
     last: list[CheckpointEvent] = []
     try:
@@ -354,8 +372,7 @@ def run(
         )
         notifier.ready(f"{settings.mode} mode")
         while not signals.stop:
-            if settings.telemetry.enabled:
-                telemetry.check()
+            telemetry.check()
             if signals.reload:
                 signals.reload = False
                 if reload is not None:
@@ -391,7 +408,7 @@ def _apply(
     logs.configure(new.log)
     loop.apply(new)  # also when no setting has changed: who may connect is in a file of its own
     if "telemetry" in how:
-        telemetry.restart(partial(start_telemetry, new))
+        telemetry.restart(telemetry_of(new))
     return new
 
 

@@ -40,7 +40,7 @@ from smartspec.estimators.step_cost import StepCost, StepShape
 from smartspec.estimators.tree_acceptance import TreeAcceptance
 
 FORMAT = "smartspec-learned"
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 1 << 20  #: of a checkpoint
 MAX_GRAPH_SIZES = 1024
 WARM_STEPS = 100  #: steps steered after which an engine is not swept any more

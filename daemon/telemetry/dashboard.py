@@ -145,7 +145,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Steering",
             SHORT,
             (_gauge(ids.STEERING), Query(selected(ids.CONNECTED), "{{engine}} connected")),
-            "1 while policies are sent, and while the engine reports.",
+            "1 while SmartSpec chooses the lengths, and while the engine reports.",
         ),
         Panel(
             "How engines are treated",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,7 +39,7 @@ loglevel warning
 class EmbeddedValkey:
     """Starts the server when it is needed, and again when it has died.
 
-    To be used from one thread that lives as long as the server should.
+    To be used from one thread, which closes it before it ends: the server does not outlive it.
     """
 
     def __init__(self, socket_path: Path) -> None:
@@ -85,17 +86,13 @@ class EmbeddedValkey:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def close(self, timeout_s: float = 2.0) -> None:
-        """Stop the server; idempotent."""
+    def close(self) -> None:
+        """End the server, stuck or not: it keeps nothing that it could save. Idempotent."""
         process, self._process = self._process, None
         if process is None:
             return
-        process.terminate()
-        try:
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired:  # stopped or stuck
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
         self.socket_path.unlink(missing_ok=True)
 
 
@@ -115,7 +112,7 @@ def _binary() -> str:
 
 
 def _become_server(socket_path: Path, parent: int) -> None:
-    follow_parent(parent)
+    follow_parent(parent, signal.SIGKILL)
     config_path = socket_path.with_suffix(".conf")
     config_path.write_text(_CONFIG.format(socket=socket_path, dir=socket_path.parent), "utf-8")
     binary = _binary()

@@ -129,8 +129,6 @@ class EngineTracker:
             case GainEvent():
                 for name in _GAIN_FIELDS:
                     setattr(self.state, name, getattr(event, name))
-            case EngineEvent(state="refused"):
-                pass  # another's attempt under this name; the engine itself goes on
             case EngineEvent():
                 self._note_engine(event)
 
@@ -145,7 +143,6 @@ class EngineTracker:
 
     def _note_step(self, event: StepEvent) -> None:
         state = self.state
-        state.state = "connected"
         state.step_seq = event.seq
         state.num_running = event.num_running
         state.num_waiting = event.num_waiting

@@ -52,7 +52,11 @@ ENGINE_EVENTS = Metric(
 
 # what is decided
 DECISIONS = Metric("smartspec_decisions", "counter", "Decisions taken.", ("engine", "steering"))
-STEERING = Metric("smartspec_steering", "gauge", "1 while policies are sent to the engine.")
+STEERING = Metric(
+    "smartspec_steering",
+    "gauge",
+    "1 while SmartSpec chooses the lengths, 0 while observing, paused, retreated or compared with.",
+)
 DEPTH = Metric("smartspec_depth_tokens", "gauge", "Longest speculation length in force.")
 REQUESTS_AT_LENGTH = Metric(
     "smartspec_requests_at_length", "gauge", "Requests by length chosen.", ("engine", "length")

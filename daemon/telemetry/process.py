@@ -75,7 +75,7 @@ class Telemetry:
         tracker = None
         if isinstance(event, (StepEvent, DecisionEvent, GainEvent, EngineEvent)):
             tracker = self._trackers.get(event.engine)
-            if tracker is None and getattr(event, "state", "") != "refused":
+            if tracker is None:
                 tracker = self._trackers[event.engine] = EngineTracker(event.engine)
         if tracker is not None:
             tracker.note(event)  # type: ignore[arg-type]  # it is one of the four
@@ -106,13 +106,12 @@ def run(settings: Settings, stop: Stop) -> None:
     """Serve until ``stop``. Never raises for a Redis or a port that cannot be had."""
     os.nice(NICENESS)  # its Valkey inherits it
     exporter = _exporter(settings)
-    valkey = None if settings.redis.url else EmbeddedValkey(settings.embedded_socket)
     store = RedisStore(
         connect_as(settings),
         settings.redis.key_prefix,
         settings.redis.stream_maxlen,
         settings.redis.ttl_s,
-        revive=valkey.ensure if valkey else _nothing,
+        server=None if settings.redis.url else EmbeddedValkey(settings.embedded_socket),
         max_learned=settings.state.max_kept,
     )
     store.start()
@@ -133,14 +132,8 @@ def run(settings: Settings, stop: Stop) -> None:
         if writer is not None:
             writer.close()
         store.close()
-        if valkey is not None:
-            valkey.close()
         if exporter is not None:
             exporter.close()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _exporter(settings: Settings) -> PrometheusExporter | None:

@@ -102,6 +102,8 @@ class PrometheusExporter:
 
     def note(self, event: BusEvent, state: EngineState | None) -> None:
         """Count an event; ``state`` is that of its engine, with the event in it."""
+        if state is not None and state.state != "connected" and not isinstance(event, EngineEvent):
+            return  # its series are gone, and a straggler does not bring them back
         match event:
             case StepEvent():
                 self._note_step(event, state)
@@ -113,7 +115,7 @@ class PrometheusExporter:
                 self._of(ids.ENGINE_EVENTS, event.state).inc()
                 if event.state == "connected":
                     self._of(ids.CONNECTED, event.engine).set(1)
-                elif event.state != "refused":
+                else:
                     self.forget(event.engine)
             case NoteEvent():
                 self._of(ids.NOTES, event.level, event.kind).inc()

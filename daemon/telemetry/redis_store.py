@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from smartspec.daemon.event_bus import (
     StepEvent,
 )
 from smartspec.daemon.state.learned import RefusedState, check, decode, encode, merge
+from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineState, to_fields
 
 log = logging.getLogger(__name__)
@@ -179,8 +180,8 @@ class RedisStore:
     ----------
     client : from `connect`
     prefix, stream_maxlen, ttl_s : as configured
-    revive : called before the first write and after a failed one (starts an embedded server);
-        may raise OSError
+    server : an embedded one, which the writing thread starts, revives after a failed write, and
+        closes at its end; None: the server is not ours
     max_buffered : events kept while Redis is away
     max_learned : checkpoints kept in Redis; the oldest are deleted
 
@@ -195,7 +196,7 @@ class RedisStore:
         prefix: str,
         stream_maxlen: int,
         ttl_s: int,
-        revive: Callable[[], None] = lambda: None,
+        server: EmbeddedValkey | None = None,
         max_buffered: int = MAX_BUFFERED,
         max_learned: int = 64,
     ) -> None:
@@ -203,7 +204,7 @@ class RedisStore:
         self.keys = Keys(prefix)
         self._stream_maxlen = stream_maxlen
         self._ttl_s = ttl_s
-        self._revive = revive
+        self._server = server
         self._max_buffered = max_buffered
         self._max_learned = max_learned
         self._lock = threading.Lock()
@@ -263,16 +264,20 @@ class RedisStore:
 
     def _run(self) -> None:
         wait_s = 0.0
-        while not self._stop.wait(wait_s):
-            wait_s = self._attempt()
-        if self.up:
-            self._attempt()
+        try:
+            while not self._stop.wait(wait_s):
+                wait_s = self._attempt()
+            if self.up:
+                self._attempt()
+        finally:
+            if self._server is not None:
+                self._server.close()
 
     def _attempt(self) -> float:
         """Write all that waits; returns the seconds to wait before the next time."""
         try:
-            if not self.up:
-                self._revive()
+            if self._server is not None and not self.up:
+                self._server.ensure()
             self.flush()
         except (RedisError, OSError) as error:
             self._failed(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,29 +55,36 @@ class Calibration:
     def rates(self, confidences: npt.ArrayLike, bands: I64 | int = 0) -> F64:
         """P(right | its parent is), in the shape of ``confidences``, which are in [0, 1]."""
         given = np.asarray(confidences, np.float64)
-        right, tried = np.moveaxis(self._counts[bands, self._bins(given)], -1, 0)
-        rates: F64 = (right + STRENGTH * given) / (tried + STRENGTH)
+        return self._rates(given, self._cells(given, bands))
+
+    def _rates(self, given: F64, cells: I64) -> F64:
+        right, tried = self._counts.reshape(-1, 2).T
+        rates: F64 = (right[cells] + STRENGTH * given) / (tried[cells] + STRENGTH)
         return rates
 
     def learn(self, confidences: npt.ArrayLike, right: npt.ArrayLike, bands: I64 | int = 0) -> None:
         """Take in which drafts were right, of those whose parent was; all [M]."""
-        bins = self._bins(np.asarray(confidences, np.float64))
-        hits = np.asarray(right, np.float64)
-        at: Any = (bands, bins)
-        np.add.at(self._counts, at, np.stack((hits, np.ones(len(hits))), axis=1))
+        cells = self._cells(np.asarray(confidences, np.float64), bands)
+        size, shape = self._counts.size // 2, self._counts.shape[:2]
+        self._counts[..., 0] += np.bincount(cells, right, size).reshape(shape)
+        self._counts[..., 1] += np.bincount(cells, minlength=size).reshape(shape)
         self._counts *= np.minimum(1.0, MEMORY / np.maximum(self._counts[..., 1:], 1.0))
 
-    def note(self, confidences: npt.ArrayLike, bands: I64) -> None:
+    def note(self, confidences: npt.ArrayLike, bands: I64) -> F64:
         """Take in how sure the drafter was of what may follow: of all, verified or not.
 
-        ``confidences`` : [M, C], of its children of each node that it ran; ``bands`` : [M]
+        ``confidences`` : [M, C], of its children of each node that it ran; ``bands`` : [M].
+        Returns their `rates`.
         """
         given = np.asarray(confidences, np.float64)
-        np.add.at(self._drafted, (bands[:, None], self._bins(given)), 1.0)
-        np.add.at(self._num_passes, bands, 1.0)
+        cells = self._cells(given, bands[:, None])
+        drafted = np.bincount(cells.ravel(), minlength=self._drafted.size)
+        self._drafted += drafted.reshape(self._drafted.shape)
+        self._num_passes[:, 0] += np.bincount(bands, minlength=len(self._drafted))
         fading = np.minimum(1.0, SHARE_MEMORY / self._num_passes)
         self._drafted *= fading
         self._num_passes *= fading
+        return self._rates(given, cells)
 
     def outlook(self, chances: npt.ArrayLike, price: F64, bands: I64) -> F64:
         """What a node's children may bring: E of the sum of max(chance rate - price, 0), [M].
@@ -94,11 +100,17 @@ class Calibration:
         return expected
 
     @staticmethod
-    def _bins(confidences: F64) -> npt.NDArray[np.intp]:
-        inside = np.clip(confidences, 1e-6, 1 - 1e-6)
-        place = (np.log(inside / (1 - inside)) + LOG_ODDS) * (NUM_BINS / (2 * LOG_ODDS))
-        return np.clip(place, 0, NUM_BINS - 1).astype(np.intp)
+    def _cells(confidences: F64, bands: I64 | int) -> I64:
+        """Places in a table [bands, bins], flat."""
+        bins: I64 = _EDGES.searchsorted(confidences, side="right")
+        return bins + np.multiply(bands, NUM_BINS)
 
 
-_ODDS = np.exp(((np.arange(NUM_BINS) + 0.5) * 2 / NUM_BINS - 1) * LOG_ODDS)
-_MIDDLE: F64 = _ODDS / (1 + _ODDS)  #: confidence in the middle of each bin
+def _confidence(bins: npt.ArrayLike) -> F64:
+    odds = np.exp((np.asarray(bins) * 2 / NUM_BINS - 1) * LOG_ODDS)
+    confidence: F64 = odds / (1 + odds)
+    return confidence
+
+
+_EDGES = _confidence(np.arange(1.0, NUM_BINS))  #: between the bins
+_MIDDLE = _confidence(np.arange(NUM_BINS) + 0.5)

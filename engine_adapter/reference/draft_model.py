@@ -14,9 +14,9 @@ from smartspec.engine_adapter.base import (
 )
 from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import Calibration, temperature_bands
-from smartspec.engine_adapter.reference.candidates import Candidates, Children
-from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree, outcomes
-from smartspec.engine_adapter.reference.growth import Growth, Level
+from smartspec.engine_adapter.reference.candidates import NONE, Candidates, Children, Level
+from smartspec.engine_adapter.reference.draft_tree import DraftTree, outcomes
+from smartspec.engine_adapter.reference.growth import Growth
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
@@ -48,9 +48,9 @@ class Drafts(NamedTuple):
     """Of one request, in the last step."""
 
     tree: DraftTree  #: verified
-    candidates: Candidates
+    place: int  #: in the batch
     num_tokens: int  #: that were known
-    slots: dict[int, int]  #: of the tree's nodes that the drafter has run, counted from there
+    slots: list[int]  #: of the tree's nodes in the drafter's cache, from there; `NONE`: not run
 
 
 class DraftModel:
@@ -89,6 +89,7 @@ class DraftModel:
         self._rates = TokenAcceptance()
         self._calibration = Calibration(Candidates.num_bands())
         self._drafts: dict[int, Drafts] = {}  # of this step
+        self._candidates: Candidates | None = None  # of which these were chosen
         self._goes_on: set[int] = set()  # whose first draft is run before lengths are chosen
         self._first: dict[int, Children] = {}  # of these
         self._luck = np.random.default_rng(0)  # of what is told of drafts that are not verified
@@ -100,14 +101,14 @@ class DraftModel:
         The pass is not lost as long as they go on being drafted for: `propose` goes on from it.
         """
         self._spent = Spent()
-        self._first, self._drafts = {}, {}
+        self._first, self._drafts, self._candidates = {}, {}, None
         confidence = np.full(len(sequences), NOT_DRAFTED, np.float32)
         goes_on = [i for i, s in enumerate(sequences) if s.id in self._goes_on]
         if goes_on:
             chosen = [sequences[i] for i in goes_on]
             first = self._open(chosen)
-            self._first = {s.id: one for s, one in zip(chosen, first, strict=True)}
-            confidence[goes_on] = [max(own) for _, own in first]
+            self._first = dict(zip([s.id for s in chosen], first.rows(), strict=True))
+            confidence[goes_on] = first.confidences.max(axis=1)
         ceiling = np.full(len(sequences), self.max_length, np.uint8)
         rates = self._rates.rates([s.tokens[-1] for s in sequences])
         return Availability(ceiling, np.stack((rates, confidence)))
@@ -144,14 +145,12 @@ class DraftModel:
             ):
                 drafts[row][0].append(token)
                 drafts[row][1].append(own)
-        bands = temperature_bands(s.request.sampling for s in sequences).tolist()
-        for sequence, (draft, sure_of), band in zip(sequences, drafts, bands, strict=True):
-            one = Candidates(self._calibration, band)
-            one.draft(draft, sure_of)
-            fed = {node: node for node in range(len(draft) - 1)}
-            tree = DraftTree.chain(draft)
-            self._drafts[sequence.id] = Drafts(tree, one, sequence.num_tokens, fed)
+        bands = temperature_bands(s.request.sampling for s in sequences)
+        self._candidates = Candidates(self._calibration, bands)
+        self._candidates.draft([draft for draft, _ in drafts], [own for _, own in drafts])
         chains = [DraftTree.chain(draft) for draft, _ in drafts]
+        fed = [[*range(chain.size - 1), NONE] for chain in chains]  # the last was not run
+        self._note(sequences, chains, fed)
         return Proposal(chains, *self._spent)
 
     def propose_at(
@@ -161,51 +160,56 @@ class DraftModel:
         proposal = self._grow(sequences, Growth(self._calibration, bands, lengths, prices))
         # Whose first draft will be looked at in the next step: as far as these prices tell.
         anew = Growth(self._calibration, bands, lengths, prices).starting()
-        self._goes_on = {sequences[place].id for place in anew}
+        self._goes_on = {sequences[place].id for place in anew.tolist()}
         return proposal
+
+    def _note(
+        self, sequences: list[Sequence], trees: list[DraftTree], slots: list[list[int]]
+    ) -> None:
+        for place, (s, tree, fed) in enumerate(zip(sequences, trees, slots, strict=True)):
+            self._drafts[s.id] = Drafts(tree, place, s.num_tokens, fed)
 
     def _grow(self, sequences: list[Sequence], growth: Growth) -> Proposal:
         """Drafts as far as ``growth`` says."""
         known_first = [place for place, s in enumerate(sequences) if s.id in self._first]
-        roots = [(place, ROOT) for place in known_first]
-        growth.add(roots, [self._first[sequences[place].id] for place in known_first])
-        if starting := growth.starting():
-            first = self._open([sequences[place] for place in starting])
-            growth.add([(place, ROOT) for place in starting], first)
+        if known_first:
+            first = [self._first[sequences[place].id] for place in known_first]
+            growth.add(Level.of(known_first), Children.stack(first))
+        starting = growth.starting()
+        if len(starting):
+            opened = self._open([sequences[place] for place in starting.tolist()])
+            growth.add(Level.of(starting), opened)
         size = self._runner.cache.max_model_len
         room = [size - sequence.num_tokens for sequence in sequences]
-        while level := growth.next_level(room):
-            growth.add(level, self._run(sequences, growth, level))
+        while (level := growth.next_level(room)).size:
+            growth.add(level, self._run(sequences, growth.candidates, level))
         cut = growth.cut(self._luck.random(len(sequences)))
+        self._candidates = growth.candidates
         trees = cut.verified
-        for sequence, one, tree in zip(sequences, growth.requests, trees, strict=True):
-            slots = one.slots_of_best(tree.size)
-            self._drafts[sequence.id] = Drafts(tree, one, sequence.num_tokens, slots)
+        self._note(sequences, trees, cut.slots)
         return Proposal(trees, *self._spent, cut)
 
-    def _open(self, sequences: list[Sequence]) -> list[Children]:
+    def _open(self, sequences: list[Sequence]) -> Children:
         """What may follow all that is known of each."""
         return self._children(
             self._begin(sequences), sequences, [[s.num_tokens] for s in sequences]
         )
 
-    def _run(self, sequences: list[Sequence], growth: Growth, level: Level) -> list[Children]:
+    def _run(self, sequences: list[Sequence], candidates: Candidates, level: Level) -> Children:
         """Runs a level in one pass; what may follow each of its nodes."""
-        by_place: dict[int, list[int]] = {}
-        for place, node in level:
-            by_place.setdefault(place, []).append(node)
-        chosen = [sequences[place] for place in by_place]
-        segments, positions = [], []
-        for place, nodes in by_place.items():
-            one, s = growth.requests[place], sequences[place]
-            first = s.num_tokens + len(one.slots) - len(nodes)
-            tokens = [one.token(node) for node in nodes]
-            segments.append(Segment(s.row, first, tokens, len(nodes), one.lineage))
-            positions.append([s.num_tokens + one.depth(node) for node in nodes])
-        named = [
-            (sequences[place].id, node, growth.requests[place].parent(node))
-            for place, node in level
-        ]
+        chosen, segments, positions = [], [], []
+        tokens, depths = candidates.tokens[level].tolist(), candidates.depths[level].tolist()
+        places, begins = np.unique(level.places, return_index=True)
+        ends = [*begins[1:].tolist(), level.size]
+        for place, begin, end in zip(places.tolist(), begins.tolist(), ends, strict=True):
+            s, lineage = sequences[place], candidates.lineages[place]
+            first = s.num_tokens + len(lineage) - (end - begin)
+            segments.append(Segment(s.row, first, tokens[begin:end], end - begin, lineage))
+            positions.append([s.num_tokens + depth for depth in depths[begin:end]])
+            chosen.append(s)
+        parents = candidates.parents[level].tolist()
+        nodes = zip(level.places.tolist(), level.nodes.tolist(), parents, strict=True)
+        named = [(sequences[place].id, node, parent) for place, node, parent in nodes]
         logits = self._forward(segments, named)
         self._spent = self._spent.plus(num_forwards=1)
         return self._children(logits, chosen, positions)
@@ -216,10 +220,10 @@ class DraftModel:
 
     def _children(
         self, logits: torch.Tensor, sequences: list[Sequence], positions: list[list[int]]
-    ) -> list[Children]:
+    ) -> Children:
         """What may follow, by row of the logits: each sequence has one per position."""
         tokens, sure = self._draw(logits, sequences, positions)
-        return [([token], [own]) for token, own in zip(tokens.tolist(), sure.tolist(), strict=True)]
+        return Children.of(tokens[:, None], sure[:, None])
 
     def _feed(self, sequences: list[Sequence], segments: list[Segment]) -> torch.Tensor:
         """Logits of a pass over known tokens, a segment per sequence."""
@@ -229,12 +233,12 @@ class DraftModel:
         """The first draft of each and its confidence, [B]: as it was looked at, or run now."""
         new = [sequence for sequence in sequences if sequence.id not in self._first]
         if new:
-            opened = self._open(new)
-            self._first.update((s.id, one) for s, one in zip(new, opened, strict=True))
-        first = [self._first[sequence.id] for sequence in sequences]
+            opened = self._open(new).rows()
+            self._first.update(zip([s.id for s in new], opened, strict=True))
+        first = Children.stack([self._first[sequence.id] for sequence in sequences])
         device = self._runner.device
-        tokens = torch.tensor([token for (token, *_), _ in first], device=device)
-        return tokens, torch.tensor([own for _, (own, *_) in first], device=device)
+        tokens = torch.from_numpy(first.tokens[:, 0]).to(device)
+        return tokens, torch.from_numpy(first.confidences[:, 0]).to(device)
 
     def _begin(self, sequences: list[Sequence]) -> torch.Tensor:
         """Logits of the first draft, [B, vocabulary], after all that is known of each."""
@@ -262,17 +266,22 @@ class DraftModel:
         before: list[int] = []
         outcome: list[bool] = []
         kept = []
+        said: list[list[int]] = (
+            [[] for _ in range(self._candidates.size)] if self._candidates else []
+        )
         for sequence, path in zip(sequences, paths, strict=True):
             drafts = self._drafts.get(sequence.id)
             if drafts is None:
                 continue
-            drafts.candidates.learn(sequence.tokens[drafts.num_tokens :])
+            said[drafts.place] = sequence.tokens[drafts.num_tokens :]
             if drafts.tree.size:
                 tried, right = outcomes(drafts.tree, path, sequence.tokens, drafts.num_tokens)
                 before += tried
                 outcome += right
-            if slots := [drafts.slots[node] for node in path if node in drafts.slots]:
+            if slots := [drafts.slots[node] for node in path if drafts.slots[node] != NONE]:
                 kept.append((sequence, drafts.num_tokens, slots))
+        if self._candidates is not None:
+            self._candidates.learn(said)
         self._rates.learn(before, outcome)
         self._keep(kept)
 

@@ -87,27 +87,6 @@ def outcomes(
     return before, [depth < len(path) for depth in range(len(before))]
 
 
-def known(tree: DraftTree, said: Sequence[int]) -> tuple[list[int], list[bool]]:
-    """Nodes that ``said``, what came next, tells of, and whether each was right.
-
-    That is all those of which the parent was right, if so much was said.
-
-    >>> known(DraftTree(tokens=[5, 6, 7, 8], parents=[ROOT, ROOT, 1, 2]), [6, 7])
-    ([0, 1, 2], [False, True, True])
-    """
-    depth_of = {ROOT: 0}  # of what was right
-    tried: list[int] = []
-    right: list[bool] = []
-    for node, (token, parent) in enumerate(zip(*tree, strict=True)):
-        depth = depth_of.get(parent, len(said))
-        if depth < len(said):
-            tried.append(node)
-            right.append(token == said[depth])
-            if right[-1]:
-                depth_of[node] = depth + 1
-    return tried, right
-
-
 def most_probable(
     tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float], size: int
 ) -> tuple[DraftTree, list[int]]:

@@ -97,3 +97,16 @@ class FeatureDraft(TreeDraftModel):
 
     def _keep(self, kept: list[tuple[Sequence, int, list[int]]]) -> None:
         """Nothing: drafts were fed with the head's own states, which are guesses."""
+
+
+class FeatureChain(FeatureDraft):
+    """Drafts chains: of what may follow, the head's first choice alone, and no copies."""
+
+    name = "eagle-chain"
+    trees = False
+    num_children = 1
+
+    def __init__(
+        self, head: FeatureHead, num_rows: int, max_model_len: int, max_length: int = 8
+    ) -> None:
+        super().__init__(head, num_rows, max_model_len, max_length, copies=False)

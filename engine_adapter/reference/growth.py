@@ -22,10 +22,8 @@ import numpy.typing as npt
 from smartspec.engine_adapter.base import U8
 from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import F64, I64, Calibration
-from smartspec.engine_adapter.reference.candidates import Best, Candidates, Children
-from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree, agreeing_path
-
-Level = list[tuple[int, int]]  #: (place of the request in the batch, node): what one pass runs
+from smartspec.engine_adapter.reference.candidates import Best, Bools, Candidates, Children, Level
+from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
 
 
 class Cut(NamedTuple):
@@ -35,6 +33,7 @@ class Cut(NamedTuple):
     chances: list[list[float]]  #: of these nodes
     num_verified: I64  #: [B], the first of them
     luck: F64  #: [B], in [0, 1): decides what is told of what cannot be known
+    slots: list[list[int]]  #: in the drafter's cache, of the nodes drafted; `NONE`: not run
 
     @property
     def num_cut(self) -> U8:
@@ -47,32 +46,34 @@ class Cut(NamedTuple):
         pairs = zip(self.drafted, self.num_verified.tolist(), strict=True)
         return [tree.first(size) for tree, size in pairs]
 
-    def accepted(self, drawn: Sequence[Sequence[int]]) -> list[list[int]]:
+    def accepted(
+        self, drawn: Sequence[Sequence[int]], paths: Sequence[list[int]]
+    ) -> list[list[int]]:
         """Of all nodes, verified or not, those that would be accepted, from the root.
 
         What the target said after the last node accepted tells which of the nodes there is right,
         verified or not. What follows one that was not is drawn by the chances.
 
         ``drawn`` : by request, the target's token after the last known one, then after each node
-        that was verified
+        that was verified; ``paths`` : those of these that were accepted
 
         >>> chain = DraftTree.chain([5, 6, 7])
-        >>> cut = Cut([chain], [[0.9, 0.8, 0.2]], np.array([1]), np.array([0.3]))
-        >>> cut.accepted([[5, 6]]), cut.accepted([[5, 9]])
+        >>> cut = Cut([chain], [[0.9, 0.8, 0.2]], np.array([1]), np.array([0.3]), [[0, 1, 2]])
+        >>> cut.accepted([[5, 6]], [[0]]), cut.accepted([[5, 9]], [[0]])
         ([[0, 1]], [[0]])
         """
-        return [
-            self._accepted(place, tree, said)
-            for place, (tree, said) in enumerate(zip(self.drafted, drawn, strict=True))
-        ]
+        told = [list(path) for path in paths]
+        for place in np.flatnonzero(self.num_cut).tolist():
+            told[place] += self._would_follow(place, drawn[place], paths[place])
+        return told
 
-    def _accepted(self, place: int, tree: DraftTree, said: Sequence[int]) -> list[int]:
-        size, chances = int(self.num_verified[place]), self.chances[place]
-        path = agreeing_path(tree.first(size), said)
+    def _would_follow(self, place: int, said: Sequence[int], path: list[int]) -> list[int]:
+        tree, chances = self.drafted[place], self.chances[place]
         last = path[-1] if path else ROOT
         token: int | None = said[last + 1]
         low = at = 0.0  # the chances of a node's children are shares of its own
-        for node in range(size, tree.size):
+        following: list[int] = []
+        for node in range(int(self.num_verified[place]), tree.size):
             if tree.parents[node] != last:
                 continue
             if token is None:
@@ -83,9 +84,9 @@ class Cut(NamedTuple):
                 continue
             else:
                 token, at = None, float(self.luck[place]) * chances[node]
-            path.append(node)
+            following.append(node)
             last = node
-        return path
+        return following
 
 
 class Growth:
@@ -103,89 +104,72 @@ class Growth:
         self,
         calibration: Calibration,
         bands: I64,
-        most: npt.NDArray[np.int64],
+        most: I64,
         prices: Prices | None = None,
     ) -> None:
-        self.requests = [Candidates(calibration, int(band)) for band in bands]
+        self.candidates = Candidates(calibration, bands)
         self._calibration = calibration
         self._bands = bands
         self._most = most
         self._prices = prices
+        self._found: tuple[Best, I64] | None = None  # of the candidates as they are
 
-    def starting(self) -> list[int]:
+    def starting(self) -> I64:
         """Whom the drafter should be run for, of those whose root it was not run from yet."""
-        begun = [one.is_begun for one in self.requests]
-        roots = [
-            (place, ROOT)
-            for place, one in enumerate(self.requests)
-            if not begun[place] and one.open(ROOT) > one.least(int(self._most[place]))
-        ]
-        return [place for place, _ in self._worth_running(roots, not any(begun))]
+        begun = self.candidates.begun
+        roots = Level.of(np.flatnonzero(~begun))
+        least = self._best()[0].least[roots.places]
+        roots = roots.where(self.candidates.open(roots) > least)
+        return roots.where(self._worth_running(roots, not begun.any())).places
 
-    def next_level(self, room: Sequence[int]) -> Level:
+    def next_level(self, room: npt.ArrayLike) -> Level:
         """What the drafter should run next: nodes whose parents it has run.
 
         ``room`` : [B], nodes of each request that it has room for, in all
         """
-        level = [
-            (place, node)
-            for place, one in enumerate(self.requests)
-            for node in one.frontier(int(self._most[place]))
-        ]
-        chosen: Level = []
-        for place, node in self._worth_running(level, False):
-            if len(self.requests[place].slots) < room[place]:
-                self.requests[place].run(node)
-                chosen.append((place, node))
-        return chosen
+        level = self.candidates.frontier(self._best()[0])
+        return self.candidates.run(level.where(self._worth_running(level, False)), room)
 
-    def add(self, level: Level, children: Sequence[Children]) -> None:
+    def add(self, level: Level, children: Children) -> None:
         """What the drafter says may follow each node of ``level``, which it has run."""
-        if not level:
-            return
-        places = np.array([place for place, _ in level])
-        self._calibration.note([own for _, own in children], self._bands[places])
-        for (place, node), (tokens, own) in zip(level, children, strict=True):
-            self.requests[place].add(node, tokens, own)
+        self.candidates.add(level, children)
+        self._found = None
 
     def cut(self, luck: F64) -> Cut:
         """What was drafted, and what of it is verified."""
-        best = self._best()
-        trees, chances = [one.tree for one in best], [one.chances for one in best]
-        return Cut(trees, chances, self._verified(chances), luck)
+        best, num_verified = self._best()
+        columns = zip(best.chances.tolist(), best.sizes.tolist(), strict=True)
+        chances = [column[:size] for column, size in columns]
+        slots = self.candidates.slots_of(best)
+        return Cut(self.candidates.trees(best), chances, num_verified, luck, slots)
 
-    def _best(self) -> list[Best]:
-        """All that could be verified."""
-        return [
-            one.best(most) for one, most in zip(self.requests, self._most.tolist(), strict=True)
-        ]
+    def _best(self) -> tuple[Best, I64]:
+        """All that could be verified, and how much of it is worth that, [B]."""
+        if self._found is None:
+            best = self.candidates.best(self._most)
+            self._found = best, self._verified(best)
+        return self._found
 
-    def _verified(self, chances: list[list[float]]) -> I64:
-        sizes: I64 = np.array([len(column) for column in chances], np.int64)
-        if self._prices is None or not sizes.any():
-            return sizes
-        table = np.zeros((int(sizes.max()), len(sizes)))
-        for place, column in enumerate(chances):
-            table[: len(column), place] = column
-        return self._prices.verified(table, sizes)
+    def _verified(self, best: Best) -> I64:
+        if self._prices is None or not best.sizes.any():
+            return best.sizes
+        table = best.chances[:, : int(best.sizes.max())].T
+        return self._prices.verified(np.ascontiguousarray(table), best.sizes)
 
-    def _worth_running(self, level: Level, starting: bool) -> Level:
-        """Those of ``level`` that should be run, all in one pass."""
-        if self._prices is None or not level:
-            return level
-        prices, size = self._prices, len(self.requests)
+    def _worth_running(self, level: Level, starting: bool) -> Bools:
+        """Which of ``level`` should be run, all in one pass."""
+        if self._prices is None or not level.size:
+            return np.ones(level.size, np.bool_)
+        prices, size, places = self._prices, self.candidates.size, level.places
+        best, num_verified = self._best()
         weight = np.ones(size) if prices.weight is None else prices.weight
-        places = np.array([place for place, _ in level])
-        chances = [best.chances for best in self._best()]
-        num_drafts = int(self._verified(chances).sum())
-        price = prices.of_token(size, num_drafts) / weight[places]
-        opening = np.array([self.requests[place].open(node) for place, node in level])
+        price = prices.of_token(size, int(num_verified.sum())) / weight[places]
+        opening = self.candidates.open(level)
         outlook = self._calibration.outlook(opening, price, self._bands[places])
         paying = prices.pay(weight[places] * outlook, starting)
         if prices.floor is not None:
-            lacking = np.array([len(column) for column in chances]) < prices.floor
-            for place in np.flatnonzero(lacking):
+            for place in np.flatnonzero(best.sizes < prices.floor):
                 mine = np.flatnonzero(places == place)
                 if len(mine):
                     paying[mine[opening[mine].argmax()]] = True
-        return [level[at] for at in np.flatnonzero(paying)]
+        return paying

@@ -18,7 +18,7 @@ from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.commands import Mode
 from smartspec.engine_adapter.reference.draft_model import DraftModel
-from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.line_server import LineServer, LinkFactory, WorkerFacts
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
@@ -27,14 +27,17 @@ from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
 from smartspec.engine_adapter.reference.tree_lookup import TreeLookup
 from smartspec.engine_adapter.reference.worker import Worker
 
-ProposerName: TypeAlias = Literal["lookup", "draft", "eagle", "lookup-tree", "draft-tree", "none"]
+ProposerName: TypeAlias = Literal[
+    "lookup", "draft", "eagle", "eagle-chain", "lookup-tree", "draft-tree", "none"
+]
 
 KNOWN_FIRST = (PromptLookup.name, TreeLookup.name)  #: drafts exist before lengths are chosen
 #: Made for the default model (docs/drafter.md).
 DEFAULT_DRAFTER = Path(__file__).with_name(f"{models.DEFAULT_MODEL}-drafter.safetensors")
 TREES = (TreeLookup.name, TreeDraftModel.name, FeatureDraft.name)
 #: Can stop and cut drafts by their confidences.
-CONFIDENT = (DraftModel.name, TreeDraftModel.name, FeatureDraft.name)
+CONFIDENT = (DraftModel.name, TreeDraftModel.name, FeatureDraft.name, FeatureChain.name)
+HEADS = (FeatureDraft.name, FeatureChain.name)  #: draft with a head on the target's states
 
 
 def make_proposer(
@@ -50,7 +53,8 @@ def make_proposer(
 ) -> Proposer:
     """The proposer by name; a draft model is the target without some layers, or a named model.
 
-    ``drafter`` : of eagle, a file of `smartspec distill`; None: the one of the default model
+    ``drafter`` : of eagle and eagle-chain, a file of `smartspec distill`; None: that of the default
+    model
     """
     if name == "none" or max_length == 0:
         return NoProposer()
@@ -58,9 +62,10 @@ def make_proposer(
         return PromptLookup(max_length)
     if name == "lookup-tree":
         return TreeLookup(max_length)
-    if name == "eagle":
+    if name in HEADS:
         head = feature_head.load(drafter or DEFAULT_DRAFTER, target.model)
-        return FeatureDraft(head, max_num_running, max_model_len, max_length)
+        kind = FeatureDraft if name == FeatureDraft.name else FeatureChain
+        return kind(head, max_num_running, max_model_len, max_length)
     if draft_model is not None:
         model = models.load(
             draft_model,
@@ -238,7 +243,7 @@ def _build(
     if proposer in ("draft", "draft-tree"):
         dropped = ",".join(map(str, draft_drop_layers))
         draft = (draft_model or loaded.name) + (f" without layers {dropped}" if dropped else "")
-    elif proposer == "eagle":
+    elif proposer in HEADS:
         draft = (drafter or DEFAULT_DRAFTER).stem
     facts = WorkerFacts(
         model=loaded.name,

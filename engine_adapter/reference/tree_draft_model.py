@@ -84,16 +84,15 @@ class TreeDraftModel(DraftModel):
         bands = temperature_bands(s.request.sampling for s in sequences)
         growth = Growth(self._calibration, bands, lengths, prices)
         if self._lookup is not None:
-            for one, copy in zip(growth.requests, self._copies, strict=True):
-                one.copy(*copy)
+            tokens = [text for text, _ in self._copies]
+            growth.candidates.copy(tokens, [likely for _, likely in self._copies])
         return growth
 
     def _children(
         self, logits: torch.Tensor, sequences: list[Sequence], positions: list[list[int]]
-    ) -> list[Children]:
+    ) -> Children:
         draws = self._draws(sequences, positions)
-        tokens, chances = likeliest(logits, draws, self.num_children)
-        return list(zip(tokens.tolist(), chances.tolist(), strict=True))
+        return Children.of(*likeliest(logits, draws, self.num_children))
 
     def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         super().accepted(sequences, paths)

@@ -178,7 +178,7 @@ class Worker:
         done = self._clock()
 
         cut = proposal.cut
-        told = paths if cut is None else cut.accepted(drawn[: len(decoding)])
+        told = paths if cut is None else cut.accepted(drawn[: len(decoding)], paths)
         context_tokens = sum(sequence.num_tokens for sequence in decoding)
         self._hand_on(schedule, features, paths)
         emitted = self._accept(schedule, proposal, drawn, logprobs, paths, events)

@@ -68,6 +68,7 @@ def check_daemon(environment: Mapping[str, str]) -> Iterator[Finding]:
     """Whether somebody listens where an engine of this user and environment would look."""
     try:
         found = settings.load(None, environment)
+        settings.keys_of(found)
     except settings.SettingsError as error:
         yield Finding("settings", "failed", str(error), "correct it")
         return

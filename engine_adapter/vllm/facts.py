@@ -95,7 +95,6 @@ def hello(config: Any, settings: Settings) -> Hello:
             modes=_modes(settings.lengths, graph_sizes),
             graph_sizes=graph_sizes,
             drafts_known_first=method.is_lookup,
-            drafter_runs_at_zero=not method.is_lookup,
         ),
     )
 

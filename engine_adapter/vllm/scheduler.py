@@ -68,7 +68,8 @@ class Steered:
 
     def make_source(self, wanted: settings.Settings) -> Source:
         """What decides lengths: a link to the daemon. For tests to replace."""
-        return EngineLink(wanted.endpoint, facts.hello(self.vllm_config, wanted))  # type: ignore[attr-defined]
+        hello = facts.hello(self.vllm_config, wanted)  # type: ignore[attr-defined]
+        return EngineLink(wanted.endpoint, hello, keys=settings.keys_of(wanted))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's step, with lengths put in before."""

@@ -15,13 +15,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from smartspec.engine_adapter.curve import EngineKeys, read_keys
+
 SECTION = "smartspec"  #: of additional_config
 ENVIRONMENT = {
     "endpoint": "SMARTSPEC_ENDPOINT",
+    "keys": "SMARTSPEC_ENGINE_KEYS",
     "engine": "SMARTSPEC_ENGINE_NAME",
     "mode": "SMARTSPEC_ENGINE_MODE",
     "lengths": "SMARTSPEC_ENGINE_LENGTHS",
 }
+LOOPBACK = ("tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:")  #: may be unencrypted
 SYSTEM_RUNTIME_DIR = "/run/smartspec"  #: of the daemon as a systemd service
 
 
@@ -33,6 +37,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The adapter's settings."""
 
     endpoint: str = ""  #: where the daemon listens; empty: `default_endpoint`
+    keys: str = ""  #: the engine's key file (`smartspec keys add`), which tcp:// needs
     engine: Annotated[str, Meta(max_length=200)] = ""  #: unique on the daemon; empty: the model's
     mode: Literal["control", "off"] = "control"  #: off: vLLM as without us
     #: ragged: a length per request; uniform: one for all of a step, for attention backends that
@@ -68,7 +73,22 @@ def load(additional_config: Any, environment: Mapping[str, str]) -> Settings:
         raise SettingsError(
             f"{SECTION}.endpoint: {endpoint!r}, expected an address such as ipc:///run/x.sock"
         )
+    if endpoint.startswith("tcp://") and not (settings.keys or endpoint.startswith(LOOPBACK)):
+        raise SettingsError(
+            f"{SECTION}.keys: {endpoint} is encrypted, and takes the engine's key file: make one "
+            "with `smartspec keys add` (docs/security.md)"
+        )
     return msgspec.structs.replace(settings, endpoint=endpoint)
+
+
+def keys_of(settings: Settings) -> EngineKeys | None:
+    """The engine's keys, where it has any. Raises `SettingsError`."""
+    if not settings.keys:
+        return None
+    try:
+        return read_keys(Path(settings.keys))
+    except ValueError as error:
+        raise SettingsError(f"{SECTION}.keys: {error}") from error
 
 
 def default_endpoint(environment: Mapping[str, str]) -> str:

@@ -98,7 +98,7 @@ class Plan:
 
     group: Group  #: who is to decode in it; who has left by then is found out when it runs
     batch: DecodeBatch  #: the same, for the source of lengths
-    near: list[int]  #: rows that may be at their answer's end by then
+    near: list[tuple[int, Any, int]]  #: who may be at the answer's end: row, request, most drafts
 
 
 class Steering:
@@ -171,14 +171,16 @@ class Steering:
         """What lengths are to be chosen for in the next step, as far as it is known now."""
         group = self._group
         room = group.most_drafts - sizes(map(_answer, group.requests), len(group.requests))
-        if self._is_async:  # of a step in flight, all drafts may still be accepted
+        if self._is_async:
             room -= np.fromiter(map(_in_flight, group.requests), np.int64, len(room))
         ceiling = np.minimum(np.maximum(room, 0), self._max_length).astype(np.uint8)
         features = np.zeros((0, len(room)), np.float32)
         batch = DecodeBatch(group.ids, ceiling, features, self._expected_prefill())
         # The step in between brings one token more than drafts at most.
-        near = np.flatnonzero(room < 2 * self._max_length + 1)
-        return Plan(group, batch, near.tolist())
+        near = np.flatnonzero(room < 2 * self._max_length + 1).tolist()
+        most = group.most_drafts[near].tolist()
+        ending = zip(near, [group.requests[i] for i in near], most, strict=True)
+        return Plan(group, batch, list(ending))
 
     def _as_it_is_now(self, plan: Plan, found: Found | None) -> DecodeBatch:
         """The plan's batch with what has changed since: prompts that have come, drafts found."""
@@ -237,8 +239,11 @@ class Steering:
     def _put_in(self, plan: Plan, choice: Choice) -> Choice:
         """Cut drafts to what is chosen, and set what is drafted next."""
         group, lengths = plan.group, choice.lengths.tolist()
-        for i in plan.near:
-            lengths[i] = min(lengths[i], self._room_of(group, i))
+        for i, request, most in plan.near:
+            room = most - len(_answer(request))
+            if self._is_async:  # of a step in flight, all drafts may still be accepted
+                room -= _in_flight(request)
+            lengths[i] = min(lengths[i], max(room, 0))
         if not self._method.is_lookup:
             if lengths:  # else the length of the last batch stands for the next
                 self._live.length = max(lengths)
@@ -256,14 +261,6 @@ class Steering:
                 request.spec_token_ids = drafts[:length]
         self._scheduler.dynamic_sd_lookup = self._live
         return choice
-
-    def _room_of(self, group: Group, row: int) -> int:
-        """Drafts that a request can still use."""
-        request = group.requests[row]
-        room = int(group.most_drafts[row]) - len(_answer(request))
-        if self._is_async:
-            room -= _in_flight(request)
-        return max(room, 0)
 
     def after_schedule(self, output: Any) -> None:
         """Remember what the step holds, until its results come."""

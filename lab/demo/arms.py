@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """``length``: the static length for all; None: SmartSpec decides."""
+    """``length``: the static length for all; None: SmartSpec decides.
+
+    ``proposer`` : of the worker that plays it, as `smartspec worker` knows it
+    """
 
     name: str
     title: str
     why: str
     length: int | None
+    proposer: str = "lookup"
 
 
 ARMS = (

@@ -72,6 +72,10 @@ class StepRecord:
     step_s: float
     num_prefill_tokens: int
     source: str  #: who chose the lengths
+    num_drafted: tuple[int, ...] = ()  #: verified, of each
+    num_accepted: tuple[int, ...] = ()
+    target_s: float = 0.0
+    draft_s: float = 0.0  #: with looking for what could be drafted
 
 
 @dataclass(slots=True)
@@ -131,8 +135,10 @@ def play(
         timeout_s = TICK_S if not pending else min(TICK_S, pending[0].at_s - now_s)
         got = engine.poll(max(timeout_s, 0.0))
         if got is not None:
-            heard_at, event = got
-            _note(event, heard_at - played.begin_clock_s, running, played)
+            at, event = got
+            if at >= played.begin_clock_s:  # else it is of what was played before, long ago maybe
+                heard_at = at
+                _note(event, at - played.begin_clock_s, running, played)
         elif running and clock() - heard_at > STALLED_S:
             raise PlayError(
                 f"no word from the worker for {STALLED_S:.0f} s with {len(running)} requests open"
@@ -180,6 +186,10 @@ def _note(
                     step_s=float(event["step_s"]),
                     num_prefill_tokens=int(event["num_prefill_tokens"]),
                     source=str(event["source"]),
+                    num_drafted=tuple(event["num_drafted"]),
+                    num_accepted=tuple(event["num_accepted"]),
+                    target_s=float(event["target_s"]),
+                    draft_s=float(event["draft_s"]),
                 )
             )
         case "error":

@@ -1,4 +1,4 @@
-"""The worker, kept for all arms; and beside it a daemon, for as long as one arm needs it."""
+"""Workers, kept for all arms; and beside them a daemon, for as long as one arm needs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from smartspec.lab.demo import calibration
-from smartspec.lab.demo.arms import Arm
+from smartspec.lab.demo.arms import ARMS, Arm
 from smartspec.lab.demo.calibration import Calibration
 from smartspec.lab.demo.live import Display, view_of
 from smartspec.lab.demo.monitor import Decision, Monitor
@@ -52,34 +52,39 @@ class ArmPlayed:
 
 
 class Session:
-    """Starts the worker on entry; on exit nothing that was started is left.
+    """Starts the workers on entry; on exit nothing that was started is left.
 
     Parameters
     ----------
     folder : for logs and sockets; created
     display : where progress goes
+    arms : to be played: a worker for each of their proposers, idle while another's arm is played
 
     Attributes
     ----------
-    worker : while entered
-    runtime_dir : of daemons, while entered: where the worker looks for one
+    worker : of the first arm, while entered
+    runtime_dir : of daemons, while entered: where workers look for one
     """
 
     worker: WorkerProcess
     runtime_dir: Path
 
-    def __init__(self, folder: Path, display: Display) -> None:
+    def __init__(self, folder: Path, display: Display, arms: Sequence[Arm] = ARMS) -> None:
         self._folder = folder
         self._display = display
+        self._proposers = list(dict.fromkeys(arm.proposer for arm in arms))
+        self._workers: dict[str, WorkerProcess] = {}
         self._cleanup = contextlib.ExitStack()
         self._num_plays = 0
-        self.ready: dict[str, Any] = {}  #: what the worker said of itself
+        self.ready: dict[str, Any] = {}  #: what the first worker said of itself
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self._folder.mkdir(parents=True, exist_ok=True)
             self.runtime_dir = stack.enter_context(_runtime_dir(self._folder / "run"))
-            self.worker = self._start_worker(stack)
+            ready = {name: self._start_worker(name, stack) for name in self._proposers}
+            self.worker = self._workers[self._proposers[0]]
+            self.ready = ready[self._proposers[0]]
             self._cleanup = stack.pop_all()
         return self
 
@@ -91,18 +96,18 @@ class Session:
     ) -> None:
         self._cleanup.close()
 
-    def _start_worker(self, stack: contextlib.ExitStack) -> WorkerProcess:
+    def _start_worker(self, proposer: str, stack: contextlib.ExitStack) -> dict[str, Any]:
         arguments = [
-            *("--proposer", "lookup", "--max-length", str(MAX_LENGTH)),
+            *("--proposer", proposer, "--max-length", str(MAX_LENGTH)),
             *("--speculation", "own", "--step-events", "--engine", "demo"),
             *("--endpoint", endpoints(self.runtime_dir)[0]),
             *("--max-num-running", str(MAX_NUM_RUNNING), "--threads", str(num_threads())),
         ]
-        worker = WorkerProcess(arguments, self._folder / "worker.log")
+        worker = WorkerProcess(arguments, self._folder / f"worker-{proposer}.log")
         stack.callback(worker.stop)
-        with self._display.waiting("starting the worker") as say:
-            self.ready = worker.wait_ready(say)
-        return worker
+        self._workers[proposer] = worker
+        with self._display.waiting(f"starting the worker, {proposer}") as say:
+            return worker.wait_ready(say)
 
     def calibrate(self, prompts: Sequence[Prompt], seed: int) -> Calibration:
         """Measure what the machine serves without speculation. Takes some 10 to 20 s."""
@@ -116,8 +121,8 @@ class Session:
 
             self.worker.set_speculation("static", 0)
             # The first pass over a model touches its weights for the first time.
-            self._play_burst(chosen[:2], "touch", max_tokens=8)
-            played = self._play_burst(chosen, "calibration", on_tick=progress)
+            self._play_burst(self.worker, chosen[:2], "touch", max_tokens=8)
+            played = self._play_burst(self.worker, chosen, "calibration", on_tick=progress)
         return calibration.calibrate(played.requests, played.steps, MAX_NUM_RUNNING)
 
     def play(
@@ -128,14 +133,15 @@ class Session:
         The daemon of a SmartSpec arm starts cold before the warm-up and is stopped after the arm:
         it learns everything within the arm, and takes no processor time from the others.
         """
+        worker = self._workers[arm.proposer]
         with contextlib.ExitStack() as stack:
             daemon, monitor = self._start_daemon(stack) if arm.length is None else (None, None)
             if arm.length is None:
-                self.worker.set_speculation("smartspec")
+                worker.set_speculation("smartspec")
             else:
-                self.worker.set_speculation("static", arm.length)
+                worker.set_speculation("static", arm.length)
             with self._display.waiting(f"{title}: warming up, not measured"):
-                self._play_burst(warm_up, "warm_up", max_tokens=WARM_UP_TOKENS)
+                self._play_burst(worker, warm_up, "warm_up", max_tokens=WARM_UP_TOKENS)
 
             def show(now_s: float, played: Played) -> None:
                 if daemon is not None and monitor is not None:
@@ -157,16 +163,21 @@ class Session:
                     )
 
             with self._display:
-                played = play(schedule.arrivals, self.worker, tag=self._tag(arm.name), on_tick=show)
+                played = play(schedule.arrivals, worker, tag=self._tag(arm.name), on_tick=show)
             if monitor is None:
                 return ArmPlayed(arm, played)
             return ArmPlayed(arm, played, monitor.decisions, monitor.notes)
 
     def _play_burst(
-        self, prompts: Sequence[Prompt], phase: str, max_tokens: int | None = None, **how: Any
+        self,
+        worker: WorkerProcess,
+        prompts: Sequence[Prompt],
+        phase: str,
+        max_tokens: int | None = None,
+        **how: Any,
     ) -> Played:
         return play(
-            burst(prompts, phase), self.worker, tag=self._tag(phase), max_tokens=max_tokens, **how
+            burst(prompts, phase), worker, tag=self._tag(phase), max_tokens=max_tokens, **how
         )
 
     def _tag(self, name: str) -> str:

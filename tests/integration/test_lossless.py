@@ -26,7 +26,7 @@ from smartspec.engine_adapter.reference import model_runner
 from smartspec.engine_adapter.reference import worker as worker_module
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree, agreeing_path
-from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
@@ -54,6 +54,9 @@ PROPOSERS: dict[str, Callable[[str, bool], Proposer]] = {
     "itself": lambda family, sampled: _draft(tiny_model(family)),
     "eagle": lambda family, sampled: FeatureDraft(
         tiny_head(tiny_model(family)), MAX_RUNNING, MAX_LEN, MAX_LENGTH, max_pass_tokens=40
+    ),
+    "eagle_chain": lambda family, sampled: FeatureChain(
+        tiny_head(tiny_model(family)), MAX_RUNNING, MAX_LEN, MAX_LENGTH
     ),
     "random": lambda family, sampled: RandomProposer(MAX_LENGTH, seed=3),
     "random_trees": lambda family, sampled: _random_trees(family, sampled),
@@ -203,7 +206,8 @@ def test_output_is_the_same_when_speculating(family: str, name: str, sampled: bo
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "seeded"])
 @pytest.mark.parametrize(
-    "name", ["other_weights", "itself", "eagle", "draft_tree", "draft_tree_with_copies"]
+    "name",
+    ["other_weights", "itself", "eagle", "eagle_chain", "draft_tree", "draft_tree_with_copies"],
 )
 def test_output_is_the_same_when_drafts_are_cut_by_confidence(name: str, sampled: bool) -> None:
     proposer = PROPOSERS[name]("llama", sampled)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ import pytest
 import redis
 from fakes import free_port
 from learned_state import ENGINE, FRAME
+from prometheus_client import generate_latest
 
 from smartspec.daemon import config
 from smartspec.daemon.event_bus import (
+    BusEvent,
     CheckpointEvent,
     DecisionEvent,
     EngineEvent,
@@ -36,9 +39,10 @@ from smartspec.daemon.event_bus import (
     StepEvent,
 )
 from smartspec.daemon.state import warm_start
-from smartspec.daemon.telemetry import metric_ids, redis_store
+from smartspec.daemon.telemetry import embedded_valkey, metric_ids, redis_store
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineState
+from smartspec.daemon.telemetry.process import Telemetry
 from smartspec.daemon.telemetry.prometheus import PrometheusExporter
 from smartspec.daemon.telemetry.redis_store import Keys, RedisStore, connect
 from smartspec.daemon.views import inspect
@@ -301,6 +305,36 @@ def test_embedded_server_is_started_again_when_it_dies(runtime_dir: Path, bus: E
         client.close()
 
 
+def test_server_that_is_being_started_is_given_up_when_the_store_is_closed(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mute(EmbeddedValkey):
+        def _answers(self) -> bool:
+            return False
+
+    monkeypatch.setattr(embedded_valkey, "START_TIMEOUT_S", 0.5)
+    server = Mute(runtime_dir / "own.sock")
+    client = connect(f"unix://{server.socket_path}")
+    store = RedisStore(client, "t:", stream_maxlen=10, ttl_s=60, server=server)
+    store.start()
+    pid = eventually(lambda: server.pid)
+    store.close(timeout_s=0.1)
+    eventually(lambda: not psutil.pid_exists(pid))
+    assert store._thread is not None
+    store._thread.join()  # an exception in it would fail this test
+
+
+def test_stopped_server_goes_with_telemetry(runtime_dir: Path, bus: EventBus) -> None:
+    with telemetry_process(runtime_dir, "telemetry.prometheus_port=0") as process:
+        connected(bus, runtime_dir).close()
+        [server] = psutil.Process(process.pid).children()
+        server.suspend()
+        process.terminate()
+        _, log = process.communicate(timeout=15)
+        assert b"Traceback" not in log
+        eventually(lambda: not server.is_running())
+
+
 def test_no_server_is_left_when_telemetry_is_killed(runtime_dir: Path, bus: EventBus) -> None:
     with telemetry_process(runtime_dir, "telemetry.prometheus_port=0") as process:
         connected(bus, runtime_dir).close()
@@ -445,6 +479,39 @@ def test_metrics_are_exported_under_their_ids_when_scraped(
             assert line in page
         bus.publish(EngineEvent(engine="worker-0", epoch=1, state="left"))
         eventually(lambda: 'engine="worker-0"' not in scrape(port))
+
+
+class Events:
+    """A subscriber with events at hand."""
+
+    def __init__(self, *events: BusEvent) -> None:
+        self.waiting = deque(events)
+        self.num_missed: dict[str, int] = {}
+
+    def poll(self, timeout_s: float = 0.0) -> BusEvent | None:
+        return self.waiting.popleft() if self.waiting else None
+
+    def close(self) -> None:
+        pass
+
+
+def test_engine_that_left_is_not_connected_again_by_a_step() -> None:
+    exporter = PrometheusExporter()
+    telemetry = Telemetry(
+        Events(
+            EngineEvent(engine="worker-0", epoch=1, state="connected"),
+            step(1),
+            EngineEvent(engine="worker-0", epoch=1, state="left"),
+            step(2),
+            step(1, engine="worker-1"),  # whose arrival went unheard
+        ),
+        None,
+        exporter,
+    )
+    telemetry.turn()
+    page = generate_latest(exporter.registry).decode()
+    assert 'engine="worker-0"' not in page
+    assert 'smartspec_engine_connected{engine="worker-1"} 1.0' in page
 
 
 def test_health_is_told_while_the_loop_is_heard(runtime_dir: Path, bus: EventBus) -> None:

@@ -37,15 +37,18 @@ BUSY = Costs(base_s=0.004, token_s=0.002)
 class Daemon:
     """`smartspec run` in a directory of its own."""
 
-    def __init__(self, runtime_dir: str, *settings: str) -> None:
+    def __init__(self, runtime_dir: str, *settings: str, config: Path | None = None) -> None:
         self.endpoint = f"ipc://{runtime_dir}/engines.sock"
         self._runtime_dir = runtime_dir
         self._settings = settings
+        self._config = config
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "smartspec.daemon.cli", "run"]
         command += ["--runtime-dir", self._runtime_dir, "--log-level", "warning"]
+        if self._config is not None:
+            command += ["--config", str(self._config)]
         for setting in ("telemetry.prometheus_port=0", *self._settings):
             command += ["--set", setting]
         self.process = subprocess.Popen(command)
@@ -296,6 +299,38 @@ def test_loop_does_not_notice_when_telemetry_and_redis_are_killed(
     while not {child.pid for child in children()} - gone:
         assert time.monotonic() < deadline, "telemetry was not started again"
         load.run(0.1)
+
+
+def test_steering_goes_on_when_telemetry_is_slow_to_end_at_a_reload(
+    stack: ExitStack, runtime_dir: str
+) -> None:
+    config = Path(runtime_dir) / "smartspec.toml"
+    config.write_text("[redis]\nttl_s = 1000\n", "utf-8")
+    daemon = Daemon(runtime_dir, config=config)
+    stack.callback(daemon.close)
+    load = engine(stack, daemon, [0.6] * 16)
+    load.run_until("policy")
+
+    def telemetry() -> psutil.Process | None:
+        found = psutil.Process(daemon.process.pid).children()
+        return found[0] if found else None
+
+    deadline = time.monotonic() + 3 * PATIENCE_S
+    while not (Path(runtime_dir) / "valkey.sock").exists():
+        assert time.monotonic() < deadline, "telemetry did not start"
+        load.run(0.1)
+    old = telemetry()
+    assert old is not None
+    old.suspend()  # as when it waits for a disk or a Redis: it has to be killed
+    config.write_text("[redis]\nttl_s = 2000\n", "utf-8")
+    daemon.signal(signal.SIGHUP)
+    sources = []
+    deadline = time.monotonic() + 3 * PATIENCE_S
+    while (new := telemetry()) is None or new.pid == old.pid:
+        assert time.monotonic() < deadline, "telemetry was not started again"
+        sources += load.run(0.1)
+    assert set(sources) <= {"policy", "probe"}
+    assert load.slowest_s < STALL_S
 
 
 def test_engine_is_paused_and_released_from_the_command_line(

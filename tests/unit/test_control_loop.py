@@ -13,7 +13,7 @@ from scripted_engine import hello
 from smartspec.daemon import config, control_loop
 from smartspec.daemon.adoption.pauses import Pauses
 from smartspec.daemon.commands import Command
-from smartspec.daemon.control_loop import ControlLoop
+from smartspec.daemon.control_loop import FAILED_IN_A_ROW, ControlLoop
 from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
@@ -25,7 +25,7 @@ from smartspec.daemon.event_bus import (
     StepEvent,
 )
 from smartspec.daemon.outlook import Outlook
-from smartspec.daemon.policy import RELEASE_TTL_S
+from smartspec.daemon.policy import RELEASE_TTL_S, Arm
 from smartspec.daemon.sessions import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT
 from smartspec.daemon.state.learned import ModelKey, decode
 from smartspec.daemon.state.library import Library
@@ -329,13 +329,30 @@ def test_nothing_is_decided_for_an_engine_that_reports_and_goes_in_one_turn(rig:
     assert rig.loop.sessions.retired["gpu0"].learned.num_steps == 1  # what it said is still true
 
 
+def test_nothing_is_published_of_an_engine_after_it_was_said_to_have_left(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    rig.cycle(b"a", step_report(2, roster=False), wire.Goodbye(epoch=1))
+    rig.clock.now += 2.0
+    rig.cycle()
+    of_engine = [event for event in rig.bus.events if getattr(event, "engine", "") == "gpu0"]
+    assert isinstance(of_engine[-1], EngineEvent) and of_engine[-1].state == "left"
+    assert [event.seq for event in rig.bus.of(StepEvent)] == [1]
+
+
+def test_steps_of_an_engine_are_not_taken_for_those_of_its_successor(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(7), hello("gpu0", epoch=2), step_report(1, epoch=2))
+    assert [event.seq for event in rig.bus.of(StepEvent)] == [1]
+
+
 def test_engine_is_lost_after_long_silence_and_returns_where_it_was(rig: Rig) -> None:
     for seq in range(1, 150):
         rig.cycle(b"a", step_report(seq, roster=seq == 1))
     last = rig.policies()[-1].seq
     rig.clock.now += rig.settings.control.engine_timeout_s + 1
+    rig.transport.gone.add(b"a")
     rig.cycle()
     assert [e.state for e in rig.bus.of(EngineEvent)][-1] == "lost"
+    rig.transport.gone.clear()
     rig.transport.sent.clear()
     rig.cycle(b"a", step_report(150, roster=False))
     assert rig.transport.take(b"a", wire.Resync)
@@ -343,6 +360,22 @@ def test_engine_is_lost_after_long_silence_and_returns_where_it_was(rig: Rig) ->
     (policy,) = rig.policies()
     assert policy.seq > last  # or the engine would take it for an old one
     assert rig.session().engine.is_warm
+
+
+def test_engine_without_requests_is_kept_while_it_is_connected(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    rig.clock.now += 100 * rig.settings.control.engine_timeout_s
+    rig.cycle()
+    assert [e.state for e in rig.bus.of(EngineEvent)] == ["connected"]
+    rig.cycle(b"a", step_report(2, roster=False))
+    assert rig.session().engine.num_reports == 2
+
+
+def test_engine_that_hangs_loses_its_name_to_whoever_comes_by_it(rig: Rig) -> None:
+    rig.cycle(b"a", step_report(1))
+    rig.clock.now += rig.settings.control.engine_timeout_s + 1
+    rig.cycle(b"b", hello("gpu0", epoch=2), step_report(1, epoch=2))
+    assert len(rig.policies(b"b")) == 1 and rig.session().peer == b"b"
 
 
 def test_idle_engine_is_kept_when_it_repeats_its_hello(rig: Rig) -> None:
@@ -422,6 +455,66 @@ def test_failing_planner_costs_its_engine_the_decision_and_nobody_else(rig: Rig)
     assert rig.loop.counters["failures_deciding"] == 3
     assert not rig.policies(b"a") and len(rig.policies(b"b")) == 3
     assert rig.session().engine.acceptance.num_observed().sum() > 0  # it still learns
+    (note,) = [note for note in rig.bus.of(NoteEvent) if note.kind == "fault"]
+    assert (note.engine, note.level) == ("gpu0", "error") and "a fault of ours" in note.text
+
+
+def test_engine_is_released_when_no_decision_can_be_made_for_it(rig: Rig) -> None:
+    decide = rig.session().planner.decide
+    rig.session().planner.decide = fail
+    for seq in range(1, FAILED_IN_A_ROW + 3):
+        rig.cycle(b"a", step_report(seq, roster=seq == 1))
+    (release,) = rig.policies()
+    assert release.ttl_s == RELEASE_TTL_S
+    rig.session().planner.decide = decide
+    rig.cycle(b"a", step_report(FAILED_IN_A_ROW + 3, roster=False))
+    (policy,) = rig.policies()
+    assert policy.ttl_s > RELEASE_TTL_S and policy.seq > release.seq
+
+
+def test_engine_that_is_long_to_decide_for_leaves_time_to_others(rig: Rig) -> None:
+    rig.connect(b"b", "gpu1")
+    planner = rig.session().planner
+    decide = planner.decide
+
+    def slowly(*arguments: Any) -> Any:
+        rig.clock.now += rig.settings.control.heartbeat_s
+        return decide(*arguments)
+
+    planner.decide = slowly
+    rig.transport.put(b"b", step_report(1))
+    rig.cycle(b"a", step_report(1))
+    beats = rig.transport.take(b"b", wire.Heartbeat)
+    assert beats, "told within the turn that the daemon lives"
+    for seq in range(2, 6):
+        rig.clock.now += 0.8 * rig.settings.control.heartbeat_s
+        rig.transport.put(b"b", step_report(seq, roster=False))
+        rig.cycle(b"a", step_report(seq, roster=False))
+    assert (len(rig.policies(b"a")), len(rig.policies(b"b"))) == (1, 5)
+    assert rig.loop.counters["decisions_put_off"] == 4
+    rig.clock.now += rig.settings.control.heartbeat_s
+    rig.cycle(b"a", step_report(6, roster=False))
+    assert len(rig.policies(b"a")) == 1
+
+
+@pytest.mark.parametrize("mode", ["observe", "canary", "control"])
+def test_first_step_of_any_length_does_no_lasting_harm(mode: str) -> None:
+    """Kernels are compiled in it, say: what takes 20 ms took half a minute."""
+    rig = Rig(mode)
+    rig.connect()
+    for seq in range(1, 1000):
+        took_s = 30.0 if seq == 1 else 0.02
+        facts: dict[str, Any] = {"step_s": took_s, "target_s": None, "draft_s": None}
+        if rig.session().trial.current is Arm.OWN:
+            facts |= {"source": "own", "num_drafted": wire.pack([3] * 3, "u8")}
+        else:
+            facts["policy_seq"] = rig.session().engine.policy_seq
+        rig.cycle(b"a", step_report(seq, roster=seq == 1, **facts))
+        rig.clock.now += took_s
+    gain = rig.bus.of(GainEvent)[-1]
+    assert rig.loop.counters.keys().isdisjoint({"failures_comparing", "failures_deciding"})
+    assert gain.gain_over_none is not None
+    assert -0.9 < gain.gain_over_none_low <= gain.gain_over_none_high < 3.0
 
 
 @pytest.mark.parametrize("part", ["engine.learn", "planner.prober.account"])

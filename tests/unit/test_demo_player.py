@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from virtual_engine import VirtualEngine
@@ -57,6 +58,26 @@ def test_events_of_another_play_are_ignored_when_they_come_late() -> None:
     engine = VirtualEngine()
     engine.events.append((0.0, {"event": "token", "id": "old/p0", "text": "x", "num_tokens": 9}))
     engine.events.append((0.0, {"event": "finished", "id": "old/p0", "reason": "length"}))
+    assert play_on(engine, burst([prompt(0)], "burst")).num_tokens == 4
+
+
+class Busy(VirtualEngine):
+    """Says nothing to the first polls."""
+
+    polls = 3
+
+    def poll(self, timeout_s: float) -> tuple[float, dict[str, Any]] | None:
+        if not self.events and self.polls:
+            self.polls -= 1
+            self.now_s += timeout_s
+            return None
+        return super().poll(timeout_s)
+
+
+def test_play_goes_on_when_what_is_left_of_another_play_is_long_ago() -> None:
+    engine = Busy()
+    engine.now_s = 1000.0
+    engine.events.append((2.0, {"event": "stats"}))
     assert play_on(engine, burst([prompt(0)], "burst")).num_tokens == 4
 
 

@@ -16,7 +16,7 @@ from smartspec.engine_adapter.base import FixedLength
 from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.events import Finished
-from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.feature_draft import FeatureChain
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.sequence import Request
 from smartspec.engine_adapter.reference.worker import Worker
@@ -93,12 +93,6 @@ def test_recording_goes_on_where_it_stopped(
         torch.testing.assert_close(found.log_mass, expected.log_mass)
 
 
-class Chains(FeatureDraft):
-    """Training is for chains: of what may follow, the first choice alone."""
-
-    num_children = 1
-
-
 def test_score_is_what_the_worker_accepts() -> None:
     """So that training's rounds see exactly what drafting sees: positions, states and all."""
     target = tiny_model("llama").float()
@@ -110,7 +104,7 @@ def test_score_is_what_the_worker_accepts() -> None:
     batches = [training.batch_of(found[i : i + 5], 32) for i in range(0, len(found), 5)]
     score = training.score(head, batches, 4)
     worker = Worker(
-        target, proposer=Chains(head, 4, 64, 4, copies=False), length_source=FixedLength(4),
+        target, proposer=FeatureChain(head, 4, 64, 4), length_source=FixedLength(4),
         max_num_running=4, max_model_len=64, eos_token_ids=frozenset({7}),
     )  # fmt: skip
     for prompt in PROMPTS:

@@ -39,7 +39,7 @@ BAD_REPORTS: dict[str, dict[str, Any]] = {
     "step_s: inf": {"step_s": INF},
     "step_s: -1": {"step_s": -1.0},
     "step_s: 601": {"step_s": 601.0},
-    "step_s: 0, a step": {"step_s": 0.0, "target_s": None, "draft_s": None},
+    "step_s: 0.0, a step": {"step_s": 0.0, "target_s": None, "draft_s": None},
     "target_s: nan": {"target_s": NAN},
     "draft_s: -0.1": {"draft_s": -0.1},
     "more than step_s": {"target_s": 0.029, "draft_s": 0.029},
@@ -63,6 +63,8 @@ BAD_REPORTS: dict[str, dict[str, Any]] = {
     "request_ids: not unique": {"roster": roster([1, 2, 1])},
     "request_ids: 513 requests": {"roster": roster(list(range(513)))},
     "weight: must be": {"roster": roster([1, 2, 3], weight=wire.pack([1, 0, 1], "f32"))},
+    "weight: must be in": {"roster": roster([1, 2, 3], weight=wire.pack([1, 1e9, 1], "f32"))},
+    "step_s: 1e-60": {"step_s": 1e-60, "target_s": None, "draft_s": None},
     "weight: holds": {"roster": roster([1, 2, 3], weight=wire.pack([1, NAN, 1], "f32"))},
     "weight: 4 bytes": {"roster": roster([1, 2, 3], weight=wire.pack([1], "f32"))},
     "token_time_target_s: holds": {
@@ -86,6 +88,20 @@ def test_report_is_refused_whole_when_a_field_cannot_be_true(message: str) -> No
     assert new.last is None and new.batch is None
     assert (new.last_seq, new.num_reports, new.num_missed) == (0, 0, 0)
     new.observe(step_report(1))  # the same engine, now honest
+
+
+def test_report_is_refused_when_it_skips_more_steps_than_an_engine_makes() -> None:
+    new = engine()
+    new.observe(step_report(1))
+    with pytest.raises(wire.MessageError, match="seq: 18446744073709551615 after 1"):
+        new.observe(step_report(2**64 - 1, roster=False))
+    new.observe(step_report(3, roster=False))
+    assert (new.last_seq, new.num_missed) == (3, 1)
+
+
+def test_engine_is_refused_whose_batch_takes_too_long_to_decide_for() -> None:
+    with pytest.raises(wire.MessageError, match="4096 requests of 64 drafts each, at most 65536"):
+        Engine(hello(max_length=64, max_num_running=4096))
 
 
 RANKS = {

@@ -15,6 +15,7 @@ from smartspec.daemon.adoption.gain import (
     Comparisons,
     Discounted,
     GainEstimator,
+    Interval,
     Tally,
     student_95,
 )
@@ -173,3 +174,8 @@ def test_own_setting_counts_as_no_speculation_when_it_is_that() -> None:
     assert gains.bias(Arm.NONE) == gains.bias(Arm.OWN) == pytest.approx(-1 / 11)
     gains.note_comparison(Arm.OWN, tally(120.0, 110.0, 110.0), tally(100.0, 110.0, 110.0))
     assert gains.comparisons[Arm.NONE].num_made == 1
+
+
+def test_gain_is_bounded_however_little_is_known() -> None:
+    everything = Interval.of_log(3.0, 5000.0)
+    assert everything.low == pytest.approx(-1.0, abs=1e-5) and 1e6 < everything.high < 1e7

@@ -10,7 +10,7 @@ import late_policy
 import numpy as np
 import pytest
 
-from smartspec.daemon.goodput import at_price, best_by_batch, solve
+from smartspec.daemon.goodput import at_price, best_by_batch, depths_tried, solve
 from smartspec.engine_adapter.lengths import (
     RAGGED,
     UNIFORM,
@@ -150,6 +150,38 @@ def test_ranks_of_trees_equal_brute_force_over_all_subtrees() -> None:
                 seconds += draft.by_depth(longest) + draft.per_token_s * total
             best = max(best, gain / seconds)
         assert solve(Ladder(ranked.T), [curve], draft).goodput == pytest.approx(best), case
+
+
+@pytest.mark.parametrize("worth", [operator.truediv, lambda gain, s: gain - 3.0 * s])
+def test_optimum_is_that_of_all_depths_where_few_are_looked_at(
+    worth: Callable[[float, float], float],
+) -> None:
+    """Trees of up to 40 nodes: how deep to look is told by the depths before."""
+    rng = np.random.default_rng(21)
+    fewest = 99
+    for _ in range(400):
+        size = int(rng.integers(1, 9))
+        survival = np.sort(rng.beta(1, 2, (40, size)), axis=0)[::-1] * rng.random(size)
+        ladder = Ladder(survival, ceiling=rng.integers(0, 41, size))
+        curve = random_curve(rng, size * 41)
+        per_doubling = float(rng.uniform(0, 2))
+        forwards = tuple(1 + per_doubling * np.log2(np.arange(1, 41)))
+        draft = DraftCost(0.1, float(rng.choice((0.001, 0.03, 0.3))), forwards=forwards)
+        best = -np.inf
+        for depth in depths_tried(40):
+            gain, drafts = ladder.prefixes(depth)
+            seconds = ladder.seconds_by_drafts(curve, draft, drafts, 0)
+            seconds = ladder.add_depth(seconds, draft, depth, drafts)
+            best = max(best, float(np.max(worth(gain, seconds))))  # type: ignore[arg-type]
+        looked_at = Ladder(survival, ceiling=ladder.ceiling)
+        if worth is operator.truediv:
+            found = solve(looked_at, [curve], draft).goodput
+        else:
+            choice = at_price(looked_at, 3.0, [curve], draft).choice
+            found = choice.gain - 3.0 * choice.seconds
+        assert found == pytest.approx(best, rel=1e-12, abs=1e-12)
+        fewest = min(fewest, len(looked_at._scans))
+    assert fewest < 12
 
 
 def test_engine_and_daemon_choose_alike_when_nothing_has_changed() -> None:

@@ -80,8 +80,8 @@ def test_anything_else_is_refused(frame: bytes) -> None:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"version": 2}, "version 2, of a newer release: version 1 is read here"),
-        ({"version": 2, "body": None, "digest": None}, "newer release"),
+        ({"version": 3}, "version 3, of a newer release: version 2 is read here"),
+        ({"version": 3, "body": None, "digest": None}, "newer release"),
         ({"version": 0}, "version 0, of another release"),
         ({"format": "someone else's"}, "no format"),
         ({"digest": bytes(32)}, "digest does not match"),

@@ -250,6 +250,39 @@ def test_lengths_are_chosen_anew_when_anything_about_the_batch_has_changed() -> 
     assert ready.fallback(batch) is not ready.choose(batch)
 
 
+def test_lengths_of_a_prepared_batch_are_those_of_one_that_was_not() -> None:
+    curves = (curve([1, 20, 40, 1000], [0.02, 0.02, 0.26, 9.0]),)
+    terms: dict[str, Any] = {"curves": curves, "value_of_time": 60.0}
+    ready, batch = program(**terms), decode_batch(range(1, 7))
+    prepared = ready.prepare(batch)
+    assert ready.choose(batch) is prepared
+    seen = set()
+    for num_prompt_tokens in range(0, 60, 4):
+        ready.prepare(batch)
+        with_prompts = replace(batch, num_prefill_tokens=num_prompt_tokens)
+        alone = program(**terms).choose(with_prompts)
+        assert ready.choose(with_prompts).lengths.tolist() == alone.lengths.tolist()
+        seen.add(tuple(alone.lengths.tolist()))
+    assert len(seen) > 1
+
+
+def test_batch_stays_as_it_was_prepared_for_one_choice_only() -> None:
+    ready, batch = program(), decode_batch()
+    ready.prepare(batch)
+    ready.choose(batch)
+    batch.ceiling[:] = 1
+    assert ready.choose(batch).lengths.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("special", ["by_confidence", "meet_targets"])
+def test_preparing_changes_nothing_when_lengths_take_more_than_a_ladder(special: str) -> None:
+    values: dict[str, Any] = {special: True}
+    batch = decode_batch(token_time_target_s=np.array([0.1, 0.0, 0.0], np.float32))
+    prepared, alone = program(**values).prepare(batch), program(**values).choose(batch)
+    assert prepared.lengths.tolist() == alone.lengths.tolist()
+    assert (prepared.prices is None) == (alone.prices is None)
+
+
 def test_lengths_are_zero_when_the_engine_cannot_speculate() -> None:
     ready = program(max_length=0, log_survival=b"")
     assert ready.choose(decode_batch()).lengths.tolist() == [0, 0, 0]

@@ -5,74 +5,121 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smartspec.engine_adapter.reference.calibration import Calibration
-from smartspec.engine_adapter.reference.candidates import Candidates
+from smartspec.engine_adapter.reference.calibration import NUM_BANDS, Calibration
+from smartspec.engine_adapter.reference.candidates import (
+    WIDTH,
+    Best,
+    Candidates,
+    Children,
+    Kind,
+    Level,
+)
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
+
+GREEDY = np.zeros(1, np.int64)
 
 
 def candidates(calibration: Calibration | None = None) -> Candidates:
-    return Candidates(calibration or Calibration(Candidates.num_bands()), 0)
+    """Of one greedy request."""
+    return Candidates(calibration or Calibration(Candidates.num_bands()), GREEDY)
+
+
+def add(one: Candidates, node: int, tokens: list[int], own: list[float], place: int = 0) -> None:
+    one.add(Level.of([place], node), Children(np.array([tokens]), np.array([own])))
+
+
+def best(one: Candidates, most: int) -> Best:
+    return one.best(np.full(one.size, most))
+
+
+def open_at(one: Candidates, node: int) -> float:
+    return float(one.open(Level.of([0], node))[0])
+
+
+def frontier(one: Candidates, most: int) -> list[int]:
+    nodes: list[int] = one.frontier(best(one, most)).nodes.tolist()
+    return nodes
+
+
+def first_chance(one: Candidates) -> float:
+    """Of the node proposed first."""
+    found = best(one, 9)
+    return float(found.chances[found.nodes == 0][0])
 
 
 def test_what_two_proposers_agree_on_is_one_node_and_surer_than_either() -> None:
     one = candidates()
-    one.copy([5, 6], [0.5, 0.9])
-    before = one.chance(1)
-    one.add(ROOT, [7, 5], [0.1, 0.5])
-    best = one.best(9)
-    assert best.tree == DraftTree([5, 6, 7], [ROOT, 0, ROOT])
-    assert best.chances == pytest.approx([0.75, 0.675, 0.1])
-    assert before == pytest.approx(0.45)  # what follows it rises with it
+    one.copy([[5, 6]], [[0.5, 0.9]])
+    assert best(one, 2).chances[0] == pytest.approx([0.5, 0.45])
+    add(one, ROOT, [7, 5], [0.1, 0.5])
+    found = best(one, 9)
+    assert one.trees(found) == [DraftTree([5, 6, 7], [ROOT, 0, ROOT])]
+    # What follows it rises with it.
+    assert found.chances[0, : found.sizes[0]] == pytest.approx([0.75, 0.675, 0.1])
 
 
 def test_children_of_one_node_are_not_right_more_than_once() -> None:
     one = candidates()
-    one.copy([5], [0.9])
-    one.add(ROOT, [7], [0.9])
-    assert one.best(2).chances == pytest.approx([0.5, 0.5])
-    assert one.open(ROOT) == 0.0
+    one.copy([[5]], [[0.9]])
+    add(one, ROOT, [7], [0.9])
+    assert best(one, 2).chances[0] == pytest.approx([0.5, 0.5])
+    assert open_at(one, ROOT) == 0.0
 
 
 def test_only_what_is_not_known_yet_is_left_to_the_drafter() -> None:
     one = candidates()
-    one.copy([5, 6], [0.75, 0.5])
-    assert one.open(ROOT) == pytest.approx(0.25)
-    one.add(ROOT, [7], [0.25])
-    assert one.open(0) == pytest.approx(0.75 * 0.5)
-    assert one.open(1) == pytest.approx(0.375)
-    assert one.frontier(9) == [0, 2]  # not the copy's second token, before its first was run
-    one.run(0)
-    assert one.frontier(9) == [1, 2]
+    one.copy([[5, 6]], [[0.75, 0.5]])
+    assert open_at(one, ROOT) == pytest.approx(0.25)
+    assert frontier(one, 9) == []  # it was not run from the root
+    add(one, ROOT, [7], [0.25])
+    assert open_at(one, 0) == pytest.approx(0.75 * 0.5)
+    assert open_at(one, 1) == pytest.approx(0.375)
+    assert frontier(one, 9) == [0, 2]  # not the copy's second token, before its first was run
+    one.run(Level.of([0], 0), [9])
+    assert frontier(one, 9) == [1, 2]
     # Nothing that follows the third could be among the best two.
-    assert one.frontier(2) == []
+    assert frontier(one, 2) == []
+
+
+def test_nodes_are_run_while_there_is_room_and_each_in_the_next_slot() -> None:
+    one = Candidates(Calibration(Candidates.num_bands()), np.zeros(3, np.int64))
+    one.copy([[5], [], [6, 7]], [[0.5], [], [0.5, 0.5]])
+    add(one, ROOT, [8], [0.2])
+    add(one, ROOT, [9, 4], [0.3, 0.2], place=2)
+    first = one.run(Level.of([0, 0, 2, 2], [0, 1, 0, 2]), [1, 9, 2])
+    assert (first.places.tolist(), first.nodes.tolist()) == ([0, 2, 2], [0, 0, 2])
+    assert one.lineages == [[ROOT], [], [ROOT, ROOT]]
+    assert one.run(Level.of([2], 1), [9, 9, 9]).size == 1
+    assert one.lineages[2] == [ROOT, ROOT, 0]
+    assert one.slots[2, :4].tolist()[:3] == [0, 2, 1]
 
 
 def test_each_kind_is_calibrated_by_itself() -> None:
     calibration = Calibration(Candidates.num_bands())
     for _ in range(200):
         one = candidates(calibration)
-        one.copy([5, 6], [0.5, 0.5])
-        one.add(ROOT, [7], [0.5])
-        one.learn([5, 9])  # the copy's first token is always right, its second and the draft never
+        one.copy([[5, 6]], [[0.5, 0.5]])
+        add(one, ROOT, [7], [0.5])
+        # The copy's first token is always right, its second and the draft never.
+        one.learn([[5, 9]])
+    kinds = np.arange(len(Kind)) * NUM_BANDS
+    drafted, copied, copied_on, both = calibration.rates(np.full(4, 0.5), kinds)
+    assert copied > 0.95
+    assert copied_on < 0.1
+    assert drafted < 0.1
+    assert both == 0.5  # nothing is known of these yet
     one = candidates(calibration)
-    one.copy([5, 6], [0.5, 0.5])
-    assert one.chance(0) > 0.95
-    assert one.chance(1) < 0.1
-    one.add(ROOT, [7], [0.5])
-    assert one.chance(2) < 0.1
-    one.add(ROOT, [5], [0.2])
-    assert one.chance(0) == pytest.approx(0.6, abs=0.05)  # of both: nothing is known of these yet
+    one.copy([[5, 6]], [[0.5, 0.5]])
+    add(one, ROOT, [5], [0.2])
+    assert first_chance(one) == pytest.approx(0.6, abs=0.05)
 
 
 def test_nothing_is_learned_of_what_stands_on_a_wrong_guess_or_was_not_reached() -> None:
     calibration = Calibration(Candidates.num_bands())
     for _ in range(200):
-        one = candidates(calibration)
-        one.draft([5, 6, 8], [0.3, 0.5, 0.7])
-        one.learn([5])  # the answer goes on, but nobody has said how
-        other = candidates(calibration)
-        other.draft([4, 6], [0.9, 0.1])
-        other.learn([5, 6])
+        both = Candidates(calibration, np.zeros(2, np.int64))
+        both.draft([[5, 6, 8], [4, 6]], [[0.3, 0.5, 0.7], [0.9, 0.1]])
+        both.learn([[5], [5, 6]])  # the first goes on, but nobody has said how
     right, unreached, beyond, wrong, after_wrong = calibration.rates([0.3, 0.5, 0.7, 0.9, 0.1])
     assert right > 0.9 and wrong < 0.1
     assert (unreached, beyond, after_wrong) == (0.5, 0.7, 0.1)
@@ -83,11 +130,49 @@ def test_no_node_is_likelier_than_its_parent_whatever_was_learned() -> None:
     calibration = Calibration(Candidates.num_bands())
     for _ in range(300):
         one = candidates(calibration)
-        one.copy(rng.integers(0, 3, 4).tolist(), rng.random(4).tolist())
+        one.copy([rng.integers(0, 3, 4).tolist()], [rng.random(4).tolist()])
         for parent in (ROOT, 0, 1):
-            one.add(parent, [0, 1, 2], rng.dirichlet(np.ones(3)).tolist())
-        best = one.best(12)
-        for chance, parent in zip(best.chances, best.tree.parents, strict=True):
-            assert chance <= (1.0 if parent == ROOT else best.chances[parent])
-        assert sum(c for c, p in zip(best.chances, best.tree.parents) if p == ROOT) <= 1 + 1e-9  # noqa: B905
-        one.learn(rng.integers(0, 3, 3).tolist())
+            add(one, parent, [0, 1, 2], rng.dirichlet(np.ones(3)).tolist())
+        found = best(one, 12)
+        tree, chances = one.trees(found)[0], found.chances[0].tolist()
+        for chance, parent in zip(chances, tree.parents, strict=False):
+            assert chance <= (1.0 if parent == ROOT else chances[parent])
+        at_root = [c for c, p in zip(chances, tree.parents, strict=False) if p == ROOT]
+        assert sum(at_root) <= 1 + 1e-9
+        one.learn([rng.integers(0, 3, 3).tolist()])
+
+
+def test_a_batch_is_as_each_of_its_requests_by_itself() -> None:
+    """Whatever the others have, and however many nodes there are in all."""
+    rng = np.random.default_rng(8)
+    calibration = Calibration(Candidates.num_bands())
+    for fill in range(40):
+        calibration.learn(rng.random(30), rng.random(30) < 0.4, rng.integers(0, 16, 30))
+        size, most = 5, rng.integers(0, 9, 5)
+        bands = rng.integers(0, NUM_BANDS, size)
+        copies = [rng.integers(0, 9, n).tolist() for n in rng.integers(0, 5, size)]
+        sure = [rng.random(len(copy)).tolist() for copy in copies]
+        batch = Candidates(calibration, bands)
+        batch.copy(copies, sure)
+        alone = [Candidates(calibration, bands[i : i + 1]) for i in range(size)]
+        for one, copy, own in zip(alone, copies, sure, strict=True):
+            one.copy([copy], [own])
+        level = Level.of(np.flatnonzero(rng.random(size) < 0.7))
+        for _ in range(1 + fill % 6):
+            tokens = np.array([rng.permutation(9)[:8] for _ in range(level.size)]).reshape(-1, 8)
+            own = rng.dirichlet(np.full(9, 0.3), level.size)[:, :8]
+            batch.add(level, Children(tokens, own))
+            for at, (place, node) in enumerate(zip(*level, strict=True)):
+                here = Children(tokens[at : at + 1], own[at : at + 1])
+                alone[place].add(Level.of([0], node), here)
+            found = batch.best(most)
+            level = batch.run(batch.frontier(found), np.full(size, 20))
+            for place, one in enumerate(alone):
+                mine = one.best(most[place : place + 1])
+                part = mine.chances.shape[1]
+                assert mine.chances[0] == pytest.approx(found.chances[place, :part])
+                assert one.trees(mine)[0] == batch.trees(found)[place]
+                ran = one.run(one.frontier(mine), [20])
+                assert ran.nodes.tolist() == level.nodes[level.places == place].tolist()
+                assert one.lineages[0] == batch.lineages[place]
+    assert batch.tokens.shape[1] > WIDTH + 1  # columns were added on the way

@@ -122,9 +122,9 @@ def test_head_catches_up_with_what_it_did_not_read_while_text_was_copied() -> No
     head = tiny_head(tiny_model("llama"))
     proposer = FeatureDraft(head, 1, MAX_LEN, 6)
     for _ in range(300):  # copies are always right
-        one = Candidates(proposer._calibration, 0)
-        one.copy([1, 2], [0.7, 0.7])
-        one.learn([1, 2])
+        one = Candidates(proposer._calibration, np.zeros(1, np.int64))
+        one.copy([[1, 2]], [[0.7, 0.7]])
+        one.learn([[1, 2]])
     sequence = Sequence(1, Request([1, 2, 3, 4, 5, 9, 9, 2, 3, 4, 5]), 20, 0, 0.0)
     sequence.row = 0
     target = ModelRunner(tiny_model("llama"), 1, MAX_LEN)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -11,9 +9,8 @@ import pytest
 from smartspec.engine_adapter.lengths import RAGGED, CostCurve, DraftCost
 from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import F64, I64, Calibration
-from smartspec.engine_adapter.reference.candidates import Candidates
-from smartspec.engine_adapter.reference.draft_tree import ROOT
-from smartspec.engine_adapter.reference.growth import Cut, Growth, Level
+from smartspec.engine_adapter.reference.candidates import Candidates, Children, Level
+from smartspec.engine_adapter.reference.growth import Cut, Growth
 from smartspec.estimators.acceptance import AcceptanceEstimator
 
 SIZE, DEPTH = 16, 4
@@ -35,12 +32,13 @@ def new_calibration() -> Calibration:
 
 def lengthen(growth: Growth, level: Level, confidences: npt.ArrayLike) -> None:
     """Chains: one child of each node, always token 0."""
-    given = np.asarray(confidences).tolist()
-    growth.add(level, [([0], [own]) for own in given])
+    own = np.asarray(confidences, np.float64)[:, None]
+    growth.add(level, Children(np.zeros(own.shape, np.int64), own))
 
 
-def first(places: Iterable[int]) -> Level:
-    return [(int(place), ROOT) for place in places]
+def run(growth: Growth, *places: int) -> None:
+    """The first node of these."""
+    growth.candidates.run(Level.of(places, 0), np.full(growth.candidates.size, 9))
 
 
 def said(run: I64, most: int = DEPTH) -> list[list[int]]:
@@ -55,18 +53,16 @@ def grow(
     confidences = rng.beta(0.8, 1.4, (DEPTH, SIZE))
     right = rng.random((DEPTH, SIZE)) < true_rate(confidences)
     growth = Growth(calibration, BANDS, np.full(SIZE, DEPTH), prices)
-    level, depth = first(growth.starting()), 0
-    while level:
-        lengthen(growth, level, confidences[depth, [place for place, _ in level]])
+    level, depth = Level.of(growth.starting()), 0
+    while level.size:
+        lengthen(growth, level, confidences[depth, level.places])
         level = growth.next_level([DEPTH] * SIZE)
         depth += 1
     cut = growth.cut(rng.random(SIZE))
     run: I64 = np.cumprod(right, axis=0).sum(axis=0).astype(np.int64)
     accepted = np.minimum(run, cut.num_verified)
-    for one, num_accepted, tokens in zip(
-        growth.requests, accepted.tolist(), said(run), strict=True
-    ):
-        one.learn(tokens[: num_accepted + 1])
+    known = zip(said(run), accepted.tolist(), strict=True)
+    growth.candidates.learn([tokens[: num_accepted + 1] for tokens, num_accepted in known])
     return growth, cut, confidences, run
 
 
@@ -90,7 +86,8 @@ def test_survivals_are_those_of_all_drafts_when_the_unsure_ones_are_cut() -> Non
         accepted = np.minimum(run, cut.num_verified)
         rows = blind.rows(np.arange(SIZE))
         blind.learn_many(rows, buckets, cut.num_verified, accepted)
-        passed = np.array([len(path) for path in cut.accepted(said(run))])
+        paths = [list(range(num)) for num in accepted.tolist()]
+        passed = np.array([len(path) for path in cut.accepted(said(run), paths)])
         rows = told.rows(np.arange(SIZE))
         told.learn_many(rows, buckets, cut.num_verified + cut.num_cut, passed)
     assert num_cut > 0.4 * 1000 * SIZE
@@ -102,29 +99,30 @@ def test_survivals_are_those_of_all_drafts_when_the_unsure_ones_are_cut() -> Non
 
 def test_of_cut_drafts_the_first_is_told_as_it_was_and_others_by_their_chances() -> None:
     growth = Growth(new_calibration(), np.zeros(3, np.int64), np.full(3, 3), PRICES)
-    lengthen(growth, first(range(3)), [0.9, 0.3, 0.3])
-    for one in growth.requests:
-        one.run(0)
-    lengthen(growth, [(0, 0), (1, 0)], [0.4, 0.9])  # chances 0.36 and 0.27
+    lengthen(growth, Level.of(range(3)), [0.9, 0.3, 0.3])
+    run(growth, 0, 1, 2)
+    lengthen(growth, Level.of([0, 1], 0), [0.4, 0.9])  # chances 0.36 and 0.27
     cut = growth.cut(np.full(3, 0.89))
     assert cut.num_verified.tolist() == [1, 0, 0]
     assert cut.num_cut.tolist() == [1, 2, 1]
     # The second draft of the second follows one that was right: with a chance of 0.9.
-    assert cut.accepted([[0, 0], [0], [1]]) == [[0, 1], [0, 1], []]
-    assert cut.accepted([[0, 1], [0], [0]]) == [[0], [0, 1], [0]]
-    assert cut._replace(luck=np.full(3, 0.91)).accepted([[1, 0], [0], [1]]) == [[], [0], []]
+    one = [[0], [], []]  # accepted
+    assert cut.accepted([[0, 0], [0], [1]], one) == [[0, 1], [0, 1], []]
+    assert cut.accepted([[0, 1], [0], [0]], one) == [[0], [0, 1], [0]]
+    unlucky = cut._replace(luck=np.full(3, 0.91))
+    assert unlucky.accepted([[1, 0], [0], [1]], [[], [], []]) == [[], [0], []]
 
 
 def test_what_is_told_of_a_cut_branch_is_drawn_among_its_children() -> None:
     growth = Growth(new_calibration(), np.zeros(1, np.int64), np.full(1, 9), PRICES)
-    growth.add([(0, ROOT)], [([5, 6], [0.4, 0.3])])
-    growth.requests[0].run(0)
-    growth.add([(0, 0)], [([7, 8], [0.5, 0.25])])
+    growth.add(Level.of([0]), Children(np.array([[5, 6]]), np.array([[0.4, 0.3]])))
+    run(growth, 0)
+    growth.add(Level.of([0], 0), Children(np.array([[7, 8]]), np.array([[0.5, 0.25]])))
     rng, hits = np.random.default_rng(2), np.zeros(4)
     for _ in range(2000):
         cut = growth.cut(rng.random(1))
         assert not cut.num_verified.any()
-        for node in cut.accepted([[5]])[0]:
+        for node in cut.accepted([[5]], [[]])[0]:
             hits[node] += 1
     assert cut.drafted[0].tokens == [5, 6, 7, 8]
     assert hits / 2000 == pytest.approx([1.0, 0.0, 0.5, 0.25], abs=0.04)
@@ -141,7 +139,7 @@ def test_floors_are_drafted_and_verified_whatever_they_are_worth() -> None:
 def test_nothing_is_drafted_or_cut_when_no_forward_pays() -> None:
     dear = PRICES._replace(draft=DraftCost(0.0, 100.0))
     growth, cut, _, _ = grow(new_calibration(), np.random.default_rng(0), dear)
-    assert not growth.starting()
+    assert not growth.starting().size
     assert not cut.num_verified.any() and not cut.num_cut.any()
 
 

@@ -11,7 +11,7 @@ from tiny_models import tiny_head, tiny_model
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.reference.line_server import WorkerFacts
 from smartspec.engine_adapter.reference.model import LoadedModel
-from smartspec.engine_adapter.reference.service import ProposerName, link_to, make_proposer
+from smartspec.engine_adapter.reference.service import HEADS, ProposerName, link_to, make_proposer
 
 FACTS = WorkerFacts(
     model="tiny", draft_model="", proposer="lookup", features=(), max_length=8, own_length=3,
@@ -34,8 +34,9 @@ def test_drafter_is_loaded_and_must_be_the_targets(tmp_path: Path) -> None:
     file = tmp_path / "head.safetensors"
     tiny_head(tiny_model("llama")).save(file)
     target = LoadedModel("tiny", "", tiny_model("llama"), None, frozenset())
-    made = make_proposer("eagle", 6, target, drafter=file, max_num_running=2, max_model_len=32)
-    assert (made.name, made.max_length) == ("eagle", 6)
+    for name in HEADS:
+        made = make_proposer(name, 6, target, drafter=file, max_num_running=2, max_model_len=32)
+        assert (made.name, made.max_length) == (name, 6)
     with pytest.raises(ValueError, match="made for another model"):  # the default model's
         make_proposer("eagle", 6, target, max_num_running=2, max_model_len=32)
 
@@ -51,7 +52,7 @@ def test_draft_model_is_needed_to_draft(name: ProposerName) -> None:
     ("name", "known_first", "trees", "confidences"),
     [("lookup", True, False, False), ("draft", False, False, True),
      ("eagle", False, True, True), ("lookup-tree", True, True, False),
-     ("draft-tree", False, True, True)],
+     ("draft-tree", False, True, True), ("eagle-chain", False, False, True)],
 )  # fmt: skip
 def test_daemon_is_told_what_lengths_mean(
     name: str, known_first: bool, trees: bool, confidences: bool

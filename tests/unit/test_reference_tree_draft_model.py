@@ -137,9 +137,9 @@ def with_copy() -> Sequence:
 
 def sure_of_copies(proposer: TreeDraftModel) -> None:
     for _ in range(300):
-        one = Candidates(proposer._calibration, 0)
-        one.copy([1, 2], [0.625, 0.625])
-        one.learn([1, 2])
+        one = Candidates(proposer._calibration, np.zeros(1, np.int64))
+        one.copy([[1, 2]], [[0.625, 0.625]])
+        one.learn([[1, 2]])
 
 
 def test_copies_are_branches_beside_the_drafts() -> None:

@@ -57,12 +57,16 @@ class FakeProcess:
         self.pid = 1
         self.returncode: int | None = None
         self.terminated = False
+        self.killed = False
 
     def poll(self) -> int | None:
         return self.returncode
 
     def terminate(self) -> None:
         self.terminated = True
+
+    def kill(self) -> None:
+        self.killed = True
 
     def wait(self, timeout: float | None = None) -> int:
         return 0
@@ -194,21 +198,63 @@ def test_reload_says_so_when_nothing_has_changed(
     assert "no setting has changed" in caplog.text
 
 
-def test_telemetry_is_started_otherwise_when_its_settings_change() -> None:
-    started: list[str] = []
-    processes: list[FakeProcess] = []
+class Reloading:
+    """A child that was started with old settings, and asked to start with new ones."""
 
-    def start(name: str) -> Any:
-        started.append(name)
-        processes.append(FakeProcess())
-        return processes[-1]
+    def __init__(self, *, wanted: bool = True) -> None:
+        self.clock, self.bus = Clock(), ListBus()
+        self.started: list[str] = []
+        self.processes: list[FakeProcess] = []
+        self.child = TelemetryChild(lambda: self.start("old"), self.bus, self.clock)
+        self.child.check()
+        self.child.restart((lambda: self.start("new")) if wanted else None)
 
-    child = TelemetryChild(lambda: start("old"), ListBus(), Clock())
-    child.check()
-    child.restart(lambda: start("new"))
-    assert processes[0].terminated
-    child.check()
-    assert started == ["old", "new"]
+    def start(self, name: str) -> Any:
+        self.started.append(name)
+        self.processes.append(FakeProcess())
+        return self.processes[-1]
+
+    def check(self, after_s: float = 0.0) -> None:
+        self.clock.now += after_s
+        self.child.check()
+
+
+def test_telemetry_is_started_otherwise_when_it_has_ended_after_a_reload() -> None:
+    reloading = Reloading()
+    assert reloading.processes[0].terminated
+    reloading.check()
+    assert reloading.started == ["old"], "two at once"
+    reloading.processes[0].returncode = 0
+    reloading.check()
+    reloading.check()
+    assert reloading.started == ["old", "new"]
+    assert not reloading.bus.events, "it was told as a failure"
+    reloading.processes[1].returncode = 1
+    reloading.check()
+    assert reloading.bus.events, "nothing was told of a death that nobody asked for"
+
+
+def test_telemetry_is_killed_when_it_does_not_end_after_a_reload() -> None:
+    reloading = Reloading()
+    reloading.check(service.STOP_TIMEOUT_S - 0.1)
+    reloading.child.restart(lambda: reloading.start("newest"))  # another reload grants no more time
+    assert not reloading.processes[0].killed
+    reloading.check(0.1)
+    assert reloading.processes[0].killed
+    reloading.processes[0].returncode = -9
+    reloading.check()
+    reloading.check()
+    assert reloading.started == ["old", "newest"]
+
+
+def test_telemetry_stays_away_when_it_is_no_longer_wanted() -> None:
+    reloading = Reloading(wanted=False)
+    reloading.check(service.STOP_TIMEOUT_S)
+    assert reloading.processes[0].killed
+    reloading.processes[0].returncode = -9
+    for _ in range(3):
+        reloading.check(60.0)
+    assert reloading.started == ["old"]
 
 
 def test_settings_stay_when_the_reloaded_file_is_wrong(

@@ -574,3 +574,19 @@ def test_coefficients_move_with_every_eighth_step_once_settled_and_at_once_after
             assert model.seconds(shape) > 1.1 * before
             return
     raise AssertionError("no change of level was told")
+
+
+@pytest.mark.parametrize("first_s", [30.0, 1e-5])
+def test_level_is_that_of_most_of_the_first_steps(first_s: float) -> None:
+    """What was never run stays as uncertain as the machine is fast, and not as its first step."""
+    model, usual = StepCost(), StepCost()
+    idle, busy = StepShape(batch=4, verify_tokens=4), StepShape(batch=4, verify_tokens=24)
+    model.observe(idle, None, None, first_s)
+    for _ in range(40):
+        model.observe(idle, None, None, 0.02)
+        usual.observe(idle, None, None, 0.02)
+    assert model.seconds(idle) == pytest.approx(0.02, rel=0.05)
+    assert model.seconds(busy) == pytest.approx(usual.seconds(busy), rel=0.1)
+    assert model.log_ratio_std(busy, idle) == pytest.approx(
+        usual.log_ratio_std(busy, idle), rel=0.3
+    )

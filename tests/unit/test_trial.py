@@ -79,6 +79,10 @@ class Rig:
         return Counter(self.arms)[arm] / len(self.arms)
 
 
+def fail(*_: Any) -> None:
+    raise ZeroDivisionError
+
+
 EQUAL = dict.fromkeys(Arm, 100.0)
 WORSE = {Arm.SMARTSPEC: 90.0, Arm.OWN: 100.0, Arm.NONE: 80.0}
 BETTER = {Arm.SMARTSPEC: 120.0, Arm.OWN: 100.0, Arm.NONE: 80.0}
@@ -111,6 +115,22 @@ def test_budget_of_checks_is_kept_when_in_control() -> None:
 def test_nothing_is_checked_when_the_budget_is_0() -> None:
     rig = Rig("control", WORSE, check_share=0.0).run(2000)
     assert set(rig.arms) == {Arm.SMARTSPEC} and not rig.said
+    assert rig.trial.gains.over(Arm.OWN) is None  # nothing is measured
+
+
+def test_block_ends_whatever_goes_wrong_with_it() -> None:
+    rig = Rig("canary", BETTER, canary_share=0.5)
+    note_block, rig.trial.gains.note_block = rig.trial.gains.note_block, fail  # type: ignore[method-assign]
+    failed = 0
+    for _ in range(3000):
+        try:
+            rig.step()
+        except ZeroDivisionError:
+            failed += 1
+    assert 5 < failed < 300  # once a block, and not with every step after it
+    rig.trial.gains.note_block = note_block  # type: ignore[method-assign]
+    rig.run(300)
+    assert rig.trial.gains.over(Arm.OWN) is not None
 
 
 def test_order_of_a_pair_is_drawn_by_lot_and_by_seed() -> None:

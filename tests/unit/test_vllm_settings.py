@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from smartspec.engine_adapter.messages import MAX_BATCH, MAX_LENGTH
 from smartspec.engine_adapter.vllm import facts
-from smartspec.engine_adapter.vllm.settings import SettingsError, default_endpoint, load
+from smartspec.engine_adapter.vllm.settings import SettingsError, default_endpoint, keys_of, load
 
 
 def test_additional_config_goes_before_the_environment() -> None:
@@ -36,11 +37,25 @@ def test_nothing_of_ours_means_defaults(given: Any) -> None:
         ({"smartspec": {"mode": "on"}}, "mode"),
         ({"smartspec": {"endpoint": "/run/a.sock"}}, "endpoint.*expected an address"),
         ({"smartspec": "ipc:///a"}, "expected an object"),
+        ({"smartspec": {"endpoint": "tcp://10.0.0.1:5560"}}, "keys: .*is encrypted"),
     ],
 )
 def test_wrong_setting_is_named(given: Any, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         load(given, {})
+
+
+def test_keys_are_read_from_the_engine_s_file(tmp_path: Path) -> None:
+    file = tmp_path / "gpu0.engine"
+    file.write_text("".join(f"{name} {name[0] * 40}\n" for name in ("server", "public", "secret")))
+    file.chmod(0o600)
+    found = load(None, {"SMARTSPEC_ENDPOINT": "tcp://h:1", "SMARTSPEC_ENGINE_KEYS": str(file)})
+    keys = keys_of(found)
+    assert keys is not None and keys.server == b"s" * 40 and keys.public == b"p" * 40
+    assert keys_of(load({"smartspec": {"endpoint": "tcp://127.0.0.1:1"}}, {})) is None
+    file.chmod(0o644)
+    with pytest.raises(SettingsError, match=r"keys: .*others may read it"):
+        keys_of(found)
 
 
 def test_default_endpoint_is_the_users_own_without_a_system_daemon(
