@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -61,14 +61,16 @@ class Ranking:
         self._by_depth_s = draft.by_depth(max(depth, ladder.deepest_floor))
         self._num_forced = int(ladder.forced_drafts)
         self._rows: I64 | None = None  #: of the items: whose they are
-        self._worth: Any  #: of the items, falling
+        self._loss: Any  #: of the items, rising, where `_key` is applied to them
+        self._key: Callable[[float], float] | None = None
         self._gains: Any  #: of the best 0, 1, 2, ... items
         if ahead:
             self._rows, worth, gains = ladder.ranked(depth)
-            self._worth, self._gains = worth.tolist(), gains.tolist()
+            self._loss, self._gains = (-worth).tolist(), gains.tolist()
         else:
-            self._gains, _, self._worth = ladder.scan(depth)
-        self._num_items = bisect_left(self._worth, math.inf, key=_loss)
+            self._gains, _, self._loss = ladder.scan(depth)
+            self._key = _loss
+        self._num_items = bisect_left(self._loss, math.inf, key=self._key)
         self._lengths: dict[int, I64] = {}  #: of so many items
         self._uniform: list[tuple[I64, float, int, int]] = []  #: lengths, gain, longest, sum
         if any(curve.mode == UNIFORM for curve in curves):
@@ -104,7 +106,7 @@ class Ranking:
         return best
 
     def _best_ragged(self, curve: CostCurve, num_other_tokens: int) -> Choice:
-        price, gains, worth = self._value_of_time, self._gains, self._worth
+        price, gains = self._value_of_time, self._gains
         per_token_s, forced, most = self._draft.per_token_s, self._num_forced, self._num_items
         before = self._size + num_other_tokens + forced  # tokens of the pass beside the items
         pieces = curve.pieces()
@@ -119,7 +121,7 @@ class Ranking:
             if low > high:
                 continue
             token_s = slope + per_token_s
-            at = min(max(bisect_left(worth, -price * token_s, key=_loss), low), high)
+            at = min(max(bisect_left(self._loss, -price * token_s, key=self._key), low), high)
             at_s = begin_s + slope * (before - begin) + drafting_s + token_s * at
             value = gains[at] - price * at_s
             if value > best_value:
