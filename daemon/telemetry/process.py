@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 TURN_S = 0.5  #: events are taken in batches: every wake-up disturbs an engine on a CPU
 NICENESS = 10  #: engine and daemon go first
-MAX_EVENTS_PER_TURN = 2000  #: then the states are written even if more events wait
+MAX_EVENTS_PER_TURN = 2000  #: then it sees to its other duties, even if more events wait
 
 
 class Telemetry:
@@ -62,14 +62,17 @@ class Telemetry:
         self._trackers: dict[str, EngineTracker] = {}
         self._changed: set[str] = set()
 
-    def turn(self) -> None:
-        """Take in what has come, and hand the states on."""
+    def turn(self) -> float:
+        """Take in what has come, hand the states on; returns the seconds until the next turn."""
+        wait_s = 0.0  # unless all is taken in: what does not fit the socket's queue is lost
         for _ in range(MAX_EVENTS_PER_TURN):
             event = self._subscriber.poll(0.0)
             if event is None:
+                wait_s = TURN_S
                 break
             self._note(event)
         self._hand_on()
+        return wait_s
 
     def _note(self, event: BusEvent) -> None:
         tracker = None
@@ -123,8 +126,9 @@ def run(settings: Settings, stop: Stop) -> None:
     notifier = Notifier(os.environ)
     notifier.ready(f"events from {settings.bus_endpoint}")
     try:
-        while not stop.wait(TURN_S):
-            telemetry.turn()
+        wait_s = TURN_S
+        while not stop.wait(wait_s):
+            wait_s = telemetry.turn()
             notifier.alive(None)
     finally:
         notifier.stopping()

@@ -42,7 +42,7 @@ from smartspec.daemon.state import warm_start
 from smartspec.daemon.telemetry import embedded_valkey, metric_ids, redis_store
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineState
-from smartspec.daemon.telemetry.process import Telemetry
+from smartspec.daemon.telemetry.process import MAX_EVENTS_PER_TURN, TURN_S, Telemetry
 from smartspec.daemon.telemetry.prometheus import PrometheusExporter
 from smartspec.daemon.telemetry.redis_store import Keys, RedisStore, connect
 from smartspec.daemon.views import inspect
@@ -512,6 +512,14 @@ def test_engine_that_left_is_not_connected_again_by_a_step() -> None:
     page = generate_latest(exporter.registry).decode()
     assert 'engine="worker-0"' not in page
     assert 'smartspec_engine_connected{engine="worker-1"} 1.0' in page
+
+
+def test_more_is_taken_in_at_once_when_more_waits_than_a_turn_takes() -> None:
+    events = Events(*(step(seq) for seq in range(MAX_EVENTS_PER_TURN + 1)))
+    telemetry = Telemetry(events, None, None)
+    assert telemetry.turn() == 0.0
+    assert len(events.waiting) == 1, "it has other duties too"
+    assert telemetry.turn() == TURN_S
 
 
 def test_health_is_told_while_the_loop_is_heard(runtime_dir: Path, bus: EventBus) -> None:

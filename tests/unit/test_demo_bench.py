@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,11 @@ import bench_demo
 import numpy as np
 import pytest
 from paired import paired_ratio
+from rich.console import Console
+
+from smartspec.lab.demo import session as sessions
+from smartspec.lab.demo.live import Display
+from smartspec.lab.demo.schedule import Arrival, Phase, Prompt, Schedule
 
 
 def test_ratio_is_geometric_and_bounded_when_paired() -> None:
@@ -96,3 +104,52 @@ def test_repetitions_are_read_when_the_last_line_was_cut_off(tmp_path: Path) -> 
     assert bench_demo.read(raw) == []
     raw.write_text(json.dumps({"repetition": 1}) + "\n" + json.dumps({"repetition": 0}) + '\n{"rep')
     assert [one["repetition"] for one in bench_demo.read(raw)] == [0, 1]
+
+
+class Answering:
+    """A worker that answers at once."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.proposer = arguments[arguments.index("--proposer") + 1]
+        self.told: list[tuple[str, int | None]] = []
+        self.asked: list[str] = []
+        self._events: deque[dict[str, Any]] = deque()
+
+    def wait_ready(self, on_wait: Any) -> dict[str, Any]:
+        return {"proposer": self.proposer}
+
+    def set_speculation(self, mode: str, length: int | None = None) -> None:
+        self.told.append((mode, length))
+
+    def submit(self, request_id: str, prompt: Prompt, max_tokens: int) -> None:
+        self.asked.append(prompt.id)
+        self._events.append({"event": "token", "id": request_id, "text": "a", "num_tokens": 1})
+        finished = {"event": "finished", "id": request_id, "reason": "length"}
+        self._events.append(finished | {"num_drafted": 0, "num_accepted": 0})
+
+    def poll(self, timeout_s: float) -> tuple[float, dict[str, Any]] | None:
+        return (time.monotonic(), self._events.popleft()) if self._events else None
+
+    def stop(self) -> None:
+        pass
+
+
+def test_each_kind_is_played_by_a_worker_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "WorkerProcess", Answering)
+    prompt = Prompt("p0", "chat", "?", 4)
+    phases = (Phase("quiet", 0.0, 0.1, 1.0),)
+    schedule = Schedule(phases, (Arrival(0.0, prompt, "quiet"),))
+    arms = [arm for arm in bench_demo.ARM_SETS["kinds"] if arm.length is not None]
+    with sessions.Session(tmp_path, Display(Console(file=io.StringIO())), arms) as session:
+        assert session.ready == {"proposer": "lookup"}
+        played = [session.play(arm, schedule, [prompt], arm.title) for arm in arms]
+        workers = session._workers
+    assert [len(one.played.requests) for one in played] == [1] * 4
+    assert {name: worker.told for name, worker in workers.items()} == {  # type: ignore[attr-defined]
+        "lookup": [("static", 0), ("static", 5)],
+        "eagle-chain": [("static", 1)],
+        "eagle": [("static", 2)],
+    }
+    assert workers["eagle"].asked == ["p0"] * 2  # type: ignore[attr-defined]
