@@ -275,7 +275,7 @@ class Ladder:
 
         Returns two arrays [depth * B + 1]; the gain is -inf where there are fewer to choose.
         """
-        return self.scan(depth)[:2]
+        return self._scan(depth)[:2]
 
     def every_depth(self) -> tuple[F64, I64]:
         """`prefixes` within every depth 0, 1, ..., `max_length`, of one sort.
@@ -296,18 +296,21 @@ class Ladder:
         return gains, counts
 
     def ranked(self, depth: int) -> tuple[I64, Worth, F64]:
-        """Items within ``depth``, best first: their requests, their worth, and gains of so many.
+        """Items within ``depth``, best first: their requests, what they lose, gains of so many.
 
-        As `scan` has the last two; among equals the shallower come first, as `lengths` takes them.
-        Without presences only.
+        A loss is a worth with its sign turned, infinite where the item may not be chosen; gains are
+        of the best 0, 1, 2, ... items. Among equals the shallower come first, as `lengths` takes
+        them. Without presences only.
         """
-        free = self._free[:depth].ravel()
-        order = (-free).argsort(kind="stable")
-        gains, _, worth = self.scan(depth)
-        return order % self.size, worth, gains
+        loss = -self._free[:depth].ravel()
+        order = loss.argsort(kind="stable")
+        loss = loss[order]
+        gains = np.zeros(len(loss) + 1)
+        loss.cumsum(out=gains[1:])
+        return order % self.size, loss, self.weight_sum + self._forced_gain - gains
 
-    def scan(self, depth: int) -> tuple[F64, F64, Worth]:
-        """`prefixes`, and the worth of the items in falling order: of one depth, once."""
+    def _scan(self, depth: int) -> tuple[F64, F64, Worth]:
+        """Prefixes, and the worth of the items in falling order: of one depth, once."""
         scan = self._scans.get(depth)
         if scan is None:
             scan = self._scans[depth] = self._sort_and_sum(depth)
@@ -357,7 +360,7 @@ class Ladder:
         """The lengths that the best ``count`` items within ``depth`` make."""
         lengths = np.zeros(self.size, np.int64)
         if count > 0:
-            worth, free = self.scan(depth)[2], self._free[:depth]
+            worth, free = self._scan(depth)[2], self._free[:depth]
             least = worth[count - 1]
             (free >= least).sum(0, out=lengths)
             if count < len(worth) and worth[count] == least:

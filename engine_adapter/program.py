@@ -120,7 +120,8 @@ class Program:
         self._roster_bytes = self.roster.tobytes()
         self._prepared: list[Any] = []  #: columns of the batch to come
         self._columns: list[bytes | None] = []  #: of the last batch
-        self._ranking: Ranking | None = None  #: of the same
+        self._ladder: Ladder | None = None  #: of the same
+        self._ranking: Ranking | None = None  #: of the same, if it was prepared
         self._made: tuple[str, int] | None = None  #: what chose, and prompt tokens that it minded
         self._chosen: Choice | None = None
 
@@ -192,7 +193,7 @@ class Program:
         """
         self._look_at(batch)
         if self._ranking is None and not self._is_special(batch):
-            self._ranking = self._ranking_of(batch, ahead=True)
+            self._ranking = Ranking(self._ladder_of(batch), *self._terms())
         choice = self.choose(batch)
         self._prepared = _columns(batch)
         return choice
@@ -230,7 +231,7 @@ class Program:
         # As bytes: compared at once, and an engine may use the same arrays for its next batch.
         values = [column if column is None else column.tobytes() for column in columns]
         if values != self._columns:
-            self._columns, self._ranking, self._made = values, None, None
+            self._columns, self._ladder, self._ranking, self._made = values, None, None, None
 
     def _is_special(self, batch: DecodeBatch) -> bool:
         """Whether lengths take more than a ladder."""
@@ -252,16 +253,18 @@ class Program:
             )
         elif self.policy.by_confidence:
             choice = self._by_confidence(batch)
-        else:
-            if self._ranking is None:  # other prompts in the pass leave it as it is
-                self._ranking = self._ranking_of(batch)
+        elif self._ranking is not None:
             choice = self._ranking.choose(batch.num_prefill_tokens)
+        else:
+            ladder = self._ladder_of(batch)
+            choice = lengths.choose_lengths(ladder, *self._terms(), batch.num_prefill_tokens)
         return choice._replace(policy_seq=self.policy.seq)
 
-    def _ranking_of(self, batch: DecodeBatch, ahead: bool = False) -> Ranking:
-        ceiling = batch.ceiling.copy()
-        ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, ceiling)
-        return Ranking(ladder, *self._terms(), ahead)
+    def _ladder_of(self, batch: DecodeBatch) -> Ladder:
+        if self._ladder is None:  # other prompts in the pass leave it as it is
+            ceiling = batch.ceiling.copy()
+            self._ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, ceiling)
+        return self._ladder
 
     def _terms(self) -> tuple[float, int, list[CostCurve], DraftCost]:
         """By which lengths are chosen: value of time, depth, costs."""

@@ -20,7 +20,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import islice
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 
@@ -29,14 +28,10 @@ from smartspec.engine_adapter.lengths import I64, UNIFORM, Choice, CostCurve, Dr
 _begin = attrgetter("begin")
 
 
-def _loss(worth: float) -> float:
-    return -float(worth)  # bisection wants what rises, and numpy compares in 32 bits what it can
-
-
 class Ranking:
     """A batch's items, best first: its lengths for any number of other tokens in the pass.
 
-    Parameters: as of `choose_lengths`; ``ahead``: whether there is time to make `choose` fast.
+    Parameters: as of `choose_lengths`.
 
     >>> ladder = Ladder(np.array([[0.9, 0.2], [0.8, 0.1]]))
     >>> curve = CostCurve("ragged", [1.0, 5.0, 9.0], [1.0, 1.4, 5.4])
@@ -52,23 +47,18 @@ class Ranking:
         depth: int,
         curves: Sequence[CostCurve],
         draft: DraftCost,
-        ahead: bool = False,
     ) -> None:
-        self._ladder, self._depth, self._size = ladder, depth, ladder.size
+        self._size = ladder.size
         self._value_of_time = value_of_time
         self._curves = curves
         self._draft = draft
         self._by_depth_s = draft.by_depth(max(depth, ladder.deepest_floor))
         self._num_forced = int(ladder.forced_drafts)
-        self._rows: I64 | None = None  #: of the items: whose they are
-        self._worth: Any  #: of the items, falling
-        self._gains: Any  #: of the best 0, 1, 2, ... items
-        if ahead:
-            self._rows, worth, gains = ladder.ranked(depth)
-            self._worth, self._gains = worth.tolist(), gains.tolist()
-        else:
-            self._gains, _, self._worth = ladder.scan(depth)
-        self._num_items = bisect_left(self._worth, math.inf, key=_loss)
+        self._forced = ladder.lengths(0, depth)
+        self._rows, loss, gains = ladder.ranked(depth)
+        self._loss: list[float] = loss.tolist()  #: of the items: rising, as bisect wants it
+        self._gains: list[float] = gains.tolist()  #: of the best 0, 1, 2, ... items
+        self._num_items = bisect_left(self._loss, math.inf)
         self._lengths: dict[int, I64] = {}  #: of so many items
         self._uniform: list[tuple[I64, float, int, int]] = []  #: lengths, gain, longest, sum
         if any(curve.mode == UNIFORM for curve in curves):
@@ -104,14 +94,14 @@ class Ranking:
         return best
 
     def _best_ragged(self, curve: CostCurve, num_other_tokens: int) -> Choice:
-        price, gains, worth = self._value_of_time, self._gains, self._worth
+        price, gains, loss = self._value_of_time, self._gains, self._loss
         per_token_s, forced, most = self._draft.per_token_s, self._num_forced, self._num_items
         before = self._size + num_other_tokens + forced  # tokens of the pass beside the items
         pieces = curve.pieces()
         first = bisect_right(pieces, before, key=_begin) - 1
         drafting_s = self._by_depth_s + per_token_s * forced
         count, seconds = 0, pieces[first].at(before) + (drafting_s if forced else 0.0)
-        best_value = float(gains[0]) - price * seconds
+        best_value = gains[0] - price * seconds
         for begin, end, begin_s, slope in islice(pieces, first, None):
             low, high = max(1, math.ceil(begin - before)), min(most, math.floor(end - before))
             if low > most:
@@ -119,22 +109,19 @@ class Ranking:
             if low > high:
                 continue
             token_s = slope + per_token_s
-            at = min(max(bisect_left(worth, -price * token_s, key=_loss), low), high)
+            at = min(max(bisect_left(loss, -price * token_s), low), high)
             at_s = begin_s + slope * (before - begin) + drafting_s + token_s * at
             value = gains[at] - price * at_s
             if value > best_value:
                 count, seconds, best_value = at, at_s, value
-        return Choice(self._best(count), curve.mode, float(gains[count]), seconds)
+        return Choice(self._best(count), curve.mode, gains[count], seconds)
 
     def _best(self, count: int) -> I64:
         """The lengths that so many items make."""
         lengths = self._lengths.get(count)
         if lengths is None:
-            if self._rows is None:
-                lengths = self._ladder.lengths(count, self._depth)
-            else:
-                lengths = np.bincount(self._rows[:count], minlength=self._size)
-                if self._num_forced:
-                    lengths += self._ladder.lengths(0, self._depth)
+            lengths = np.bincount(self._rows[:count], minlength=self._size)
+            if self._num_forced:
+                lengths += self._forced
             self._lengths[count] = lengths
         return lengths

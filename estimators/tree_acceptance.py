@@ -20,14 +20,19 @@ a draft of exposure -log g. They are not independent, though, and the unlikely o
 all nodes of a tree together count as one draft, which on recorded answers predicts better than if
 each counted, and as well as anything in between.
 
-Trees take fewer forwards of a draft model than they have nodes: for k nodes they are taken to be
-1 + s log2 k, with s fitted to the reports. One number says something of sizes never tried, too. (A
-truncated copy of the default model: 1, 2, 3, 3.8 and 4.8 forwards for 1, 2, 4, 8 and 16 nodes.)
+Trees take fewer forwards of a draft model than they have nodes. One that doubles with every level
+takes 1 + log2 k for k nodes, a chain takes k; what is reported is taken to be
+
+    1 + a log2 k + b (k - 1 - log2 k)
+
+with a, b >= 0 fitted, a = 1 and b = 0 where nothing was seen. Two numbers say something of sizes
+never tried, too. (A truncated copy of the default model: 1, 2, 3, 3.8 and 4.8 forwards for 1, 2, 4,
+8 and 16 nodes, a = 0.95 and b = 0. The surest request's tree decides for all, and may be all but a
+chain.)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -39,9 +44,20 @@ from smartspec.estimators.base import F64, State, pack, unpack
 from smartspec.estimators.frailty import time_of_event
 from smartspec.estimators.survival_table import HAZARD_RANGE, Index, SurvivalTable, clipped
 
-PER_DOUBLING = 1.0  #: s, where nothing was seen
-PER_DOUBLING_WEIGHT = 45.0  #: what that is worth, in squares of log2 k: five trees of 8 nodes
-FORWARDS_WINDOW = 500  #: trees that s is remembered from
+DEEPER = np.array((1.0, 0.0))  #: a and b where nothing was seen
+DEEPER_WEIGHT = np.array((45.0, 80.0))  #: what that is worth, in squares: five trees of 8 nodes
+FORWARDS_WINDOW = 500  #: trees that a and b are remembered from
+
+
+def deeper(num_nodes: npt.ArrayLike) -> F64:
+    """What a and b are multiplied by, [..., 2].
+
+    >>> deeper([2, 8]).tolist()
+    [[1.0, 0.0], [3.0, 4.0]]
+    """
+    nodes = np.asarray(num_nodes, np.float64)
+    doublings = np.log2(nodes)
+    return np.stack((doublings, nodes - 1.0 - doublings), axis=-1)
 
 
 def tried(drafted: Index, max_length: int) -> npt.NDArray[np.bool_]:
@@ -106,7 +122,7 @@ class TreeAcceptance(AcceptanceEstimator):
             max_requests=max_requests,
             axis_sizes=axis_sizes,
         )
-        self._forwards = np.zeros(2)  # discounted sums: (forwards - 1) log2 k, and log2 k squared
+        self._forwards = np.zeros((3, 2))  # discounted sums: (forwards - 1) x, and x x^T
 
     def _outcomes(self, *columns: npt.ArrayLike) -> list[npt.NDArray[Any]]:
         buckets, drafted, accepted = columns
@@ -145,20 +161,24 @@ class TreeAcceptance(AcceptanceEstimator):
     def learn_forwards(self, num_nodes: int, num_forwards: int) -> None:
         """Take in that a draft model's trees of up to ``num_nodes`` took so many forwards."""
         if num_nodes > 1 and num_forwards > 0:
-            doublings = math.log2(num_nodes)
+            row = deeper(num_nodes)
             further = min(num_forwards, num_nodes) - 1  # more were to catch up
             self._forwards *= 1.0 - 1.0 / FORWARDS_WINDOW
-            self._forwards += (doublings * further, doublings**2)
+            self._forwards += np.vstack((further * row, np.outer(row, row)))
 
     def forwards(self) -> tuple[float, ...]:
-        product, square = self._forwards.tolist()
-        slope = (product + PER_DOUBLING * PER_DOUBLING_WEIGHT) / (square + PER_DOUBLING_WEIGHT)
+        product = self._forwards[0] + DEEPER_WEIGHT * DEEPER
+        square = self._forwards[1:] + np.diag(DEEPER_WEIGHT)
+        fitted = np.linalg.solve(square, product)
+        if fitted.min() < 0.0:  # neither may be: the other one by itself
+            alone = product / square.diagonal()
+            fitted = np.where(fitted > 0.0, alone, 0.0)
         nodes = np.arange(1, self.max_length + 1)
-        return tuple(np.minimum(1.0 + slope * np.log2(nodes), nodes).tolist())
+        return tuple(np.minimum(1.0 + deeper(nodes) @ fitted, nodes).tolist())
 
     def merge(self, other: Self) -> None:
         super().merge(other)
-        if other._forwards[1] > self._forwards[1]:
+        if other._forwards[1, 0] > self._forwards[1, 0]:
             self._forwards = other._forwards.copy()
 
     def state(self, *, requests: bool = True) -> State:
@@ -167,13 +187,12 @@ class TreeAcceptance(AcceptanceEstimator):
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         model = super().from_state(state)
-        forwards = unpack(state, "forwards", (2,))
-        most = (
-            FORWARDS_WINDOW
-            * math.log2(model.max_length)
-            * np.array((model.max_length - 1, math.log2(model.max_length)))
-        )
-        if not ((forwards >= 0.0) & (forwards <= most)).all():
+        forwards = unpack(state, "forwards", (3, 2))
+        most = deeper(model.max_length)
+        most = FORWARDS_WINDOW * np.vstack(((model.max_length - 1) * most, np.outer(most, most)))
+        (aa, ab), (ba, bb) = forwards[1:].tolist()
+        within = ((forwards >= 0.0) & (forwards <= most)).all()
+        if not within or ab != ba or ab**2 > aa * bb * (1.0 + 1e-9):
             raise ValueError("forwards are not of trees")
         model._forwards = forwards
         return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -115,6 +117,30 @@ def test_forwards_are_those_of_the_reports_and_never_more_than_nodes() -> None:
     assert estimator.forwards()[7] == pytest.approx(8.0, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("taken", "tolerance"),
+    [
+        (lambda k: k, 0.4),  # chains
+        (lambda k: min(k, round(1 + np.log2(k))), 0.7),  # every level doubles
+        (lambda k: min(k, round(1 + 0.55 * (k - 1))), 0.7),  # in between
+        (lambda k: min(k, 4), 1.5),  # no level beyond the fourth
+    ],
+)
+def test_forwards_are_learned_of_chains_and_of_bushes_and_beyond_what_was_tried(
+    taken: Callable[[int], int], tolerance: float
+) -> None:
+    estimator = TreeAcceptance(max_length=16)
+    for nodes in (2, 3, 4, 5, 6, 8, 10) * 60:
+        estimator.learn_forwards(nodes, taken(nodes))
+    learned = estimator.forwards()
+    for nodes in range(1, 11):
+        assert learned[nodes - 1] == pytest.approx(taken(nodes), abs=tolerance), nodes
+    assert learned[15] == pytest.approx(taken(16), abs=3 * tolerance)
+    assert (np.diff(learned) >= 0).all()
+    again = TreeAcceptance.from_state(estimator.state())
+    assert again.forwards() == learned
+
+
 def test_forwards_are_kept_of_whom_has_seen_more_when_merged() -> None:
     one, other = TreeAcceptance(max_length=16), TreeAcceptance(max_length=16)
     for _ in range(300):
@@ -148,6 +174,6 @@ def test_nothing_changes_when_outcomes_are_impossible(drafted: list, hits: list)
 
 def test_state_is_refused_when_its_forwards_are_not_of_trees() -> None:
     state = TreeAcceptance(max_length=6).state()
-    state["forwards"]["data"] = np.array([-2.0, 1.0]).tobytes()
+    state["forwards"]["data"] = np.full((3, 2), -2.0).tobytes()
     with pytest.raises(ValueError, match="forwards"):
         TreeAcceptance.from_state(state)
