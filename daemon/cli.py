@@ -378,12 +378,19 @@ def worker(
     drafting = proposer in (Proposer.draft, Proposer.draft_tree)
     if drafting and not (draft_model or draft_drop_layers):
         fail(f"--proposer {proposer.value}: give --draft-model or --draft-drop-layers")
+    if not drafting and (draft_model or draft_drop_layers):
+        option = "--draft-model" if draft_model else "--draft-drop-layers"
+        fail(f"{option}: goes with --proposer draft or draft-tree, got {proposer.value}")
     headed = proposer in (Proposer.eagle, Proposer.eagle_chain)
     if headed and model is not None and drafter is None:
         fail(
             f"--proposer {proposer.value}: give --drafter; "
             "`smartspec distill` makes one for a model"
         )
+    if drafter is not None and not headed:
+        fail(f"--drafter: goes with --proposer eagle or eagle-chain, got {proposer.value}")
+    if http is None and (api_key_file or served_model_name):
+        fail(f"{'--api-key-file' if api_key_file else '--served-model-name'}: goes with --http")
     if speculation is Speculation.static and length > max_length:
         fail(f"--length {length}: expected at most --max-length ({max_length})")
     try:

@@ -55,11 +55,14 @@ def _wanted(kind: Any, file: Path | None, loads: str | None, **flags: Any) -> An
     import msgspec
 
     given = {name: value for name, value in flags.items() if value is not None}
-    if loads:
-        given["loads"] = [float(load) for load in loads.split(",")]
+    if loads is not None:
+        try:
+            given["loads"] = [float(load) for load in loads.split(",")]
+        except ValueError:
+            fail(f"--loads {loads}: expected numbers, e.g. 0.1,0.5,0.8")
     read = optional("smartspec.lab.simulation.workload", "daemon").read
-    base = read(file, kind) if file else kind()
-    return msgspec.convert({**msgspec.to_builtins(base), **given}, kind)
+    base = msgspec.to_builtins(read(file, kind)) if file else {}
+    return msgspec.convert({**base, **given}, kind)
 
 
 @app.command()
@@ -101,7 +104,7 @@ def simulate(
             loads,
             profile=profile,
             draft=draft,
-            policies=policies.split(",") if policies else None,
+            policies=None if policies is None else policies.split(","),
             acceptance=acceptance,
             duration_s=duration_s,
             arrivals=arrivals,
@@ -141,6 +144,8 @@ def tune(
 
     For vLLM, TensorRT-LLM and SGLang.
     """
+    if state and (profile or draft or acceptance is not None):
+        fail("--state: stands in place of --profile, --draft and --acceptance")
     tuning = optional("smartspec.lab.simulation.tune", "daemon")
     try:
         wanted = _wanted(

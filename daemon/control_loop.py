@@ -313,10 +313,9 @@ class ControlLoop:
     def obey(self, command: Command) -> Answer:
         """Pause or release engines; returns what came of it, in words."""
         name, sessions = command.engine, self.sessions
-        if name and not any(
-            name in of for of in (sessions.by_name, sessions.retired, self._pauses)
-        ):
-            known = ", ".join(sorted(sessions.by_name)) or "none"
+        seen = {*sessions.by_name, *sessions.retired}
+        if name and name not in seen and name not in self._pauses:
+            known = ", ".join(sorted(seen)) or "none"
             return Answer(ok=False, text=f"no engine {name!r}; known: {known}")
         is_pause = command.action == "pause"
         kept = ""

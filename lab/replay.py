@@ -269,11 +269,15 @@ def table(comparisons: list[Comparison]) -> Any:
     lines: list[Any] = [made]
     for one in comparisons:
         other, apart = one.share_other_depth, math.expm1(one.mean_abs_log_value)
-        for words, side in (("recorded", one.recorded), ("replayed", one.replayed)):
+        # What a recording holds are policies, and one that says nothing new was not sent.
+        for words, what, side in (
+            ("recorded", "sent", one.recorded),
+            ("replayed", "made", one.replayed),
+        ):
             cells = (
                 one.engine if side is one.recorded else "",
                 words,
-                str(side.num_decisions),
+                f"{side.num_decisions} {what}",
                 f"{side.mean_length:.2f}",
                 f"{100 * side.share_off:.0f}%",
                 f"{side.depth:.1f}",

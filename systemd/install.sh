@@ -18,7 +18,8 @@ case $LAYOUT in
 esac
 units=$DESTDIR/usr/lib/systemd/system
 install -d "$units" "$DESTDIR/usr/lib/sysusers.d" "$DESTDIR/etc/smartspec" "$DESTDIR$variables"
-for unit in smartspec.service smartspec@.service smartspec-telemetry.service; do
+for unit in smartspec.service smartspec@.service smartspec-telemetry.service \
+    smartspec-worker.service; do
     sed -e "s|/usr/bin/smartspec|$BINDIR/smartspec|" -e "s|/etc/default|$variables|" "$unit" \
         > "$units/$unit"
     chmod 0644 "$units/$unit"

@@ -63,6 +63,9 @@ def load(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        reason = "has found no GPU" if torch.version.cuda else "is built without CUDA"
+        raise ValueError(f"device {device}: this torch ({torch.__version__}) {reason}")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     torch_dtype = getattr(torch, dtype, None)

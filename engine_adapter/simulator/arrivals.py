@@ -127,7 +127,7 @@ def read(path: Path, trace_format: str = "auto") -> Traffic:
     Raises ValueError, naming the file, for one that is not of that format, and OSError.
     """
     if trace_format == "auto":
-        with path.open() as file:
+        with path.open(errors="replace") as file:
             first = file.readline()
         trace_format = (
             "mooncake"
@@ -146,6 +146,8 @@ def _sorted(
     times: Sequence[float], prompts: Sequence[object], outputs: Sequence[object]
 ) -> Traffic:
     arrival = np.array(times, np.float64)
+    if not np.isfinite(arrival).all():
+        raise ValueError("times must be finite")
     order = np.argsort(arrival, kind="stable")
     arrival = arrival[order] - (arrival.min() if len(arrival) else 0.0)
 

@@ -180,4 +180,7 @@ def load(name: str | Path) -> Profile:
         path = FOLDER / f"{name}.json"
     if not path.exists():
         raise ValueError(f"no profile {str(name)!r}: choose of {', '.join(shipped())}, or a file")
-    return msgspec.json.decode(path.read_bytes(), type=Profile)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Profile)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path}: not a profile ({error})") from error

@@ -22,9 +22,17 @@ from smartspec.lab.simulation.world import Cell, rival, simulate
 class Experiment(Workload, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to try."""
 
-    policies: tuple[str, ...] = ("none", "static1", "static3", "static5", "informed", "smartspec")
+    #: compared with the first; empty: none, lengths 1, 3 and 5, informed and SmartSpec
+    policies: tuple[str, ...] = ()
     loads: tuple[Positive, ...] = (0.1, 0.5, 0.8)  #: of what is served without speculation
     num_seeds: Count = 3
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            lengths = dict.fromkeys(min(length, self.max_length) for length in (1, 3, 5))
+            fixed = (f"static{length}" for length in lengths)
+            policies = ("none", *fixed, "informed", "smartspec")
+            msgspec.structs.force_setattr(self, "policies", policies)
 
 
 class Run(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -51,11 +59,15 @@ def check(experiment: Experiment) -> None:
     gpu = experiment.load_profile()
     empty = Traffic(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
     drawn = acceptance.draw(
-        acceptance.Constant(0.5), empty.num_output, max_length=1, seed=0, trees=experiment.trees
+        acceptance.Constant(0.5),
+        empty.num_output,
+        max_length=experiment.max_length,
+        seed=0,
+        trees=experiment.trees,
     )
     for name in experiment.policies:
         if name != "smartspec":
-            rival(name, Cell(gpu, experiment.draft, empty, drawn, max_length=1))
+            rival(name, Cell(gpu, experiment.draft, empty, drawn, max_length=experiment.max_length))
     for load in experiment.loads:
         experiment.traffic(load, seed=0)  # what cannot be played is told before anything is
 

@@ -86,7 +86,10 @@ def rival(name: str, cell: Cell) -> LengthSource:
     if cell.outcomes.trees is not None and name in OF_CHAINS:
         raise ValueError(f"{name} is a policy for chains, and drafts are trees")
     if name.startswith("static") and name[6:].isdigit():
-        return FixedLength(int(name[6:]))
+        length = int(name[6:])
+        if length > cell.max_length:
+            raise ValueError(f"{name}: the longest length is {cell.max_length} (max_length)")
+        return FixedLength(length)
     match name:
         case "none":
             return FixedLength(0)

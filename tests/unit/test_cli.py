@@ -105,7 +105,7 @@ def test_settings_in_force_are_shown_when_file_and_flags_are_given(tmp_path: Pat
         (["run", "--endpoint", "tcp://10.0.0.1:5"], "loopback"),
         (["inspect", "--redis-url", "db"], "redis.url"),
         (["worker", "--speculation", "static", "--length", "9"], "--length 9"),
-        (["worker", "--draft-drop-layers", "a"], "--draft-drop-layers a"),
+        (["worker", "--proposer", "draft", "--draft-drop-layers", "a"], "--draft-drop-layers a"),
         (["worker", "--proposer", "draft-tree"], "--proposer draft-tree: give --draft-model"),
         (["worker", "--proposer", "eagle", "--model", "x"], "--proposer eagle: give --drafter"),
         (["distill", "p", "--train-only"], "--train-only: give --out"),
@@ -247,6 +247,41 @@ def test_options_of_worker_reach_the_http_server_and_its_decode_process(
     assert engines[0] == engines[1]
     server = repository / "engine_adapter" / "reference" / "http" / "service.py"
     assert set(seen) <= parameters_of(server, "run_server")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--draft-model", "x"], "--draft-model: goes with --proposer draft or draft-tree"),
+        (["--draft-drop-layers", "1"], "--draft-drop-layers: goes with --proposer draft"),
+        (["--drafter", "x"], "--drafter: goes with --proposer eagle"),
+        (["--api-key-file", "keys"], "--api-key-file: goes with --http"),
+        (["--served-model-name", "m"], "--served-model-name: goes with --http"),
+    ],
+)
+def test_option_that_would_be_ignored_is_refused(options: list[str], words: str) -> None:
+    result = invoke("worker", *options)
+    assert result.exit_code == 2 and words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["simulate", "--policies", "none,static9"], "static9: the longest length is 5"),
+        (["simulate", "--policies", ""], "no policy ''"),
+        (["simulate", "--loads", "0.1,foo"], "--loads 0.1,foo: expected numbers"),
+        (["simulate", "--profile", "FILE.json"], "FILE.json: not a profile"),
+        (["simulate", "--trace", "FILE.json"], "FILE.json: not a trace"),
+        (["tune", "--state", "x", "--draft", "eagle"], "--state: stands in place of --profile"),
+    ],
+)
+def test_input_of_the_laboratory_is_refused_by_name(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE.json").write_bytes(b'{"\xc4')
+    result = invoke(*options)
+    assert result.exit_code == 2 and words in result.stderr
 
 
 @pytest.mark.parametrize("address", ["8000", "127.0.0.1:x"])

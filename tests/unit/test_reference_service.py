@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny_head, tiny_model
 
 from smartspec.engine_adapter.link import EngineLink
+from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.line_server import WorkerFacts
 from smartspec.engine_adapter.reference.model import LoadedModel
 from smartspec.engine_adapter.reference.service import HEADS, ProposerName, link_to, make_proposer
@@ -63,3 +65,9 @@ def test_daemon_is_told_what_lengths_mean(
     link.close()
     assert (limits.drafts_known_first, limits.trees) == (known_first, trees)
     assert limits.confidences == confidences
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_that_is_not_there_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"device cuda: this torch .* (without CUDA|no GPU)"):
+        models.load("/nowhere", device="cuda")

@@ -492,10 +492,10 @@ def test_no_process_is_left_when_the_daemon_is_killed(
 # -- systemd ------------------------------------------------------------------------------------
 
 
-def unit() -> configparser.ConfigParser:
+def unit(name: str = UNIT.name) -> configparser.ConfigParser:
     parser = configparser.ConfigParser(strict=False, interpolation=None, comment_prefixes=("#",))
     parser.optionxform = str  # type: ignore[assignment, method-assign]
-    parser.read(UNIT, "utf-8")
+    parser.read(UNIT.with_name(name), "utf-8")
     return parser
 
 
@@ -520,6 +520,21 @@ def test_unit_gives_the_directory_that_the_settings_expect() -> None:
     assert state.enabled and state.directory == "/var/lib/smartspec"
     for hardening in ("NoNewPrivileges", "DynamicUser", "ProtectHome", "PrivateTmp"):
         assert section[hardening] == "yes"
+
+
+def test_worker_s_unit_may_connect_to_the_daemon_and_looks_where_it_is() -> None:
+    section = unit("smartspec-worker.service")["Service"]
+    assert section["SupplementaryGroups"] == unit()["Service"]["Group"]
+    lines = UNIT.with_name("smartspec-worker.service").read_text("utf-8").splitlines()
+    words = [
+        word for line in lines if line.startswith("Environment=") for word in line[12:].split()
+    ]
+    environment = dict(word.split("=", 1) for word in words)
+    there = config.load(env={"RUNTIME_DIRECTORY": f"/run/{unit()['Service']['RuntimeDirectory']}"})
+    assert config.load(env=environment).endpoint == there.endpoint
+    cache = section["CacheDirectory"]
+    assert environment["SMARTSPEC_CACHE"] == f"/var/cache/{cache}"
+    assert environment["HF_HOME"].startswith(f"/var/cache/{cache}/")
 
 
 def test_unit_names_only_variables_that_exist() -> None:

@@ -120,7 +120,7 @@ def test_simulate_refuses_in_one_line(tmp_path: Path) -> None:
     for flags, words in (
         (["--trace", str(tmp_path / "none.csv")], "none.csv"),
         (["--arrivals", "tidal"], "arrivals"),
-        (["--loads", "x"], "could not convert"),
+        (["--loads", "x"], "--loads x: expected numbers"),
         (["--acceptance", "1.5"], "acceptance"),
     ):
         done = CliRunner().invoke(app, ["simulate", "--num-workers", "1", *flags])

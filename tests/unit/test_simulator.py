@@ -436,11 +436,18 @@ def test_an_experiment_that_cannot_be_played_says_why(tmp_path: Path) -> None:
         workload.read(path, experiment.Experiment)
     for change, words in (
         ({"policies": ("best",)}, "choose of none"),
+        ({"policies": ("none", "static4"), "max_length": 3}, "static4: the longest length is 3"),
         ({"profile": "tpu"}, "no profile"),
         ({"draft": "7b"}, "no draft"),
     ):
         with pytest.raises(ValueError, match=words):
             experiment.check(replace_fields(change))
+
+
+def test_lengths_compared_by_default_are_those_that_there_are() -> None:
+    assert experiment.Experiment().policies[:4] == ("none", "static1", "static3", "static5")
+    short = experiment.Experiment(max_length=2)
+    assert short.policies == ("none", "static1", "static2", "informed", "smartspec")
 
 
 def replace_fields(change: dict[str, object]) -> experiment.Experiment:
