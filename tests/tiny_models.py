@@ -98,6 +98,30 @@ class LetterTokenizer:
         return bytes(["é".encode()[extra % 2]])
 
 
+def space_tokenizer() -> PreTrainedTokenizerFast:
+    """Like Llama 2's: spaces begin words, a text's first is dropped, bytes are tokens `<0xNN>`."""
+    words = [
+        *"▁!\n",
+        "<s>",
+        "ing",
+        *(f"▁{word}" for word in ("a", "is", "of", "the", "to", "world")),
+    ]
+    words += [*"abcdefghijklmnopqrstuvwxyz"]
+    pieces = words + [f"<0x{byte:02X}>" for byte in "世ég😀".encode()]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
 class RandomLengths:
     """A length source that asks for anything from 0 to the ceiling, and keeps what it hears."""
 

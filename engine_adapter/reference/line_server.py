@@ -27,6 +27,7 @@ from smartspec.engine_adapter.reference.events import (
     TokenLogprobs,
     Tokens,
 )
+from smartspec.engine_adapter.reference.pieces import Pieces
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
 from smartspec.engine_adapter.reference.worker import Worker
 
@@ -88,6 +89,7 @@ class LineServer:
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
+        self._pieces = Pieces(tokenizer)
         self._facts = facts
         self._sink = sink
         self._link_factory = link_factory
@@ -272,7 +274,7 @@ class LineServer:
     def _scored(self, logprobs: list[TokenLogprobs]) -> list[replies.ScoredToken]:
         def show(token: int, logprob: float) -> replies.TokenLogprob:
             # JSON has no -inf.
-            return replies.TokenLogprob(self._tokenizer.decode([token]), max(logprob, -9999.0))
+            return replies.TokenLogprob(self._pieces.text(token), max(logprob, -9999.0))
 
         scored = []
         for one in logprobs:
