@@ -91,6 +91,9 @@ class LetterTokenizer:
         raw = b"".join(self._bytes(i) for i in ids)
         return raw.decode("utf-8", errors="replace")
 
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        return "".join(chr(byte) for byte in self._bytes(ids))
+
     def _bytes(self, token: int) -> bytes:
         extra = token - len(self.pieces)
         if extra < 0:

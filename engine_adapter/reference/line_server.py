@@ -274,13 +274,14 @@ class LineServer:
     def _scored(self, logprobs: list[TokenLogprobs]) -> list[replies.ScoredToken]:
         def show(token: int, logprob: float) -> replies.TokenLogprob:
             # JSON has no -inf.
-            return replies.TokenLogprob(self._pieces.text(token), max(logprob, -9999.0))
+            text, raw = self._pieces[token]
+            return replies.TokenLogprob(text, max(logprob, -9999.0), raw)
 
         scored = []
         for one in logprobs:
             own = show(one.token, one.logprob)
             tops = [show(*top) for top in one.top]
-            scored.append(replies.ScoredToken(own.token, own.logprob, tops))
+            scored.append(replies.ScoredToken(own.token, own.logprob, tops, own.raw))
         return scored
 
     def _drop(self, name: str) -> None:

@@ -176,7 +176,7 @@ def test_logprobs_are_the_same_when_drafted_for() -> None:
         assert one["token"] == other["token"]
         assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-9)
         assert one["logprob"] == pytest.approx(one["top"][0][1])  # it is greedy
-        assert [token for token, _ in one["top"]] == [token for token, _ in other["top"]]
+        assert [top[0] for top in one["top"]] == [top[0] for top in other["top"]]
         assert one["top"][0][1] >= one["top"][1][1]
 
 
