@@ -91,11 +91,38 @@ class LetterTokenizer:
         raw = b"".join(self._bytes(i) for i in ids)
         return raw.decode("utf-8", errors="replace")
 
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        return "".join(chr(byte) for byte in self._bytes(ids))
+
     def _bytes(self, token: int) -> bytes:
         extra = token - len(self.pieces)
         if extra < 0:
             return self.pieces[token].encode()
         return bytes(["é".encode()[extra % 2]])
+
+
+def space_tokenizer() -> PreTrainedTokenizerFast:
+    """Like Llama 2's: spaces begin words, a text's first is dropped, bytes are tokens `<0xNN>`."""
+    words = [
+        *"▁!\n",
+        "<s>",
+        "ing",
+        *(f"▁{word}" for word in ("a", "is", "of", "the", "to", "world")),
+    ]
+    words += [*"abcdefghijklmnopqrstuvwxyz"]
+    pieces = words + [f"<0x{byte:02X}>" for byte in "世ég😀".encode()]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
 class RandomLengths:

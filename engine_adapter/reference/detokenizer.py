@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"  #: how decoders show an unfinished multi-byte character
+CONTEXT_TOKENS = 4  #: of the prompt, that the first token of the answer is decoded after
 
 
 class Decodes(Protocol):
@@ -23,14 +25,17 @@ class Detokenizer:
     ----------
     tokenizer : a fast tokenizer
     stop : strings that end the answer
+    prompt : what the answer follows: some decoders drop the space that a text begins with
     """
 
-    def __init__(self, tokenizer: Decodes, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, tokenizer: Decodes, stop: tuple[str, ...] = (), prompt: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        self._window: list[int] = []
-        self._num_known = 0  # tokens of the window whose text is in self.text
-        self._known = ""  # their text, decoded within the window
+        self._window = self._context(prompt)
+        self._num_known = len(self._window)  # tokens whose text is in self.text, or the prompt's
+        self._known = self._decode(self._window)  # their text, decoded within the window
         self.text = ""
         self._num_taken = 0
 
@@ -56,6 +61,14 @@ class Detokenizer:
         end = len(self.text) - (0 if final else self._num_held())
         taken, self._num_taken = self.text[self._num_taken : end], max(end, self._num_taken)
         return taken
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        # A character is four tokens at most: one of four windows in a row begins with a whole one.
+        for size in range(CONTEXT_TOKENS, CONTEXT_TOKENS + 4):
+            window = list(prompt[-size:])
+            if not self._decode(window).endswith(REPLACEMENT):
+                return window
+        return []  # the prompt ends within a character
 
     def _advance(self, tokens: list[int]) -> None:
         self._window.extend(tokens)

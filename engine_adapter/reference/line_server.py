@@ -27,6 +27,7 @@ from smartspec.engine_adapter.reference.events import (
     TokenLogprobs,
     Tokens,
 )
+from smartspec.engine_adapter.reference.pieces import Pieces
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
 from smartspec.engine_adapter.reference.worker import Worker
 
@@ -88,6 +89,7 @@ class LineServer:
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
+        self._pieces = Pieces(tokenizer)
         self._facts = facts
         self._sink = sink
         self._link_factory = link_factory
@@ -272,13 +274,14 @@ class LineServer:
     def _scored(self, logprobs: list[TokenLogprobs]) -> list[replies.ScoredToken]:
         def show(token: int, logprob: float) -> replies.TokenLogprob:
             # JSON has no -inf.
-            return replies.TokenLogprob(self._tokenizer.decode([token]), max(logprob, -9999.0))
+            text, raw = self._pieces[token]
+            return replies.TokenLogprob(text, max(logprob, -9999.0), raw)
 
         scored = []
         for one in logprobs:
             own = show(one.token, one.logprob)
             tops = [show(*top) for top in one.top]
-            scored.append(replies.ScoredToken(own.token, own.logprob, tops))
+            scored.append(replies.ScoredToken(own.token, own.logprob, tops, own.raw))
         return scored
 
     def _drop(self, name: str) -> None:

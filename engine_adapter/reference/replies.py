@@ -34,14 +34,16 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
     token: str
     logprob: float
+    raw: list[int] | None = None  #: its bytes, where it is not all of a character
 
 
-class ScoredToken(msgspec.Struct, frozen=True):
+class ScoredToken(msgspec.Struct, frozen=True, omit_defaults=True):
     """A token of the answer, and the likeliest in its place, best first."""
 
     token: str
     logprob: float
     top: list[TokenLogprob]
+    raw: list[int] | None = None  #: as of `TokenLogprob`
 
 
 class Token(_Reply, frozen=True, tag="token", omit_defaults=True):

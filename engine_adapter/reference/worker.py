@@ -138,7 +138,9 @@ class Worker:
             room if request.max_tokens is None else request.max_tokens,
             int(self._rng.integers(2**63)) if seed is None else seed % 2**64,
             self._clock(),
-            None if self._tokenizer is None else Detokenizer(self._tokenizer, request.stop),
+            None
+            if self._tokenizer is None
+            else Detokenizer(self._tokenizer, request.stop, request.prompt),
         )
         self._sequences[sequence.id] = sequence
         self.scheduler.add(sequence)

@@ -7,17 +7,22 @@ the last of them follows the target's distribution, by one product with its outp
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from smartspec.engine_adapter.reference.feature_head import fingerprint
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 
 SHARD_ANSWERS = 128
@@ -117,16 +122,28 @@ def answer(
                 del rows[segment.row]
 
 
+def origin(target: PreTrainedModel, layers: Sequence[int]) -> dict[str, str]:
+    """What all answers that a drafter learns from must share; written into each shard."""
+    return {"target": fingerprint(target), "layers": ",".join(map(str, layers))}
+
+
 def record(
     folder: Path, runner: ModelRunner, asked: Sequence[Asked], layers: Sequence[int], **how: Any
 ) -> Iterator[list[Answer]]:
     """Answer all prompts into a folder of shards; what is there already is not asked again.
 
-    ``how`` : as of `answer`. Yields each shard when it is written.
+    ``how`` : as of `answer`. Yields each shard when it is written. Raises ValueError where a shard
+    is there that was made in another way.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{begin:06}.safetensors" for begin in range(0, len(asked), SHARD_ANSWERS)]
-    todo = [i for i in range(len(asked)) if not files[i // SHARD_ANSWERS].exists()]
+    begins = range(0, len(asked), SHARD_ANSWERS)
+    files = [folder / f"{begin:06}.safetensors" for begin in begins]
+    common = origin(runner.model, layers)
+    origins = [{**common, "recipe": _recipe(asked[i : i + SHARD_ANSWERS], how)} for i in begins]
+    there = [file.exists() for file in files]
+    for file, expected in compress(zip(files, origins, strict=True), there):
+        check(file, expected)
+    todo = [i for i in range(len(asked)) if not there[i // SHARD_ANSWERS]]
     shards: dict[int, dict[int, Answer]] = {}
     for place, found in answer(runner, [asked[i] for i in todo], layers, **how):
         number, within = divmod(todo[place], SHARD_ANSWERS)
@@ -134,11 +151,35 @@ def record(
         shard[within] = found
         if len(shard) == min(SHARD_ANSWERS, len(asked) - number * SHARD_ANSWERS):
             whole = [found for _, found in sorted(shards.pop(number).items())]
-            write(files[number], whole)
+            write(files[number], whole, origins[number])
             yield whole
 
 
-def write(path: Path, answers: Sequence[Answer]) -> None:
+def _recipe(asked: Sequence[Asked], how: Mapping[str, Any]) -> str:
+    told = {name: sorted(v) if isinstance(v, frozenset) else v for name, v in how.items()}
+    return hashlib.sha256(json.dumps([asked, told], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def check(path: Path, expected: Mapping[str, str]) -> None:
+    """Raise ValueError unless a shard was made as ``expected`` says (see `origin`)."""
+    with _opened(path) as file:
+        told = file.metadata() or {}
+    if any(told.get(name) != value for name, value in expected.items()):
+        raise ValueError(
+            f"answers in {path.parent} are of another model or recipe: give another --work"
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, remove it: {error}") from error
+
+
+def write(path: Path, answers: Sequence[Answer], origin: dict[str, str]) -> None:
     """A shard: the columns of its answers, one after the other. It appears in one piece."""
     scratch = path.with_suffix(".tmp")
     columns = {
@@ -148,13 +189,13 @@ def write(path: Path, answers: Sequence[Answer]) -> None:
         "features": torch.cat([a.features for a in answers]),
         "log_mass": torch.cat([a.log_mass for a in answers]).float(),
     }
-    save_file(columns, scratch)
+    save_file(columns, scratch, origin)
     scratch.rename(path)
 
 
 def read(path: Path) -> list[Answer]:
-    """What `write` wrote."""
-    with safe_open(path, "pt") as file:
+    """What `write` wrote. Raises ValueError."""
+    with _opened(path) as file:
         sizes = file.get_tensor("sizes")
         num_tokens, num_prompt = sizes[:, 0], sizes[:, 1]
         columns = (

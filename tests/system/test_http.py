@@ -200,6 +200,21 @@ def test_logprobs_are_told_when_asked_for(client: openai.OpenAI) -> None:
     assert [one.to_dict() for one in streamed] == [one.to_dict() for one in content]
 
 
+def test_bytes_of_tokens_are_their_own_when_they_are_part_of_a_character(
+    client: openai.OpenAI,
+) -> None:
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    chat = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=60, seed=2, logprobs=True, top_logprobs=1
+    )
+    assert chat.choices[0].logprobs is not None
+    content = chat.choices[0].logprobs.content or []
+    # Each token of this model is one byte.
+    told = [one.bytes or [] for one in content if one.token != "<eos>"]
+    assert {len(one) for one in told} == {1}
+    assert any(one[0] >= 0x80 for one in told)
+
+
 def test_models_are_listed_and_found_by_name(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, save_tiny_model, tiny_head, tiny_model
 from torch import Tensor
 
@@ -201,3 +202,101 @@ def test_command_makes_a_drafter_and_answers_only_once(
     empty = tmp_path / "empty"
     assert command.run(prompts, out, empty, recipe, model=model, train_only=True) == 2
     assert "too few answers: 0" in capsys.readouterr().err
+
+
+class Shop:
+    """The command in a folder with two models, nine prompts and answers of the first."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.work, self._capsys = folder, folder / "work", capsys
+        self.one, self.other = (
+            str(save_tiny_model(folder / name, seed)) for seed, name in enumerate(("one", "other"))
+        )
+        self.recipe = command.Recipe(
+            max_answer_tokens=20, held_out=2, epochs=1, intermediate_size=24, layers=(1, 2)
+        )
+        self.prompts = folder / "prompts.jsonl"
+        self.write_prompts(9)
+        self.must(self.one)
+
+    def write_prompts(self, count: int) -> None:
+        lines = [json.dumps({"prompt": f"{i} and {i + 1}"}) for i in range(count)]
+        self.prompts.write_text("\n".join(lines))
+
+    def run(self, model: str, out: Path | None = None, **changes: Any) -> str | None:
+        """What was wrong, or None."""
+        how = {name: changes.pop(name) for name in ("start", "train_only") if name in changes}
+        recipe = replace(self.recipe, **changes)
+        self._capsys.readouterr()
+        status = command.run(self.prompts, out, self.work, recipe, model=model, device="cpu", **how)
+        told = self._capsys.readouterr().err
+        assert status in (0, 2)
+        return told.splitlines()[-1] if status else None
+
+    def must(self, model: str, out: Path | None = None, **changes: Any) -> None:
+        assert self.run(model, out, **changes) is None
+
+
+@pytest.fixture
+def shop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shop:
+    return Shop(tmp_path, capsys)
+
+
+OF_ANOTHER = "are of another model or recipe: give another --work"
+
+
+@pytest.mark.parametrize("train_only", [False, True])
+def test_answers_of_another_model_are_refused(shop: Shop, train_only: bool) -> None:
+    out = shop.folder / "own.safetensors"
+    told = shop.run(shop.other, out, train_only=train_only)
+    assert told is not None and told.endswith(f"answers in {shop.work / 'part-0'} {OF_ANOTHER}")
+    assert not out.exists()
+    # Nor are those of another process mixed with this one's.
+    assert OF_ANOTHER in str(shop.run(shop.other, part=1, parts=2))
+    assert not (shop.work / "part-1").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"hot": 0.5}, {"seed": 1}, {"max_answer_tokens": 19}, {"parts": 2}, {"layers": (0,)}]
+)
+def test_answers_of_another_recipe_are_refused(shop: Shop, change: dict[str, Any]) -> None:
+    assert OF_ANOTHER in str(shop.run(shop.one, **change))
+
+
+def test_answers_to_other_prompts_are_refused(shop: Shop) -> None:
+    shop.write_prompts(10)
+    assert OF_ANOTHER in str(shop.run(shop.one))
+
+
+def test_training_asks_only_for_the_target_and_the_layers(shop: Shop) -> None:
+    out, own = shop.folder / "own.safetensors", {"train_only": True}
+    assert OF_ANOTHER in str(shop.run(shop.one, out, layers=(0, 2), **own))
+    shop.must(shop.one, out, seed=1, max_answer_tokens=10, **own)
+    # From a drafter on, the layers are the drafter's.
+    shop.must(shop.one, out, start=out, layers=())
+
+
+def test_answers_that_do_not_say_of_whom_they_are_are_refused(shop: Shop) -> None:
+    (shard,) = shop.work.rglob("*.safetensors")
+    save_file(load_file(shard), shard)
+    out = shop.folder / "own.safetensors"
+    assert OF_ANOTHER in str(shop.run(shop.one, out))
+    assert OF_ANOTHER in str(shop.run(shop.one, out, train_only=True))
+
+
+def test_a_drafter_among_the_answers_is_not_taken_for_answers(shop: Shop) -> None:
+    for out in (shop.work / "own.safetensors", shop.work / "part-0" / "own.safetensors"):
+        shop.must(shop.one, out)
+        shop.must(shop.one, out, train_only=True)
+
+
+def test_damaged_answers_are_named(shop: Shop) -> None:
+    (shard,) = shop.work.rglob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"{shard} is damaged, remove it" in str(shop.run(shop.one))
+
+
+@pytest.mark.parametrize("layers", [(1, 99), (-1,)])
+def test_layers_that_the_model_has_not_are_refused(shop: Shop, layers: tuple[int, ...]) -> None:
+    told = shop.run(shop.one, layers=layers)
+    assert told is not None and told.endswith("the model has 2 (0: before the first)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import VOCABULARY, LetterTokenizer
+from tiny_models import VOCABULARY, LetterTokenizer, space_tokenizer
 
 from smartspec.engine_adapter.reference.detokenizer import Detokenizer
 
@@ -13,6 +13,16 @@ TOKENIZER = LetterTokenizer()
 PIECES = {piece: i for i, piece in enumerate(LetterTokenizer.pieces)}
 FIRST_BYTE, SECOND_BYTE = len(PIECES), len(PIECES) + 1
 tokens_strategy = st.lists(st.integers(0, VOCABULARY - 1), max_size=40)
+SPACES = space_tokenizer()
+SPACED = SPACES.get_vocab()
+#: What a text is made of: words, letters, and the bytes of one character, which stay together.
+units_strategy = st.lists(
+    st.one_of(
+        st.sampled_from([[i] for piece, i in SPACED.items() if not piece.startswith("<")]),
+        st.sampled_from([[SPACED[f"<0x{byte:02X}>"] for byte in c.encode()] for c in "世ég😀"]),
+    ),
+    max_size=20,
+).map(lambda units: [token for unit in units for token in unit])
 
 
 def spell(text: str) -> list[int]:
@@ -95,3 +105,47 @@ def test_stops_do_not_depend_on_how_many_tokens_come_at_once(
         used += size
     assert found == expected
     assert in_pieces.take(final=True) == one_by_one.take(final=True)
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [3], [2, 1]])
+def test_first_space_stays_when_the_decoder_drops_that_of_a_text(sizes: list[int]) -> None:
+    answer = [SPACED[piece] for piece in ("▁world", "!", "▁the")]
+    detokenizer = Detokenizer(SPACES, prompt=[SPACED["<s>"], SPACED["▁the"]])
+    for size in sizes:
+        detokenizer.push(answer[:size])
+        answer = answer[size:]
+    assert detokenizer.take(final=True) == " world! the"
+
+
+@given(units_strategy, units_strategy, st.lists(st.integers(1, 5), min_size=80, max_size=80))
+def test_prompt_and_answer_are_one_text_when_tokens_arrive_in_pieces(
+    prompt: list[int], answer: list[int], sizes: list[int]
+) -> None:
+    prompt = [SPACED["<s>"], SPACED["▁a"], *prompt]
+    detokenizer = Detokenizer(SPACES, prompt=prompt)
+    streamed, rest = "", list(answer)
+    for size in sizes:
+        detokenizer.push(rest[:size])
+        streamed += detokenizer.take()
+        rest = rest[size:]
+    streamed += detokenizer.take(final=True)
+    before, whole = (
+        SPACES.decode(tokens, skip_special_tokens=True) for tokens in (prompt, prompt + answer)
+    )
+    assert before + streamed == whole
+
+
+@given(tokens_strategy, tokens_strategy, st.lists(st.sampled_from(["ab", "e.", "é"]), max_size=2))
+def test_prompt_changes_nothing_when_tokens_are_plain_bytes(
+    prompt: list[int], answer: list[int], stop: list[str]
+) -> None:
+    alone, after = Detokenizer(TOKENIZER, tuple(stop)), Detokenizer(TOKENIZER, tuple(stop), prompt)
+    assert alone.push(answer) == after.push(answer)
+    assert alone.take(final=True) == after.take(final=True)
+
+
+def test_prompt_is_no_context_when_it_ends_within_a_character() -> None:
+    half = SPACED["<0xE4>"]
+    detokenizer = Detokenizer(SPACES, prompt=[SPACED["▁a"], half])
+    detokenizer.push([SPACED["b"]])
+    assert detokenizer.take(final=True) == "b"

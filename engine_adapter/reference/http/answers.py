@@ -82,7 +82,7 @@ async def stream(
                     written.append(_event(opening))
             if not (part.text or part.scored or part.finish_reason):
                 continue  # held back: it may be the beginning of a stop string
-            offsets[index] += sum(len(one.token) for one in part.scored)
+            offsets[index] = part.end_offset
             usage = None
             if options.continuous_usage_stats:
                 usage = usage_of(generation, num_prompt_tokens)

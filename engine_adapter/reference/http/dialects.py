@@ -12,7 +12,7 @@ from smartspec.engine_adapter.reference.http import responses
 from smartspec.engine_adapter.reference.http.engine_client import GONE, RETRY_AFTER_S, Event, Lost
 from smartspec.engine_adapter.reference.http.errors import ApiError
 from smartspec.engine_adapter.reference.http.responses import FinishReason
-from smartspec.engine_adapter.reference.replies import ScoredToken
+from smartspec.engine_adapter.reference.replies import ScoredToken, TokenLogprob
 
 _FINISH_REASONS: dict[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
 
@@ -27,6 +27,11 @@ class Part:
         self.scored: list[ScoredToken] = []
         self.text_offset = text_offset  #: of the first scored token, in the choice's text
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def end_offset(self) -> int:
+        """Where the scored tokens end in the choice's text."""
+        return self.text_offset + sum(_num_characters(one) for one in self.scored)
 
     def add(self, event: Event) -> None:
         """Take in a reply. Raises `ApiError` where there will be no answer."""
@@ -47,6 +52,15 @@ class Part:
                 raise ApiError(400, event.message, code="refused")
             case Lost():
                 raise ApiError(503, GONE, code="engine_dead", retry_after_s=RETRY_AFTER_S)
+
+
+def _bytes(one: ScoredToken | TokenLogprob) -> list[int]:
+    return list(one.token.encode()) if one.raw is None else one.raw
+
+
+def _num_characters(one: ScoredToken) -> int:
+    """Characters that begin in a token; the bytes 10xxxxxx go on with one."""
+    return sum(byte & 0xC0 != 0x80 for byte in _bytes(one))
 
 
 class Dialect(Protocol):
@@ -97,7 +111,7 @@ class TextDialect(_Dialect):
         offsets, offset = [], part.text_offset
         for one in part.scored:
             offsets.append(offset)
-            offset += len(one.token)
+            offset += _num_characters(one)
         return responses.CompletionLogprobs(
             text_offset=offsets,
             token_logprobs=[one.logprob for one in part.scored],
@@ -155,10 +169,10 @@ class ChatDialect(_Dialect):
             responses.ChatTokenLogprob(
                 token=one.token,
                 logprob=one.logprob,
-                bytes=list(one.token.encode()),
+                bytes=_bytes(one),
                 top_logprobs=[
                     responses.ChatTopLogprob(
-                        token=top.token, logprob=top.logprob, bytes=list(top.token.encode())
+                        token=top.token, logprob=top.logprob, bytes=_bytes(top)
                     )
                     for top in one.top
                 ],
