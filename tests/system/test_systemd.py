@@ -17,6 +17,7 @@ pytestmark = pytest.mark.system
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 UNITS = ("smartspec.service", "smartspec@.service", "smartspec-telemetry.service")
+WORKER = "smartspec-worker.service"  #: runs torch, and reaches the network for models
 MAX_EXPOSURE = 1.5
 
 needs_analyze = pytest.mark.skipif(
@@ -42,10 +43,10 @@ def lines_of(unit: str) -> set[str]:
 @needs_analyze
 def test_units_are_verified_without_a_complaint(tmp_path: Path) -> None:
     units = installed(tmp_path)
-    for unit in UNITS:
+    for unit in (*UNITS, WORKER):
         text = (units / unit).read_text("utf-8").replace("/usr/bin/smartspec", "/bin/true")
         (tmp_path / unit).write_text(text, "utf-8")
-    names = [unit.replace("@", "@gpus") for unit in UNITS]
+    names = [unit.replace("@", "@gpus") for unit in (*UNITS, WORKER)]
     paths = [str(tmp_path / name) for name in names]
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *paths], capture_output=True, text=True
@@ -80,7 +81,7 @@ def test_install_keeps_to_the_layout_and_to_what_is_there(
     tmp_path: Path, layout: str, secrets: str
 ) -> None:
     units = installed(tmp_path, layout)
-    assert sorted(p.name for p in units.iterdir()) == sorted(UNITS)
+    assert sorted(p.name for p in units.iterdir()) == sorted((*UNITS, WORKER))
     text = (units / "smartspec.service").read_text("utf-8")
     assert f"EnvironmentFile=-/etc/{secrets}/smartspec" in text
     file = tmp_path / "etc" / secrets / "smartspec"
