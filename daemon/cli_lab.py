@@ -60,9 +60,10 @@ def _wanted(kind: Any, file: Path | None, loads: str | None, **flags: Any) -> An
             given["loads"] = [float(load) for load in loads.split(",")]
         except ValueError:
             fail(f"--loads {loads}: expected numbers, e.g. 0.1,0.5,0.8")
+    if file is None:
+        return msgspec.convert(given, kind)
     read = optional("smartspec.lab.simulation.workload", "daemon").read
-    base = msgspec.to_builtins(read(file, kind)) if file else {}
-    return msgspec.convert({**base, **given}, kind)
+    return read(file, kind, given)
 
 
 @app.command()

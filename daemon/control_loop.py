@@ -138,6 +138,7 @@ class ControlLoop:
                     self._beat()
             for session, observations in arrived.items():
                 self._learn(session, observations)
+                self._beat()
         self._keep_time()
         return reason
 

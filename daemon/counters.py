@@ -23,8 +23,10 @@ class Counters(Counter[str]):
 
         Only an engine's first of a kind is logged, with its traceback.
         """
-        self[f"failures_{doing}"] += 1
-        if (doing, engine) in self._logged or len(self._logged) >= LOGGED:
+        name = f"failures_{doing}"
+        self[name] += 1
+        is_known = (doing, engine) in self._logged or len(self._logged) >= LOGGED
+        if is_known and self[name] > 1:
             return
         self._logged.add((doing, engine))
         log.exception(

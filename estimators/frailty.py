@@ -114,6 +114,8 @@ class Frailty:
         self._scores *= (1.0 - 1.0 / STRENGTH_WINDOW) ** len(young)
         self._scores[:-1] += likelihood.sum(axis=1)
         self._scores[-1] += len(young)
+        if self._scores[-1] > STRENGTH_WINDOW:  # many at once fade less than they bring
+            self._scores *= STRENGTH_WINDOW / self._scores[-1]
         self._weigh()
 
     def _weigh(self) -> None:

@@ -143,6 +143,7 @@ class EngineTracker:
 
     def _note_step(self, event: StepEvent) -> None:
         state = self.state
+        state.state = "connected"  # the event that said so may be lost
         state.step_seq = event.seq
         state.num_running = event.num_running
         state.num_waiting = event.num_waiting

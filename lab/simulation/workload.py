@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -131,12 +132,17 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return load * _capacity(self)
 
 
-def read(path: Path, kind: type[T]) -> T:
-    """Options of ``kind`` from TOML. Raises ValueError naming what is wrong."""
+def read(path: Path, kind: type[T], over: Mapping[str, object] | None = None) -> T:
+    """Options of ``kind`` from TOML, under those that go ``over`` it.
+
+    Raises ValueError naming what is wrong.
+    """
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=kind)
+        given = msgspec.toml.decode(path.read_bytes())
+        msgspec.convert(given, kind)  # what is wrong with the file is the file's
     except (msgspec.DecodeError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
+    return msgspec.convert({**given, **(over or {})}, kind)
 
 
 def capacity(

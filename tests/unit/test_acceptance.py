@@ -458,3 +458,16 @@ def test_what_is_learned_does_not_depend_on_who_has_asked_for_corrections() -> N
                 estimator.corrections(rows)
             estimator.learn_many(rows, np.zeros(16, np.intp), drafted, accepted)
     assert asked.state() == unasked.state()
+
+
+def test_state_of_many_young_requests_can_be_restored() -> None:
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=4)
+    rng = np.random.default_rng(0)
+    for step in range(700):
+        ids = np.arange(1000) + 1000 * (step // 40)
+        rows = estimator.rows(ids)
+        drafted = np.full(1000, 2)
+        accepted = np.minimum(rng.geometric(0.4, 1000) - 1, 2)
+        estimator.learn_many(rows, np.zeros(1000, np.int64), drafted, accepted)
+    again = AcceptanceEstimator.from_state(estimator.state())
+    assert again.strength == estimator.strength

@@ -14,6 +14,7 @@ from smartspec.daemon import config, control_loop
 from smartspec.daemon.adoption.pauses import Pauses
 from smartspec.daemon.commands import Command
 from smartspec.daemon.control_loop import FAILED_IN_A_ROW, ControlLoop
+from smartspec.daemon.counters import LOGGED, Counters
 from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
@@ -538,6 +539,36 @@ def test_failing_comparison_is_counted_and_the_loop_goes_on(
         assert rig.cycle(b"a", step_report(seq, roster=seq == 1)) is not None
     assert rig.loop.counters["failures_comparing"] == 3
     assert len(rig.policies()) == 3 and rig.session().engine.learned.num_steps == 3
+
+
+def test_first_fault_of_a_kind_is_logged_however_many_there_were(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    counters = Counters()
+    for doing, engine in [("deciding", f"e{i}") for i in range(200)] + [("learning", "x")] * 3:
+        try:
+            fail()
+        except ZeroDivisionError:
+            counters.failed(doing, engine)
+    assert sum("deciding" in record.message for record in caplog.records) == LOGGED
+    assert [r.message for r in caplog.records][-1] == "error while learning for engine x"
+    assert (counters["failures_deciding"], counters["failures_learning"]) == (200, 3)
+
+
+def test_heartbeats_go_out_while_a_long_turn_is_learned(rig: Rig) -> None:
+    rig.connect(b"b", "gpu1")
+    for name in ("gpu0", "gpu1"):
+        engine = rig.session(name).engine
+        learn = engine.learn
+
+        def slowly(observation: Any, learn: Any = learn) -> Any:
+            rig.clock.now += 1.1 * rig.settings.control.heartbeat_s
+            return learn(observation)
+
+        engine.learn = slowly
+    rig.transport.put(b"b", step_report(1))
+    rig.cycle(b"a", step_report(1))
+    assert len(rig.transport.take(b"a", wire.Heartbeat)) == 2
 
 
 def test_failing_welcome_is_counted_and_the_loop_goes_on(rig: Rig) -> None:

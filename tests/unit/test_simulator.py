@@ -444,10 +444,13 @@ def test_an_experiment_that_cannot_be_played_says_why(tmp_path: Path) -> None:
             experiment.check(replace_fields(change))
 
 
-def test_lengths_compared_by_default_are_those_that_there_are() -> None:
+def test_lengths_compared_by_default_are_those_that_there_are(tmp_path: Path) -> None:
     assert experiment.Experiment().policies[:4] == ("none", "static1", "static3", "static5")
     short = experiment.Experiment(max_length=2)
     assert short.policies == ("none", "static1", "static2", "informed", "smartspec")
+    (tmp_path / "e.toml").write_text("acceptance = 0.6\n")
+    read = workload.read(tmp_path / "e.toml", experiment.Experiment, {"max_length": 2})
+    assert (read.policies, read.acceptance) == (short.policies, 0.6)
 
 
 def replace_fields(change: dict[str, object]) -> experiment.Experiment:
