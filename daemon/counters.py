@@ -7,7 +7,6 @@ from collections import Counter
 
 log = logging.getLogger("smartspec.daemon")
 
-
 LOGGED = 64  #: kinds of faults, by engine, that are logged with their traceback
 
 

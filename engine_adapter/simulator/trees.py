@@ -3,9 +3,9 @@
 After every token a drafter has guesses for the next, ranked. The target's token is the first guess
 with probability a, the request's acceptance; of what that misses, 1 - a, the second guess has 0.32,
 and each further one half of the one before, up to the fifth; none has more than the first. So the
-five best guesses hold 1 - 0.4 (1 - a). SpecInfer (Miao et al. 2023, arXiv 2305.09781, greedy
-decoding of LLaMA-7B with drafts of LLaMA-68M) reports 62 to 70% of tokens for the first guess and
-85 to 89% for the best five: 0.60 to 0.63 of what the first one misses. Which guess it is, is
+five best guesses hold 1 - 0.4 (1 - a): an assumption, after what SpecInfer (Miao et al. 2023, arXiv
+2305.09781) has for LLaMA-7B and drafts of LLaMA-68M as it is remembered, 62 to 70% for the first
+guess and 85 to 89% for the best five; the paper was not at hand. Which guess it is, is
 independent from token to token, and a drafter knows these probabilities of each request: its nodes
 are the most probable paths of all, most probable first. Real drafters are surer of some tokens than
 of others, and less well calibrated.

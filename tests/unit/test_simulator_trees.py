@@ -68,7 +68,7 @@ def test_guesses_come_as_often_as_their_chances_say() -> None:
     a = np.full(200_000, 0.6)
     found = np.bincount(guesses(np.random.default_rng(0).random(len(a)), a), minlength=6) / len(a)
     assert found[1:] == pytest.approx(guess_chances(np.array(0.6)), abs=0.005)
-    # SpecInfer: of 62 to 70% for the first guess, 85 to 89% for the best five.
+    # Assumed: of 62 to 70% for the first guess, 85 to 89% for the best five.
     for first, five in ((0.62, 0.85), (0.70, 0.89)):
         assert guess_chances(np.array(first)).sum() == pytest.approx(five, abs=0.015)
     falling = guess_chances(np.linspace(0, 1, 101))
