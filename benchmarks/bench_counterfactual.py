@@ -44,8 +44,8 @@ from smartspec.daemon.adoption.gain import (
 )
 from smartspec.daemon.config import load
 from smartspec.daemon.control_loop import ControlLoop
+from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.event_bus import NullBus
-from smartspec.daemon.policy import Arm, Decision
 from smartspec.daemon.sessions import Session
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.link import EngineLink

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fakes import Steering
 
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.policy import Planner
+from smartspec.daemon.planner import Planner
 from smartspec.engine_adapter.base import (
     FEATURE_LAST_SHARE,
     DecodeBatch,

@@ -21,9 +21,9 @@ from smartspec.daemon.adoption.trial import Step
 from smartspec.daemon.commands import Answer, Command
 from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
+from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.engines import Observation, OutOfOrder, RosterGap
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, LinkCounts, LoopEvent, NullBus
-from smartspec.daemon.policy import Arm, Decision
 from smartspec.daemon.sessions import Session, Sessions
 from smartspec.daemon.state.keeper import Keeper
 from smartspec.daemon.state.library import Library

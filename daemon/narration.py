@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from smartspec.daemon.adoption.trial import Trial
+from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.engines import Engine, Observation
 from smartspec.daemon.event_bus import (
     Bus,
@@ -16,7 +17,6 @@ from smartspec.daemon.event_bus import (
     NoteEvent,
     StepEvent,
 )
-from smartspec.daemon.policy import Arm, Decision
 from smartspec.engine_adapter import messages
 
 log = logging.getLogger("smartspec.daemon")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -137,3 +138,39 @@ def _curves(engine: Engine, shape: StepShape) -> list[CostCurve]:
         tokens, seconds = engine.step_cost.whole_curve(shape, 1, most)
         curves.append(CostCurve(mode, tokens, seconds))
     return curves
+
+
+def gain_std(engine: Engine, outlook: Outlook, lengths: I64, others: Sequence[int]) -> list[float]:
+    """Deviation of log(goodput at ``lengths`` / goodput at one length for all), for each other one.
+
+    By the delta method. Hazards are taken to be independent by depth, and wrong alike for all
+    requests; those of depths never tried are as uncertain as their prior. Of costs only the
+    difference counts.
+    """
+    hazard_std = engine.acceptance.hazard_std() / engine.acceptance.pooled_hazards()
+    tokens, cost = _influence(engine, outlook, lengths)
+    found = []
+    for length in others:
+        other_tokens, other_cost = _influence(engine, outlook, outlook.ladder.at(length)[0])
+        of_tokens = float((((tokens - other_tokens) * hazard_std) ** 2).sum())
+        of_cost = engine.step_cost.log_ratio_std(cost, other_cost)
+        found.append(float(np.sqrt(of_tokens + of_cost**2)))
+    return found
+
+
+def _influence(engine: Engine, outlook: Outlook, lengths: I64) -> tuple[F64, StepShape]:
+    """d log tokens / d log hazard by depth or rank, [K]; and the shape of such a step."""
+    ladder = outlook.ladder
+    presence = 1.0 if ladder.presence is None else ladder.presence
+    taken = np.arange(ladder.max_length)[:, None] < lengths
+    by_depth = (ladder.worth * taken * presence).sum(axis=1, dtype=np.float64)
+    beyond: F64 = by_depth
+    if not engine.key.trees:  # where a hazard is a factor of all that follow
+        beyond = by_depth[::-1].cumsum()[::-1]
+    drafts = outlook.num_drafts(lengths)
+    forwards = 0.0
+    if not engine.hello.limits.drafts_known_first:
+        forwards = outlook.draft.num_forwards(int(lengths.max(initial=0)))
+    return beyond / (ladder.weight_sum + float(by_depth.sum())), outlook.shape._replace(
+        verify_tokens=ladder.size + drafts, draft_forwards=forwards, draft_tokens=drafts
+    )

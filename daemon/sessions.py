@@ -18,9 +18,10 @@ from smartspec.daemon.adoption.pauses import Pauses
 from smartspec.daemon.adoption.trial import Trial
 from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
+from smartspec.daemon.decision import Decision
 from smartspec.daemon.engines import Engine
 from smartspec.daemon.event_bus import Bus
-from smartspec.daemon.policy import Decision, Planner, PlannerSettings
+from smartspec.daemon.planner import Planner, PlannerSettings
 from smartspec.daemon.state.keeper import Keeper
 from smartspec.daemon.state.learned import Learned, ModelKey
 from smartspec.engine_adapter import messages

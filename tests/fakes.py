@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 import zmq
 
+from smartspec.daemon.decision import Decision
 from smartspec.daemon.engines import Engine
 from smartspec.daemon.event_bus import BusEvent
-from smartspec.daemon.policy import Decision, Planner
+from smartspec.daemon.planner import Planner
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, StepFacts
 from smartspec.engine_adapter.lengths import Choice

@@ -32,7 +32,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from smartspec.daemon.policy import Arm
+from smartspec.daemon.decision import Arm
 
 ALTERNATIVES = (Arm.NONE, Arm.OWN)
 MEMORY_BLOCKS = 30.0  #: of what is measured and predicted at every block

@@ -38,7 +38,7 @@ import numpy as np
 
 from smartspec.daemon.adoption.gain import GainEstimator, Tally
 from smartspec.daemon.config import AdoptionSettings
-from smartspec.daemon.policy import Arm
+from smartspec.daemon.decision import Arm
 
 MIN_STEPS = 16  #: of a block
 WASHOUT_STEPS = 3  #: after a change of arm: a drafter that catches up, a batch of mixed origin

@@ -18,8 +18,8 @@ from scripted_engine import Costs, ScriptedEngine, hello
 from smartspec.daemon import config
 from smartspec.daemon.commands import Command
 from smartspec.daemon.control_loop import ControlLoop
+from smartspec.daemon.decision import Arm
 from smartspec.daemon.event_bus import DecisionEvent, GainEvent, NoteEvent
-from smartspec.daemon.policy import Arm
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.link import EngineLink
 

@@ -15,6 +15,7 @@ from smartspec.daemon.adoption.pauses import Pauses
 from smartspec.daemon.commands import Command
 from smartspec.daemon.control_loop import FAILED_IN_A_ROW, ControlLoop
 from smartspec.daemon.counters import LOGGED, Counters
+from smartspec.daemon.decision import Arm
 from smartspec.daemon.event_bus import (
     CheckpointEvent,
     DecisionEvent,
@@ -26,7 +27,7 @@ from smartspec.daemon.event_bus import (
     StepEvent,
 )
 from smartspec.daemon.outlook import Outlook
-from smartspec.daemon.policy import RELEASE_TTL_S, Arm
+from smartspec.daemon.planner import RELEASE_TTL_S
 from smartspec.daemon.sessions import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT
 from smartspec.daemon.state.learned import ModelKey, decode
 from smartspec.daemon.state.library import Library

@@ -19,7 +19,7 @@ from smartspec.daemon.adoption.gain import (
     Tally,
     student_95,
 )
-from smartspec.daemon.policy import Arm
+from smartspec.daemon.decision import Arm
 
 CERTAIN = {Arm.NONE: 0.0, Arm.OWN: 0.0}
 

@@ -11,7 +11,7 @@ from fakes import Steering, step_facts
 from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.policy import Planner
+from smartspec.daemon.planner import Planner
 from smartspec.daemon.probing import (
     LOOKS,
     MAX_TRIES,

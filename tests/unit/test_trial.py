@@ -19,7 +19,7 @@ from smartspec.daemon.adoption.trial import (
     Trial,
 )
 from smartspec.daemon.config import AdoptionSettings
-from smartspec.daemon.policy import Arm
+from smartspec.daemon.decision import Arm
 
 STEP_S = 0.125
 

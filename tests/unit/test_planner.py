@@ -12,8 +12,9 @@ import pytest
 from fakes import Steering, decode_batch, step_report
 from scripted_engine import Costs, ScriptedEngine, hello
 
+from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.policy import Arm, Decision, Planner
+from smartspec.daemon.planner import Planner
 from smartspec.daemon.told import LATE_STEPS, TOLD_EVERY
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.lengths import RAGGED, UNIFORM
@@ -334,7 +335,7 @@ def test_policy_is_sent_again_when_it_did_not_arrive() -> None:
 def test_batch_that_is_as_it_was_is_looked_at_every_other_step_once_steady(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("smartspec.daemon.policy.STEADY", 100)
+    monkeypatch.setattr("smartspec.daemon.planner.STEADY", 100)
     scripted, source = planned([0.8] * 6 + [0.3] * 6, steps=300)
     decided = [(d.report_seq, d.is_news) for d in source.decisions]
     early, late = decided[:100], decided[200:]

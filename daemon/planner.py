@@ -1,115 +1,29 @@
-"""From what is known of an engine to its next policy, with the reason in words. Does no I/O."""
+"""From what is known of an engine to its next decision, and to what it is told. Does no I/O."""
 
 from __future__ import annotations
 
 import dataclasses
-import enum
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Generic, NamedTuple, TypedDict, TypeVar
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from smartspec.daemon.decision import Arm, Decision, Once, Order, in_words
 from smartspec.daemon.engines import STEERED, Batch, Engine, Observation
 from smartspec.daemon.goodput import Optimum
-from smartspec.daemon.outlook import Expected, Outlook
+from smartspec.daemon.outlook import Expected, Outlook, gain_std
 from smartspec.daemon.probing import Prober
 from smartspec.daemon.told import TOLD_EVERY, Told
-from smartspec.engine_adapter.lengths import F64, I64, RAGGED
+from smartspec.engine_adapter.lengths import I64, RAGGED
 from smartspec.engine_adapter.messages import Curve, Policy, pack
 from smartspec.engine_adapter.targets import expected_tokens, out_of_reach
-from smartspec.estimators.step_cost import StepShape
 
 TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew
 YOUNG = 200  #: decisions in which the table is still moving fast
 STEADY = 1000  #: decisions after which a batch that is as it was is looked at every other step
 FALLBACK_EVERY = 50  #: decisions between two fallback tables: it changes slowly
 RELEASE_TTL_S = 1e-9  #: of a policy that has expired by the time it is looked at
-
-
-class Arm(enum.StrEnum):
-    """What an engine can be made to run, so that goodputs can be compared."""
-
-    SMARTSPEC = "smartspec"  #: the lengths of greatest goodput
-    OWN = "own"  #: its own configuration, whatever that is
-    NONE = "none"  #: no speculation
-
-
-class Order(NamedTuple):
-    """What a policy says, beside what is known: the rest of it is an `Outlook`."""
-
-    arm: Arm
-    value_of_time: float
-    depth: int
-    reason: str
-    probe_length: int = 0
-    num_probes: int = 0
-    by_confidence: bool = False
-    is_sweep: bool = False  #: to seed the models: lengths are not the best
-    num_targets: int = 0  #: requests that ask for a time per token
-    num_out_of_reach: int = 0  #: of these, who cannot have it
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether targets bend the lengths: the engine's choice of them, not ours."""
-        return self.num_targets > self.num_out_of_reach
-
-
-T = TypeVar("T")
-
-
-class Once(Generic[T]):
-    """What ``make`` makes, when first asked; functools.cache takes longer to set up than that."""
-
-    __slots__ = ("_made", "_make")
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self._made: T | None = None
-
-    def __call__(self) -> T:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What to run, and what was expected of it and of the alternatives."""
-
-    order: Order
-    seq: int  #: of its policy, or of the one in force
-    report_seq: int  #: of the report that it follows from
-    make_policy: Callable[[], Policy]  #: worked out when asked: few are sent
-    lengths: I64  #: [B], what it means for the batch last reported
-    chosen: Expected
-    none: Expected  #: length 0 for all
-    static: Callable[[], Expected]  #: the engine's own length for all; worked out when asked
-    gain_std: Callable[[], dict[Arm, float]]  #: of log(goodput / alternative's), as models know it
-    mode: str = RAGGED  #: execution mode chosen
-    is_news: bool = True  #: False: the policy last told does as well, and none need be sent
-    is_comparable: bool = True  #: False: lengths are bent by targets, or the models being seeded
-    prompts: float = 0.0  #: tokens that the seconds of the step's prompts would be worth
-
-    @property
-    def policy(self) -> Policy:
-        """What the engine is told."""
-        return self.make_policy()
-
-    @property
-    def goodput(self) -> float:
-        return self.chosen.goodput
-
-    def compared(self) -> dict[Arm, float]:
-        """Tokens per second of each arm, the prompts that a step takes along counted.
-
-        At what their seconds are worth (docs/adr/0005-price-of-time.md): by tokens of answers alone
-        long drafts look good that keep prompts waiting.
-        """
-        arms = {Arm.SMARTSPEC: self.chosen, Arm.NONE: self.none, Arm.OWN: self.static()}
-        return {arm: (one.tokens + self.prompts) / one.seconds for arm, one in arms.items()}
 
 
 class PlannerSettings(TypedDict):
@@ -213,7 +127,7 @@ class Planner:
             outlook.chosen(optimum),
             none,
             Once(partial(outlook.at_length, engine.hello.limits.static_length)),
-            partial(_gain_std, engine, outlook, optimum.choice.lengths),
+            partial(self._gain_std, outlook, optimum.choice.lengths),
             optimum.choice.mode,
             is_news,
             arm is not Arm.SMARTSPEC or not (order.is_bound or self.is_learning),
@@ -278,9 +192,10 @@ class Planner:
         # Targets bind a step as a whole, which is not known before it is drafted.
         has_targets = self._meet_targets and batch.target is not None
         by_confidence = limits.confidences and steering and sweep_length is None and not has_targets
-        reason = self._reason(
-            observation, optimum, none.goodput, num_probes, probe_length, by_confidence
-        )
+        waiting = observation.report.num_waiting
+        reason = in_words(optimum, none.goodput, waiting, by_confidence)
+        if num_probes:
+            reason += f"; probe: length {probe_length} for {num_probes}"
         num_targets = num_out_of_reach = 0
         if has_targets:
             num_targets, num_out_of_reach = _targets(batch, outlook)
@@ -384,6 +299,11 @@ class Planner:
             return report.source == "own"
         return report.source in STEERED and report.policy_seq > self._arm_after
 
+    def _gain_std(self, outlook: Outlook, lengths: I64) -> dict[Arm, float]:
+        others = (0, self.engine.hello.limits.static_length)
+        stds = gain_std(self.engine, outlook, lengths, others)
+        return dict(zip((Arm.NONE, Arm.OWN), stds, strict=True))
+
     def release(self) -> Policy:
         """A policy that leaves the engine to its own configuration, at once."""
         return self._release(self.engine.next_policy_seq(self.engine.last_seq), "released")
@@ -409,34 +329,6 @@ class Planner:
             reason=reason,
         )
 
-    def _reason(
-        self,
-        observation: Observation,
-        optimum: Optimum,
-        none: float,
-        num_probes: int,
-        probe_length: int,
-        by_confidence: bool,
-    ) -> str:
-        lengths = optimum.choice.lengths
-        size, waiting = len(lengths), observation.report.num_waiting
-        load = f"{size} running" + (f", {waiting} waiting" if waiting else "")
-        top = int(lengths.max(initial=0))
-        if by_confidence:
-            what = "as many drafts as their confidences pay for"
-            what += f"; without them lengths {int(lengths.min())}-{top}"
-        elif top == 0:
-            what = "no speculation: drafts would cost more than they bring"
-        elif lengths.min() == top:
-            what = f"length {top} for all"
-        else:
-            what = f"lengths {int(lengths.min())}-{top} (mean {lengths.mean():.1f})"
-        gain = optimum.goodput / none - 1 if none > 0 else 0.0
-        reason = f"{load}: {what}; {optimum.goodput:.0f} tok/s, {gain:+.0%} over none"
-        if num_probes:
-            reason += f"; probe: length {probe_length} for {num_probes}"
-        return reason
-
 
 def _targets(batch: Batch, outlook: Outlook) -> tuple[int, int]:
     """How many requests ask for a time per token, and how many of these cannot have it."""
@@ -447,39 +339,3 @@ def _targets(batch: Batch, outlook: Outlook) -> tuple[int, int]:
         batch.target, tokens, outlook.curves[0], outlook.draft, outlook.num_prompt_tokens
     )
     return int((batch.target > 0).sum()), int(missed.sum())
-
-
-def _gain_std(engine: Engine, outlook: Outlook, lengths: I64) -> dict[Arm, float]:
-    """Deviation of log(goodput at ``lengths`` / goodput otherwise), by the delta method.
-
-    Hazards are taken to be independent by depth, and wrong alike for all requests; those of depths
-    never tried are as uncertain as their prior. Of costs only the difference counts.
-    """
-    hazard_std = engine.acceptance.hazard_std() / engine.acceptance.pooled_hazards()
-    tokens, cost = _influence(engine, outlook, lengths)
-    found = {}
-    for arm, length in ((Arm.NONE, 0), (Arm.OWN, engine.hello.limits.static_length)):
-        other = outlook.ladder.at(length)[0]
-        other_tokens, other_cost = _influence(engine, outlook, other)
-        of_tokens = float((((tokens - other_tokens) * hazard_std) ** 2).sum())
-        of_cost = engine.step_cost.log_ratio_std(cost, other_cost)
-        found[arm] = float(np.sqrt(of_tokens + of_cost**2))
-    return found
-
-
-def _influence(engine: Engine, outlook: Outlook, lengths: I64) -> tuple[F64, StepShape]:
-    """d log tokens / d log hazard by depth or rank, [K]; and the shape of such a step."""
-    ladder = outlook.ladder
-    presence = 1.0 if ladder.presence is None else ladder.presence
-    taken = np.arange(ladder.max_length)[:, None] < lengths
-    by_depth = (ladder.worth * taken * presence).sum(axis=1, dtype=np.float64)
-    beyond: F64 = by_depth
-    if not engine.key.trees:  # where a hazard is a factor of all that follow
-        beyond = by_depth[::-1].cumsum()[::-1]
-    drafts = outlook.num_drafts(lengths)
-    forwards = 0.0
-    if not engine.hello.limits.drafts_known_first:
-        forwards = outlook.draft.num_forwards(int(lengths.max(initial=0)))
-    return beyond / (ladder.weight_sum + float(by_depth.sum())), outlook.shape._replace(
-        verify_tokens=ladder.size + drafts, draft_forwards=forwards, draft_tokens=drafts
-    )
