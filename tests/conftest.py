@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from http_server import HttpServer
 from hypothesis import HealthCheck, settings
+from loop_rig import Rig
 
 # The same examples on every run, on machines of any speed; HYPOTHESIS_PROFILE=explore looks for
 # new ones.
@@ -25,6 +26,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 # No test starts from what another, or the user's own daemon, has learned; tests of it say so.
 os.environ["SMARTSPEC_STATE_ENABLED"] = "false"
+
+
+@pytest.fixture
+def rig() -> Rig:
+    """A control loop with one engine, connected."""
+    made = Rig()
+    made.connect()
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The loop on a fake transport and clock: order, counting, who may connect, what may fail."""
+"""The loop on a fake transport and clock: order, counting, what may fail, what is run."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Any
 
 import msgspec
 import pytest
-from fakes import Clock, FakeTransport, RecordingBus, step_report
+from fakes import step_report
+from loop_rig import Rig
 from scripted_engine import hello
 
-from smartspec.daemon import config, control_loop
+from smartspec.daemon import config
 from smartspec.daemon.adoption.pauses import Pauses
 from smartspec.daemon.commands import Command
-from smartspec.daemon.control_loop import FAILED_IN_A_ROW, ControlLoop
+from smartspec.daemon.control_loop import FAILED_IN_A_ROW
 from smartspec.daemon.counters import LOGGED, Counters
 from smartspec.daemon.decision import Arm
 from smartspec.daemon.event_bus import (
-    CheckpointEvent,
     DecisionEvent,
-    EngineEvent,
     GainEvent,
     LinkCounts,
     LoopEvent,
@@ -29,51 +28,7 @@ from smartspec.daemon.event_bus import (
 from smartspec.daemon.outlook import Outlook
 from smartspec.daemon.planner import RELEASE_TTL_S
 from smartspec.daemon.sessions import ANSWER_EVERY_S, NOTE_EVERY_S, RETIRED_KEPT
-from smartspec.daemon.state.learned import ModelKey, decode
-from smartspec.daemon.state.library import Library
 from smartspec.engine_adapter import messages as wire
-
-
-class Rig:
-    """A loop and what it is connected to."""
-
-    def __init__(
-        self,
-        mode: str = "control",
-        library: Library | None = None,
-        pauses: Pauses | None = None,
-        **control: Any,
-    ) -> None:
-        overrides = {"mode": mode, **{f"control.{k}": v for k, v in control.items()}}
-        self.clock = Clock()
-        self.transport = FakeTransport()
-        self.bus = RecordingBus()
-        self.settings = config.load(None, {}, overrides)
-        self.loop = ControlLoop(
-            self.settings, self.transport, self.bus, self.clock, lambda: 7.0, library, pauses
-        )
-
-    def cycle(self, peer: bytes = b"a", *messages: wire.Message | bytes) -> str | None:
-        self.transport.put(peer, *messages)
-        return self.loop.cycle(0.1)
-
-    def connect(self, peer: bytes = b"a", name: str = "gpu0", epoch: int = 1) -> None:
-        self.cycle(peer, hello(name, epoch))
-        self.transport.sent.clear()
-
-    def policies(self, peer: bytes = b"a") -> list[wire.Policy]:
-        return self.transport.take(peer, wire.Policy)
-
-    def session(self, name: str = "gpu0") -> Any:
-        return self.loop.sessions.by_name[name]
-
-
-@pytest.fixture
-def rig() -> Rig:
-    made = Rig()
-    made.connect()
-    return made
-
 
 # -- decide, publish, learn -----------------------------------------------------------------------
 
@@ -262,183 +217,6 @@ def test_flood_of_one_cycle_is_bounded(rig: Rig) -> None:
     while rig.transport.inbox:
         rig.loop.cycle(0.0)
     assert len(rig.policies()) == 1
-
-
-# -- engines come and go --------------------------------------------------------------------------
-
-
-def test_engine_hears_a_heartbeat_when_it_is_welcome() -> None:
-    rig = Rig()
-    rig.cycle(b"a", hello("gpu0"))
-    (beat,) = rig.transport.take(b"a", wire.Heartbeat)[:1]
-    assert beat.daemon_epoch == rig.loop.epoch
-    (event,) = rig.bus.of(EngineEvent)
-    assert (event.engine, event.state, event.epoch) == ("gpu0", "connected", 1)
-
-
-def test_name_is_refused_while_another_engine_of_that_name_is_connected(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(1))
-    rig.clock.now += 30  # silent for long, in a prefill perhaps, but connected
-    rig.cycle(b"b", hello("gpu0", epoch=2))
-    (refused,) = rig.transport.take(b"b", wire.Refused)
-    assert refused.reason == "another engine is called 'gpu0'"
-    rig.cycle(b"a", step_report(2, roster=False))
-    assert len(rig.policies(b"a")) == 2
-    assert rig.loop.counters["engines_refused"] == 1
-
-
-def test_name_is_refused_when_somebody_repeats_an_engine_s_own_words(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(1))
-    rig.cycle(b"b", hello("gpu0"), step_report(2))
-    assert rig.transport.take(b"b", wire.Refused) and not rig.policies(b"b")
-    rig.cycle(b"a", step_report(2, roster=False))
-    assert rig.policies(b"a")[-1].report_seq == 2
-
-
-def test_restarted_engine_keeps_what_was_learned(rig: Rig) -> None:
-    for seq in range(1, 150):
-        rig.cycle(b"a", step_report(seq, roster=seq == 1))
-    before = rig.session().engine.acceptance.pooled_hazards().tolist()
-    last = rig.policies()[-1].seq
-    rig.transport.gone.add(b"a")  # killed: no goodbye, but the connection is gone
-    rig.cycle(b"b", hello("gpu0", epoch=2))
-    assert not rig.transport.take(b"b", wire.Refused)
-    engine = rig.session().engine
-    assert engine.hello.epoch == 2 and engine.is_warm
-    assert engine.acceptance.pooled_hazards().tolist() == before
-    rig.cycle(b"b", step_report(1, epoch=2))
-    (policy,) = rig.policies(b"b")
-    assert policy.epoch == 2 and policy.seq > last
-    assert policy.num_probes == 0  # no second sweep
-    assert [e.state for e in rig.bus.of(EngineEvent)] == ["connected", "replaced", "connected"]
-
-
-def test_engine_that_says_goodbye_is_remembered(rig: Rig) -> None:
-    for seq in range(1, 150):
-        rig.cycle(b"a", step_report(seq, roster=seq == 1))
-    rig.cycle(b"a", wire.Goodbye(epoch=2))  # of another epoch: not this one
-    assert "gpu0" in rig.loop.sessions.by_name
-    rig.cycle(b"a", wire.Goodbye(epoch=1))
-    assert "gpu0" not in rig.loop.sessions.by_name
-    rig.connect(b"b", "gpu0", epoch=2)
-    assert rig.session().engine.is_warm
-
-
-def test_nothing_is_decided_for_an_engine_that_reports_and_goes_in_one_turn(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(1), wire.Goodbye(epoch=1))
-    assert rig.policies() == []
-    assert rig.loop.counters["decisions"] == 0
-    assert rig.loop.sessions.retired["gpu0"].learned.num_steps == 1  # what it said is still true
-
-
-def test_nothing_is_published_of_an_engine_after_it_was_said_to_have_left(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(1))
-    rig.cycle(b"a", step_report(2, roster=False), wire.Goodbye(epoch=1))
-    rig.clock.now += 2.0
-    rig.cycle()
-    of_engine = [event for event in rig.bus.events if getattr(event, "engine", "") == "gpu0"]
-    assert isinstance(of_engine[-1], EngineEvent) and of_engine[-1].state == "left"
-    assert [event.seq for event in rig.bus.of(StepEvent)] == [1]
-
-
-def test_steps_of_an_engine_are_not_taken_for_those_of_its_successor(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(7), hello("gpu0", epoch=2), step_report(1, epoch=2))
-    assert [event.seq for event in rig.bus.of(StepEvent)] == [1]
-
-
-def test_engine_is_lost_after_long_silence_and_returns_where_it_was(rig: Rig) -> None:
-    for seq in range(1, 150):
-        rig.cycle(b"a", step_report(seq, roster=seq == 1))
-    last = rig.policies()[-1].seq
-    rig.clock.now += rig.settings.control.engine_timeout_s + 1
-    rig.transport.gone.add(b"a")
-    rig.cycle()
-    assert [e.state for e in rig.bus.of(EngineEvent)][-1] == "lost"
-    rig.transport.gone.clear()
-    rig.transport.sent.clear()
-    rig.cycle(b"a", step_report(150, roster=False))
-    assert rig.transport.take(b"a", wire.Resync)
-    rig.cycle(b"a", hello("gpu0"), step_report(151))
-    (policy,) = rig.policies()
-    assert policy.seq > last  # or the engine would take it for an old one
-    assert rig.session().engine.is_warm
-
-
-def test_engine_without_requests_is_kept_while_it_is_connected(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(1))
-    rig.clock.now += 100 * rig.settings.control.engine_timeout_s
-    rig.cycle()
-    assert [e.state for e in rig.bus.of(EngineEvent)] == ["connected"]
-    rig.cycle(b"a", step_report(2, roster=False))
-    assert rig.session().engine.num_reports == 2
-
-
-def test_engine_that_hangs_loses_its_name_to_whoever_comes_by_it(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(1))
-    rig.clock.now += rig.settings.control.engine_timeout_s + 1
-    rig.cycle(b"b", hello("gpu0", epoch=2), step_report(1, epoch=2))
-    assert len(rig.policies(b"b")) == 1 and rig.session().peer == b"b"
-
-
-def test_idle_engine_is_kept_when_it_repeats_its_hello(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(1))
-    for _ in range(20):
-        rig.clock.now += rig.settings.control.engine_timeout_s / 2
-        rig.cycle(b"a", hello("gpu0"))
-    assert rig.session().engine.num_reports == 1
-
-
-def test_engine_over_a_new_connection_goes_on(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(1))
-    rig.transport.gone.add(b"a")
-    rig.cycle(b"b", hello("gpu0"), step_report(2, roster=False))
-    (policy,) = rig.policies(b"b")
-    assert policy.report_seq == 2
-    assert rig.session().engine.num_reports == 2
-
-
-def test_one_connection_is_one_engine(rig: Rig) -> None:
-    for i in range(RETIRED_KEPT + 10):
-        rig.cycle(b"a", hello(f"name{i}"))
-    assert len(rig.loop.sessions.by_name) == len(rig.loop.sessions.by_peer) == 1
-    assert len(rig.loop.sessions.retired) <= RETIRED_KEPT
-
-
-def test_engines_are_refused_beyond_the_allowed_number() -> None:
-    rig = Rig(max_engines=2)
-    for i in range(2):
-        rig.connect(b"%d" % i, f"gpu{i}")
-    for _ in range(10):  # told once in a while, however often it knocks
-        rig.cycle(b"2", hello("gpu2"))
-    assert rig.loop.counters["engines_refused"] == 10
-    (refused,) = rig.transport.take(b"2", wire.Refused)
-    assert "max_engines" in refused.reason
-    rig.cycle(b"0", hello("gpu0"), step_report(1))  # those within go on
-    assert len(rig.policies(b"0")) == 1
-    rig.cycle(b"1", wire.Goodbye(epoch=1))
-    rig.cycle(b"2", hello("gpu2"))
-    assert not rig.transport.take(b"2", wire.Refused)
-
-
-def test_engine_is_told_why_when_its_hello_contradicts_itself(rig: Rig) -> None:
-    rig.cycle(b"a", step_report(1))
-    limits = msgspec.structs.replace(hello().limits, graph_sizes=(8, 4))
-    rig.cycle(b"b", msgspec.structs.replace(hello("gpu1"), limits=limits))
-    (refused,) = rig.transport.take(b"b", wire.Refused)
-    assert "graph_sizes" in refused.reason
-    # Nor does it cost an engine of that name what it has.
-    rig.transport.gone.add(b"a")
-    rig.cycle(b"b", msgspec.structs.replace(hello("gpu0", 2), limits=limits))
-    assert rig.session().engine.hello.epoch == 1
-
-
-def test_refusal_fits_the_wire_when_the_name_is_long() -> None:
-    rig = Rig()
-    name = "\u00e9" * 256
-    rig.connect(b"a", name)
-    rig.cycle(b"a", step_report(1))
-    rig.cycle(b"b", hello(name, epoch=2))
-    assert len(rig.transport.take(b"b", wire.Refused)) == 1
 
 
 # -- failures and time ----------------------------------------------------------------------------
@@ -630,116 +408,6 @@ def test_changed_settings_reach_engines_by_the_next_policy(rig: Rig) -> None:
     assert rig.loop.counters["engines_refused"] == 1
 
 
-LIES: list[dict[str, Any]] = [
-    {"step_s": float("nan")},
-    {"step_s": -0.03},
-    {"context_tokens": 1 << 60},
-    {"num_accepted": wire.pack([3] * 3, "u8")},
-    {"num_emitted": wire.pack([9] * 3, "u8")},
-    {"features": wire.pack([[float("inf")] * 3, [4.0] * 3], "f32")},
-    {"num_drafted": b"\x02"},
-]
-
-
-@pytest.mark.parametrize("lie", LIES, ids=lambda lie: next(iter(lie)))
-def test_lying_engine_is_quarantined_with_an_event_and_others_are_unaffected(
-    rig: Rig, lie: dict[str, Any]
-) -> None:
-    alone = Rig()
-    alone.connect(b"b", "gpu1")
-    rig.connect(b"b", "gpu1")
-    for seq in range(1, 40):
-        rig.transport.put(b"a", step_report(seq, **(lie if seq > 5 else {})))
-        for each in (rig, alone):
-            each.cycle(b"b", step_report(seq))
-            each.clock.now += 0.02
-    [note] = [n for n in rig.bus.of(NoteEvent) if n.kind == "quarantined"]
-    assert (note.engine, note.level) == ("gpu0", "error")
-    assert "quarantined" in [e.state for e in rig.bus.of(EngineEvent) if e.engine == "gpu0"]
-    assert rig.loop.counters["quarantines"] == 1
-    assert len(rig.policies(b"b")) == len(alone.policies(b"b")) > 0
-    for mine, other in zip(
-        rig.session("gpu1").engine.acceptance.pooled_hazards(),
-        alone.session("gpu1").engine.acceptance.pooled_hazards(),
-        strict=True,
-    ):
-        assert mine == other
-    refusal = rig.transport.take(b"a", wire.Refused)[0]
-    assert "quarantine" in refusal.reason
-
-
-def test_quarantined_engine_may_return_and_is_not_believed_what_it_taught(rig: Rig) -> None:
-    for seq in range(1, 30):
-        rig.cycle(b"a", step_report(seq, **(LIES[0] if seq > 10 else {})))
-    rig.transport.sent.clear()
-    rig.clock.now += 1.0
-    rig.cycle(b"a", hello("gpu0"))
-    assert "quarantine" in rig.transport.take(b"a", wire.Refused)[0].reason
-    rig.clock.now += rig.settings.limits.quarantine_s + 1
-    rig.cycle(b"a", hello("gpu0"))
-    assert rig.session().engine.learned.num_steps == 0
-    rig.cycle(b"a", step_report(50))
-    assert rig.policies()
-
-
-def test_nobody_is_forgotten_for_a_liar_or_for_a_restart_in_place(rig: Rig) -> None:
-    for i in range(RETIRED_KEPT):
-        rig.cycle(b"%d" % i, hello(f"name{i}"))
-        rig.cycle(b"%d" % i, wire.Goodbye(epoch=1))
-    kept = set(rig.loop.sessions.retired)
-    assert len(kept) == RETIRED_KEPT
-    rig.cycle(b"a", hello("gpu0", 2))  # started anew
-    assert set(rig.loop.sessions.retired) == kept
-    for seq in range(1, 30):
-        rig.cycle(b"a", step_report(seq, epoch=2, **(LIES[0] if seq > 5 else {})))
-    assert rig.loop.counters["quarantines"] == 1
-    assert set(rig.loop.sessions.retired) == kept
-    assert "gpu0" not in rig.loop.sessions.trials
-
-
-def test_engine_is_not_quarantined_when_few_of_its_frames_are_corrupted(rig: Rig) -> None:
-    for seq in range(1, 1001):
-        rig.clock.now += 0.02
-        rig.cycle(b"a", b"\xc1" if seq % 25 == 0 else step_report(seq))
-        rig.cycle(b"a", step_report(seq))  # comes twice
-    assert rig.loop.counters["quarantines"] == 0
-    assert rig.session().engine.num_reports == 960 + 40
-
-
-def test_noisy_engine_starves_no_other(rig: Rig) -> None:
-    rig.connect(b"b", "gpu1")
-    learned: list[str] = []
-    for session in (rig.session("gpu0"), rig.session("gpu1")):
-        learn = session.engine.learn
-
-        def noted(observation: Any, name: str = session.engine.name, learn: Any = learn) -> Any:
-            learned.append(name)
-            return learn(observation)
-
-        session.engine.learn = noted
-    seq = 0
-    for turn in range(1, 41):  # a second: 40 steps of the one, 100,000 of the other
-        for _ in range(2500):
-            seq += 1
-            rig.transport.put(b"a", step_report(seq))
-        rig.transport.put(b"b", step_report(turn))
-        rig.loop.cycle(0.0)
-        rig.clock.now += 1 / 40
-    limit = rig.settings.limits.max_reports_per_s
-    assert rig.session("gpu0").engine.num_reports <= 1.3 * limit
-    assert rig.session("gpu0").engine.num_throttled > 90_000
-    assert learned.count("gpu0") <= 40 * control_loop.MAX_LEARNED_PER_CYCLE
-    assert learned.count("gpu1") == 40  # every step of the other, in its own turn
-    assert any(n.kind == "throttled" and n.engine == "gpu0" for n in rig.bus.of(NoteEvent))
-
-
-def test_engine_is_refused_when_it_announces_too_many_requests() -> None:
-    rig = Rig()
-    rig.loop.apply(config.replace(rig.settings, {"limits.max_requests": 100}))
-    rig.cycle(b"a", hello("gpu0", max_num_running=101))
-    assert "limits.max_requests" in rig.transport.take(b"a", wire.Refused)[0].reason
-
-
 def test_what_the_link_lost_is_published_per_engine(rig: Rig) -> None:
     rig.cycle(b"a", step_report(1))
     rig.cycle(b"a", step_report(1))  # again
@@ -760,124 +428,6 @@ def test_what_the_link_lost_is_published_per_engine(rig: Rig) -> None:
 def test_transport_is_closed_with_the_loop(rig: Rig) -> None:
     rig.loop.close()
     assert rig.transport.closed
-
-
-# -- what was learned -----------------------------------------------------------------------------
-
-
-def run_steps(rig: Rig, peer: bytes, count: int, **more: Any) -> None:
-    for seq in range(1, count + 1):
-        rig.cycle(peer, step_report(seq, roster=seq == 1, **more))
-
-
-def other_model(name: str, epoch: int = 1) -> wire.Hello:
-    fingerprint = wire.Fingerprint(target="another", proposer="lookup")
-    return msgspec.structs.replace(hello(name, epoch), fingerprint=fingerprint)
-
-
-def pass_interval(rig: Rig, turns: int = 5) -> list[CheckpointEvent]:
-    before = len(rig.bus.of(CheckpointEvent))
-    rig.clock.now += rig.settings.state.checkpoint_s
-    for _ in range(turns):
-        rig.cycle()
-    return rig.bus.of(CheckpointEvent)[before:]
-
-
-def test_one_checkpoint_is_taken_a_turn_when_the_interval_has_passed(rig: Rig) -> None:
-    rig.cycle(b"b", other_model("gpu1"))
-    run_steps(rig, b"a", 5)
-    run_steps(rig, b"b", 5)
-    assert not rig.bus.of(CheckpointEvent)
-    assert len(pass_interval(rig, turns=1)) == 1
-    rig.cycle()
-    assert len({event.key_id for event in rig.bus.of(CheckpointEvent)}) == 2
-    assert pass_interval(rig) == []  # nothing was learned since
-
-
-def test_checkpoint_is_of_the_engine_that_learned_most_when_several_are_alike(rig: Rig) -> None:
-    rig.connect(b"b", "gpu1")
-    run_steps(rig, b"a", 5)
-    run_steps(rig, b"b", 9)
-    (event,) = pass_interval(rig)
-    assert event.engine == "gpu1"
-    assert decode(event.frame, event.key_id).num_steps == 9
-
-
-def test_engine_starts_from_what_its_like_knows_and_learns_on_its_own(rig: Rig) -> None:
-    run_steps(rig, b"a", 150)
-    rig.connect(b"b", "gpu1")
-    first, second = rig.session("gpu0").engine, rig.session("gpu1").engine
-    known = first.acceptance.pooled_hazards().tolist()
-    assert second.is_warm and second.acceptance.pooled_hazards().tolist() == known
-    assert rig.bus.of(NoteEvent)[-1].kind == "warm_start"
-    rig.transport.sent.clear()
-    run_steps(rig, b"b", 5)
-    policy = rig.policies(b"b")[0]
-    assert "seed sweep" not in policy.reason
-    assert first.acceptance.pooled_hazards().tolist() == known
-    assert second.acceptance.pooled_hazards().tolist() != known
-
-
-def test_engines_of_different_fingerprints_share_nothing(rig: Rig) -> None:
-    run_steps(rig, b"a", 150)
-    rig.cycle(b"b", other_model("gpu1"))
-    assert rig.session("gpu1").engine.learned.num_steps == 0
-
-
-def test_engine_is_not_warm_when_its_kind_was_only_observed() -> None:
-    rig = Rig()
-    rig.connect()
-    run_steps(rig, b"a", 150, source="own")
-    rig.connect(b"b", "gpu1")
-    second = rig.session("gpu1")
-    assert second.engine.learned.num_steps == 150
-    assert not second.engine.is_warm and second.planner.prober.sweeping
-
-
-def test_next_daemon_controls_from_the_first_step_when_it_has_the_checkpoints(rig: Rig) -> None:
-    run_steps(rig, b"a", 150)
-    rig.cycle(b"a", wire.Goodbye(epoch=1))  # gone, but not forgotten
-    (last,) = rig.loop.checkpoints()
-    library = Library()
-    library.put(decode(last.frame, last.key_id))
-    again = Rig(library=library)
-    again.connect(b"a", epoch=2)
-    again.cycle(b"a", step_report(1, epoch=2))
-    (policy,) = again.policies()
-    assert "seed sweep" not in policy.reason
-    expected = rig.loop.sessions.retired["gpu0"].acceptance.log_survival().T.tobytes()
-    assert policy.log_survival == expected
-    (note,) = again.bus.of(NoteEvent)
-    assert note.kind == "warm_start" and "150 steps" in note.text
-
-
-def test_what_was_learned_is_saved_when_the_name_goes_to_another_model(rig: Rig) -> None:
-    run_steps(rig, b"a", 20)
-    rig.transport.gone.add(b"a")
-    rig.cycle(b"b", other_model("gpu0", 2))
-    (event,) = rig.bus.of(CheckpointEvent)
-    assert decode(event.frame).num_steps == 20
-
-
-def test_nothing_is_saved_when_state_is_off() -> None:
-    rig = Rig()
-    rig.settings = msgspec.structs.replace(
-        rig.settings, state=msgspec.structs.replace(rig.settings.state, enabled=False)
-    )
-    rig.loop = ControlLoop(rig.settings, rig.transport, rig.bus, rig.clock)
-    rig.connect()
-    run_steps(rig, b"a", 5)
-    assert pass_interval(rig) == [] and rig.loop.checkpoints() == []
-
-
-def test_refused_state_is_counted_and_told_when_its_engine_comes() -> None:
-    library = Library()
-    library.note_refused(ModelKey.of(hello()).id, "damaged")
-    rig = Rig(library=library)
-    rig.connect()
-    (note,) = rig.bus.of(NoteEvent)
-    assert note.kind == "cold_start" and "damaged" in note.text
-    assert rig.loop.counters["states_refused"] == 1
 
 
 # -- what is run, and who says so -----------------------------------------------------------------
