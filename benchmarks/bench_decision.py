@@ -24,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from figures import percentiles_ms, record
 from scripted_engine import Costs, ScriptedEngine, hello
 
-from smartspec.daemon import goodput
+from smartspec.daemon import outlook
 from smartspec.daemon.config import load
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import EventBus
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.messages import MAX_LENGTH
+from smartspec.engine_adapter.optimum import Optimum
 
 
 class StampedServer(Server):
@@ -62,9 +63,9 @@ def measure(
 ) -> dict[str, float]:
     """Figures of one kind of proposer, with prompts in every other step."""
     solve_s: list[float] = []
-    solve = goodput.solve
+    solve = outlook.solve
 
-    def timed_solve(*args: object) -> goodput.Optimum:
+    def timed_solve(*args: object) -> Optimum:
         began = time.perf_counter()
         optimum = solve(*args)  # type: ignore[arg-type]
         solve_s.append(time.perf_counter() - began)
@@ -95,7 +96,7 @@ def measure(
             if trees
             else None,
         )
-        goodput.solve = timed_solve  # type: ignore[assignment]
+        outlook.solve = timed_solve  # type: ignore[assignment]
         decided, learned = [], []
         gc.collect()
         gc.freeze()
@@ -112,7 +113,7 @@ def measure(
                     decided.append(server.sent_at - server.received_at)
                     learned.append(ended - server.sent_at)
         finally:
-            goodput.solve = solve
+            outlook.solve = solve
         link.close()
         loop.close()
         bus.close()

@@ -29,8 +29,8 @@ import numpy as np
 from bench_shift import MEASURES, SETTINGS, measures, set_up
 from figures import record
 
-from smartspec.daemon import goodput
 from smartspec.engine_adapter.base import StepFacts
+from smartspec.engine_adapter.optimum import at_price
 from smartspec.lab.simulation.policies import Known, Told
 from smartspec.lab.simulation.world import serve
 
@@ -80,7 +80,7 @@ def _fixed_point(step: Known, rate: Callable[[float, float], float]) -> float:
     price = 0.0
     while True:
         given = step.ladder, price, [step.carrying], step.draft, step.num_prompt_tokens
-        found = goodput.at_price(*given).choice
+        found = at_price(*given).choice
         better = rate(found.gain, found.seconds)
         if better <= price * (1 + 1e-9):
             return price

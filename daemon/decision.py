@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from smartspec.daemon.goodput import Optimum
 from smartspec.daemon.outlook import Expected
 from smartspec.engine_adapter.lengths import I64, RAGGED
 from smartspec.engine_adapter.messages import Policy
+from smartspec.engine_adapter.optimum import Optimum
 
 
 class Arm(enum.StrEnum):
@@ -31,6 +31,7 @@ class Order(NamedTuple):
     probe_length: int = 0
     num_probes: int = 0
     by_confidence: bool = False
+    deepest: int = 0  #: to which an engine may draft of itself; 0: to ``depth``
     is_sweep: bool = False  #: to seed the models: lengths are not the best
     num_targets: int = 0  #: requests that ask for a time per token
     num_out_of_reach: int = 0  #: of these, who cannot have it

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smartspec.daemon import goodput
 from smartspec.daemon.engines import Engine, Observation
-from smartspec.daemon.goodput import Optimum
+from smartspec.daemon.goodput import best_by_batch
 from smartspec.engine_adapter.lengths import (
     F64,
     I64,
@@ -21,6 +20,7 @@ from smartspec.engine_adapter.lengths import (
     request_survivals,
     step_seconds,
 )
+from smartspec.engine_adapter.optimum import Optimum, at_price, solve
 from smartspec.estimators.step_cost import StepShape
 
 
@@ -78,12 +78,12 @@ class Outlook(NamedTuple):
 
     def optimum(self) -> Optimum:
         """The lengths of greatest goodput."""
-        optimum = goodput.solve(self.ladder, self.curves, self.draft)
+        optimum = solve(self.ladder, self.curves, self.draft)
         if not self.num_prompt_tokens:
             return optimum
         # What a second is worth the batch shows alone (docs/adr/0005-price-of-time.md).
         price, other = optimum.value_of_time, self.num_prompt_tokens
-        optimum = goodput.at_price(self.ladder, price, self.curves, self.draft, other)
+        optimum = at_price(self.ladder, price, self.curves, self.draft, other)
         choice = optimum.choice
         return optimum._replace(goodput=choice.gain / (choice.seconds + self.beside_s))
 
@@ -118,7 +118,7 @@ class Outlook(NamedTuple):
         batches: I64 = np.unique(np.geomspace(1, most, 12).round().astype(np.int64))
         average: F64 = ladder.worth.mean(axis=1) * (ladder.size / ladder.weight_sum)
         presence = 1.0 if ladder.presence is None else float(ladder.presence.mean())
-        best = goodput.best_by_batch(average, presence, batches, self.curves[-1], self.draft)
+        best = best_by_batch(average, presence, batches, self.curves[-1], self.draft)
         return tuple(batches.tolist()), tuple(best.tolist())
 
 

@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from smartspec.daemon.decision import Arm, Decision, Once, Order, in_words
 from smartspec.daemon.engines import STEERED, Batch, Engine, Observation
-from smartspec.daemon.goodput import Optimum
 from smartspec.daemon.outlook import Expected, Outlook, gain_std
 from smartspec.daemon.probing import Prober
 from smartspec.daemon.told import TOLD_EVERY, Told
 from smartspec.engine_adapter.lengths import I64, RAGGED
 from smartspec.engine_adapter.messages import Curve, Policy, pack
+from smartspec.engine_adapter.optimum import Optimum
 from smartspec.engine_adapter.targets import expected_tokens, out_of_reach
 
 TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew
@@ -107,7 +107,13 @@ class Planner:
         if is_news:
             seq = engine.next_policy_seq(report_seq)
             self._told = Told(
-                seq, report_seq, outlook, observation.batch.ids, order.value_of_time, order.depth
+                seq,
+                report_seq,
+                outlook,
+                observation.batch.ids,
+                order.value_of_time,
+                order.depth,
+                order.deepest,
             )
             self._num_untold = 0
         else:
@@ -202,13 +208,15 @@ class Planner:
             reason += f"; {num_targets} with a target"
             if num_out_of_reach:
                 reason += f", {num_out_of_reach} of them out of reach"
-        value_of_time, depth = optimum.value_of_time, optimum.depth
+        value_of_time, depth, deepest = optimum.value_of_time, optimum.depth, 0
         if by_confidence:
             depth = engine.max_length
         elif sweep_length is not None:
             # At no value of time every request takes all that the depth allows.
             value_of_time, depth = 0.0, sweep_length
             reason = f"{len(batch.ids)} running: seed sweep, length {sweep_length} for all"
+        elif arm is Arm.SMARTSPEC and not has_targets:
+            deepest = engine.max_length
         if arm is Arm.NONE:
             depth = 0
             reason += "; for comparison: no speculation"
@@ -222,6 +230,7 @@ class Planner:
             probe_length,
             num_probes,
             by_confidence,
+            deepest,
             sweep_length is not None,
             num_targets,
             num_out_of_reach,
@@ -285,6 +294,7 @@ class Planner:
             reason=order.reason,
             meet_targets=self._meet_targets and order.arm is Arm.SMARTSPEC,
             by_confidence=order.by_confidence,
+            deepest=order.deepest,
         )
 
     @property

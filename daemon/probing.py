@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 from smartspec.daemon.engines import Observation
-from smartspec.daemon.goodput import Optimum
 from smartspec.daemon.outlook import Outlook
 from smartspec.engine_adapter.lengths import I64, step_seconds
+from smartspec.engine_adapter.optimum import Optimum
 
 NEAR, LOOKS = 0.4, 4  #: share of a step's time that a length may lose to be tried so often more
 MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from smartspec.daemon.engines import STEERED, Observation
-from smartspec.daemon.goodput import Optimum
 from smartspec.daemon.outlook import Outlook
 from smartspec.engine_adapter.lengths import (
     UNIFORM,
@@ -28,6 +27,7 @@ from smartspec.engine_adapter.lengths import (
     step_seconds,
 )
 from smartspec.engine_adapter.messages import align
+from smartspec.engine_adapter.optimum import Optimum, steered
 
 U64 = npt.NDArray[np.uint64]
 TOLD_EVERY = 16  #: decisions between two policies at most, whether or not anything has changed
@@ -47,6 +47,7 @@ class Told(NamedTuple):
     ids: U64  #: [B], whom its corrections are of
     value_of_time: float
     depth: int
+    deepest: int
 
     def may_hold(self, observation: Observation) -> bool:
         """Whether the engine is steered, by this policy or one that it may be about to replace."""
@@ -99,11 +100,12 @@ class Told(NamedTuple):
             correction[at >= 0] = self.outlook.correction[at[at >= 0]]
         survival = request_survivals(self.outlook.table, observation.buckets, correction)
         ladder = Ladder(survival, batch.weight, batch.floor, observation.num_available)
-        return choose_lengths(
+        return steered(
             ladder,
             self.value_of_time,
             self.depth,
             self.outlook.curves,
             self.outlook.draft,
             num_prompt_tokens,
+            self.deepest,
         )

@@ -7,7 +7,7 @@ The choice maximises, over one length k_i per request,
 where the *survival* ``S_i(j)`` is the probability that at least j drafts of request i are
 accepted, and T is the step's time. With ``value_of_time`` = max_k gain(k) / T(k) this is the
 choice of greatest goodput (Dinkelbach 1967; the objective is SmartSpec's, arXiv 2406.14066,
-section 4). The daemon's solver (daemon/goodput.py) finds that value, with the same `Ladder`.
+section 4). The daemon's solver (optimum.py) finds that value, with the same `Ladder`.
 
 Why sort-and-scan is exact
 --------------------------

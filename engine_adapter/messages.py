@@ -184,6 +184,8 @@ class Policy(Message, frozen=True, tag="policy"):
     meet_targets: bool = False  #: requests' token time targets are to be kept (targets.py)
     draft_forwards: tuple[Amount, ...] = ()  #: of trees of 1, 2, ... nodes (lengths.DraftCost)
     by_confidence: bool = False  #: up to ``depth`` by the drafter's confidences (prices.py)
+    #: A small batch may be drafted for to another depth, the best one, up to this; 0: to ``depth``.
+    deepest: Length = 0
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

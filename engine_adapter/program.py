@@ -25,6 +25,7 @@ from smartspec.engine_adapter.messages import (
     require,
     unpack,
 )
+from smartspec.engine_adapter.optimum import is_nimble, steered
 from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.ranking import Ranking
 from smartspec.engine_adapter.targets import choose_in_time
@@ -192,7 +193,7 @@ class Program:
         Until then the batch's arrays are to stay as they are.
         """
         self._look_at(batch)
-        if self._ranking is None and not self._is_special(batch):
+        if self._ranking is None and not self._is_special(batch) and not self._is_nimble(batch):
             self._ranking = Ranking(self._ladder_of(batch), *self._terms())
         choice = self.choose(batch)
         self._prepared = _columns(batch)
@@ -233,6 +234,10 @@ class Program:
         if values != self._columns:
             self._columns, self._ladder, self._ranking, self._made = values, None, None, None
 
+    def _is_nimble(self, batch: DecodeBatch) -> bool:
+        """Whether it is drafted for to the depth that is best for itself."""
+        return is_nimble(batch.size, self.draft, self.policy.deepest)
+
     def _is_special(self, batch: DecodeBatch) -> bool:
         """Whether lengths take more than a ladder."""
         return self.policy.by_confidence or self._has_targets(batch)
@@ -256,8 +261,12 @@ class Program:
         elif self._ranking is not None:
             choice = self._ranking.choose(batch.num_prefill_tokens)
         else:
-            ladder = self._ladder_of(batch)
-            choice = lengths.choose_lengths(ladder, *self._terms(), batch.num_prefill_tokens)
+            choice = steered(
+                self._ladder_of(batch),
+                *self._terms(),
+                batch.num_prefill_tokens,
+                self.policy.deepest,
+            )
         return choice._replace(policy_seq=self.policy.seq)
 
     def _ladder_of(self, batch: DecodeBatch) -> Ladder:

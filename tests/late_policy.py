@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from smartspec.daemon.goodput import solve
 from smartspec.engine_adapter.lengths import RAGGED, CostCurve, DraftCost, Ladder, choose_lengths
+from smartspec.engine_adapter.optimum import solve
 
 NUM_TOKENS = np.arange(400.0)
 CURVES = {

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smartspec.daemon import goodput
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, StepFacts
 from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
+from smartspec.engine_adapter.optimum import at_price, solve
 from smartspec.engine_adapter.simulator.engine import Engine, Present
 from smartspec.engine_adapter.simulator.profile import Profile
 from smartspec.engine_adapter.simulator.requests import F64
@@ -220,7 +220,7 @@ class Told(FixedLength):
 
     def value_of_time(self, step: Known) -> float:
         """The goodput of the batch without the step's prompts: as the daemon prices a second."""
-        return goodput.solve(step.ladder, [step.alone], step.draft).value_of_time
+        return solve(step.ladder, [step.alone], step.draft).value_of_time
 
     def survival(self, present: Present) -> F64:
         """Of the step about to run: [max_length, B], of trees the gains of ranks."""
@@ -250,4 +250,4 @@ class Told(FixedLength):
         )
         ladder = Ladder(self.survival(present), ceiling=batch.ceiling)
         price = self.value_of_time(Known(ladder, alone, carrying, draft, prompts))
-        return goodput.at_price(ladder, price, [carrying], draft, prompts).choice
+        return at_price(ladder, price, [carrying], draft, prompts).choice

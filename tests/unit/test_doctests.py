@@ -12,6 +12,7 @@ import smartspec.estimators
 
 MODULES = [
     "smartspec.daemon.goodput",
+    "smartspec.engine_adapter.optimum",
     "smartspec.engine_adapter.lengths",
     "smartspec.engine_adapter.messages",
     "smartspec.engine_adapter.prices",

@@ -10,7 +10,7 @@ import late_policy
 import numpy as np
 import pytest
 
-from smartspec.daemon.goodput import at_price, best_by_batch, depths_tried, solve
+from smartspec.daemon.goodput import best_by_batch
 from smartspec.engine_adapter.lengths import (
     RAGGED,
     UNIFORM,
@@ -19,6 +19,7 @@ from smartspec.engine_adapter.lengths import (
     Ladder,
     choose_lengths,
 )
+from smartspec.engine_adapter.optimum import at_price, depths_tried, solve
 
 NUM_CASES = 10_000
 
