@@ -17,8 +17,9 @@ from smartspec.engine_adapter.lengths import (
     DraftCost,
     Ladder,
     Worth,
+    batch_seconds,
+    possible,
     request_survivals,
-    step_seconds,
 )
 from smartspec.engine_adapter.optimum import Optimum, at_price, solve
 from smartspec.estimators.step_cost import StepShape
@@ -94,18 +95,21 @@ class Outlook(NamedTuple):
     def without(self) -> tuple[Expected, float]:
         """What no speculation should bring, and the seconds of it that are its prompts'."""
         size = self.ladder.size
-        alone_s, none_s = self.curves[-1].at((size, size + self.num_prompt_tokens)).tolist()
+        alone_s = float(self.curves[-1].at(size))
+        none_s = float(self.possible()[-1].at(size + self.num_prompt_tokens))
         none = Expected(self.ladder.weight_sum, none_s + self.beside_s)
         return none, max(none.seconds - alone_s, 0.0)
 
     def at_length(self, length: int) -> Expected:
         """What one length for all should bring."""
         lengths, gain = self.ladder.at(length)
-        drafts = np.array(self.num_drafts(lengths))
-        depth = int(lengths.max(initial=0))
-        num_tokens = self.ladder.size + self.num_prompt_tokens + drafts
-        seconds = float(step_seconds(self.curves[-1], self.draft, num_tokens, drafts, depth))
+        given = lengths, self.num_prompt_tokens, self.num_drafts(lengths)
+        seconds = batch_seconds(self.possible()[-1], self.draft, *given)
         return Expected(gain, seconds + self.beside_s)
+
+    def possible(self) -> Sequence[CostCurve]:
+        """The curves of the step: the last one is that of one length for all."""
+        return possible(self.curves, self.num_prompt_tokens)
 
     def num_drafts(self, lengths: I64) -> float:
         """Drafts to be expected at ``lengths`` [B]."""
@@ -126,8 +130,8 @@ def _curves(engine: Engine, shape: StepShape) -> list[CostCurve]:
     """Seconds by tokens in the pass, wide enough for a batch that has since doubled.
 
     One per mode of the engine, uniform last. Those of a pass without prompts: what the tokens of
-    prompts cost beyond that of others is the same for all lengths, so that an engine can choose by
-    these curves whatever prompts its step turns out to carry.
+    prompts cost beyond that of others is the same for all lengths that such a pass can have
+    (`lengths.possible`), so that an engine can choose by these curves whatever its step carries.
     """
     limits = engine.hello.limits
     most = min(2 * round(shape.batch) + 8, limits.max_num_running) * (1 + limits.max_length)

@@ -17,7 +17,7 @@ import numpy as np
 
 from smartspec.daemon.engines import Observation
 from smartspec.daemon.outlook import Outlook
-from smartspec.engine_adapter.lengths import I64, step_seconds
+from smartspec.engine_adapter.lengths import I64, CostCurve, batch_seconds
 from smartspec.engine_adapter.optimum import Optimum
 
 NEAR, LOOKS = 0.4, 4  #: share of a step's time that a length may lose to be tried so often more
@@ -166,7 +166,8 @@ def _loss_s(outlook: Outlook, optimum: Optimum, length: int) -> float:
     """Time lost by a step of this length for all, at the value of time."""
     best = optimum.choice
     lengths, gain = outlook.ladder.at(length)
-    return (best.gain - gain) / optimum.value_of_time + _seconds(outlook, lengths) - best.seconds
+    seconds = min(_seconds(outlook, curve, lengths) for curve in outlook.possible())
+    return (best.gain - gain) / optimum.value_of_time + seconds - best.seconds
 
 
 def _cost_s(outlook: Outlook, optimum: Optimum, length: int, count: int) -> float | None:
@@ -182,14 +183,13 @@ def _cost_s(outlook: Outlook, optimum: Optimum, length: int, count: int) -> floa
     depths = np.arange(ladder.max_length)[:, None]
     added = (depths >= lengths) & (depths < after)
     gain = float(ladder.worth[added].sum())
-    extra_s = _seconds(outlook, after) - _seconds(outlook, lengths)
+    curves = outlook.possible()  # ragged first: what some are probed with is not one length for all
+    before = next(curve for curve in curves if curve.mode == optimum.choice.mode)
+    extra_s = _seconds(outlook, curves[0], after) - _seconds(outlook, before, lengths)
     return max(0.0, extra_s - gain / optimum.value_of_time)
 
 
-def _seconds(outlook: Outlook, lengths: I64) -> float:
+def _seconds(outlook: Outlook, curve: CostCurve, lengths: I64) -> float:
     """Of a step in which all drafts are there."""
-    num_tokens = outlook.ladder.size + outlook.num_prompt_tokens
-    drafts = np.array(float(lengths.sum()))
-    depth = int(lengths.max(initial=0))
-    curve, draft = outlook.curves[0], outlook.draft
-    return float(step_seconds(curve, draft, num_tokens + drafts, drafts, depth))
+    drafts = float(lengths.sum())
+    return batch_seconds(curve, outlook.draft, lengths, outlook.num_prompt_tokens, drafts)

@@ -19,12 +19,11 @@ import numpy.typing as npt
 from smartspec.daemon.engines import STEERED, Observation
 from smartspec.daemon.outlook import Outlook
 from smartspec.engine_adapter.lengths import (
-    UNIFORM,
     Choice,
     Ladder,
+    batch_seconds,
     choose_lengths,
     request_survivals,
-    step_seconds,
 )
 from smartspec.engine_adapter.messages import align
 from smartspec.engine_adapter.optimum import Optimum, steered
@@ -82,11 +81,9 @@ class Told(NamedTuple):
             choice = self._choice(observation, outlook.num_prompt_tokens)
             mode = choice.mode
             lengths, gain = ladder.at(choice.lengths)
-        drafts, depth = np.array(float(lengths.sum())), int(lengths.max(initial=0))
         curve = next((one for one in outlook.curves if one.mode == mode), outlook.curves[0])
-        verified = ladder.size * depth if curve.mode == UNIFORM else drafts
-        num_tokens = ladder.size + outlook.num_prompt_tokens + verified
-        seconds = float(step_seconds(curve, outlook.draft, num_tokens, drafts, depth))
+        given = lengths, outlook.num_prompt_tokens, float(lengths.sum())
+        seconds = batch_seconds(curve, outlook.draft, *given)
         loss = best.gain - gain - optimum.value_of_time * (best.seconds - seconds)
         return loss <= WORTH_TELLING * best.gain
 

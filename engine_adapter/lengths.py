@@ -392,6 +392,29 @@ def step_seconds(
     return curve.at(num_tokens) + np.where(drafts > 0, speculating, 0.0)
 
 
+def batch_seconds(
+    curve: CostCurve, draft: DraftCost, lengths: I64, num_other_tokens: int, drafts: float
+) -> float:
+    """Seconds of a step of ``lengths`` [B], with ``drafts`` to be expected of them.
+
+    In uniform mode all are padded to the longest.
+    """
+    longest = int(lengths.max(initial=0))
+    verified = len(lengths) * longest if curve.mode == UNIFORM else drafts
+    num_tokens = len(lengths) + num_other_tokens + verified
+    return float(step_seconds(curve, draft, num_tokens, np.array(drafts), longest))
+
+
+def possible(curves: Sequence[CostCurve], num_other_tokens: int) -> Sequence[CostCurve]:
+    """The curves of a step with so many prompt tokens: none is uniform that carries any.
+
+    Engines have graphs of one length for all for passes of decoding requests alone.
+    """
+    if not num_other_tokens or len(curves) == 1:
+        return curves
+    return [curve for curve in curves if curve.mode != UNIFORM]
+
+
 def choose_lengths(
     ladder: Ladder,
     value_of_time: float,
@@ -408,7 +431,7 @@ def choose_lengths(
     ladder : the batch's items
     value_of_time : tokens per second that a second is worth (lambda), >= 0
     depth : longest length to consider; what the drafter is run to
-    curves : cost of the target's pass, one per execution mode that is a candidate
+    curves : cost of the target's pass, one per execution mode that is a candidate (`possible`)
     num_other_tokens : tokens of the same pass that are not verified (prefill)
     latest_s : seconds that the step may take; where every choice takes longer, the shortest step
 
@@ -419,14 +442,12 @@ def choose_lengths(
     """
     best: Choice | None = None
     best_value = -np.inf
-    for curve in curves:
+    for curve in possible(curves, num_other_tokens):
         if curve.mode == UNIFORM:
             for length in range(min(depth, ladder.max_length) + 1):
                 lengths, gain = ladder.at(length)
-                width = int(lengths.max(initial=0))
-                num_tokens = ladder.size * (1 + width) + num_other_tokens
-                drafts = np.array(float(lengths.sum()))
-                seconds = float(step_seconds(curve, draft, num_tokens, drafts, width))
+                drafted = float(lengths.sum())
+                seconds = batch_seconds(curve, draft, lengths, num_other_tokens, drafted)
                 value = _value(gain, seconds, value_of_time, latest_s)
                 if value > best_value + 1e-12:
                     best, best_value = Choice(lengths, UNIFORM, gain, seconds), value

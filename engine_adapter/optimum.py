@@ -33,8 +33,9 @@ from smartspec.engine_adapter.lengths import (
     CostCurve,
     DraftCost,
     Ladder,
+    batch_seconds,
     choose_lengths,
-    step_seconds,
+    possible,
 )
 
 EVERY_DEPTH = 16  #: up to which the optimum over depth is exact
@@ -147,6 +148,7 @@ def _best(
 ) -> tuple[float, int]:
     """The greatest ``worth(gain, seconds)`` that any lengths have, and the depth of those."""
     best, best_depth = -np.inf, 0
+    curves = possible(curves, num_other_tokens)
     for curve in curves:
         if curve.mode == UNIFORM:
             continue
@@ -159,12 +161,9 @@ def _best(
             continue
         for length in range(deepest + 1):
             lengths, gain = ladder.at(length)
-            width = int(lengths.max(initial=0))
-            drafted = np.array(float(lengths.sum()))
-            num_tokens = ladder.size * (1 + width) + num_other_tokens
-            found = float(
-                worth(gain, float(step_seconds(curve, draft, num_tokens, drafted, width)))
-            )
+            drafts = float(lengths.sum())
+            seconds = batch_seconds(curve, draft, lengths, num_other_tokens, drafts)
+            found = float(worth(gain, seconds))
             if found > best + 1e-12:
                 best, best_depth = found, length
     return best, best_depth

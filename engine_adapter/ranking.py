@@ -23,7 +23,15 @@ from operator import attrgetter
 
 import numpy as np
 
-from smartspec.engine_adapter.lengths import I64, UNIFORM, Choice, CostCurve, DraftCost, Ladder
+from smartspec.engine_adapter.lengths import (
+    I64,
+    UNIFORM,
+    Choice,
+    CostCurve,
+    DraftCost,
+    Ladder,
+    possible,
+)
 
 _begin = attrgetter("begin")
 
@@ -70,7 +78,7 @@ class Ranking:
     def choose(self, num_other_tokens: int) -> Choice:
         """The best lengths, as `choose_lengths` has them."""
         best, best_value = None, -math.inf
-        for curve in self._curves:
+        for curve in possible(self._curves, num_other_tokens):
             choose = self._best_uniform if curve.mode == UNIFORM else self._best_ragged
             choice = choose(curve, num_other_tokens)
             value = choice.gain - self._value_of_time * choice.seconds

@@ -14,6 +14,7 @@ from smartspec.engine_adapter.lengths import (
     CostCurve,
     DraftCost,
     Ladder,
+    batch_seconds,
     bucket_index,
     choose_lengths,
     request_survivals,
@@ -55,7 +56,7 @@ def test_choice_equals_brute_force_when_batches_are_small() -> None:
         floor = rng.integers(0, 3, size) * (rng.random() < 0.3)
         low = np.minimum(floor, ceiling)
         depth = int(rng.integers(0, longest + 1))
-        other = int(rng.integers(0, 3))
+        other = int(rng.integers(0, 3)) * int(rng.integers(2))
         n = np.arange(size * (1 + longest) + other + 1, dtype=np.float64)
         ragged_s, uniform_s = rng.uniform(0.5, 3.0, (2, len(n)))
         with_uniform = bool(rng.random() < 0.5)
@@ -74,7 +75,7 @@ def test_choice_equals_brute_force_when_batches_are_small() -> None:
             value_of(np.array(k), survival, weight, price, ragged_s, draft, paid, other, False)
             for k in itertools.product(*(range(a, b + 1) for a, b in zip(low, tops, strict=True)))
         )
-        if with_uniform:
+        if with_uniform and not other:  # a pass that carries prompts is not uniform
             best = max(
                 best,
                 *(
@@ -93,6 +94,24 @@ def test_choice_equals_brute_force_when_batches_are_small() -> None:
         assert found == pytest.approx(best, abs=1e-9), f"case {case}"
         assert choice.gain - price * choice.seconds == pytest.approx(best, abs=1e-9)
         assert (choice.lengths >= low).all() and (choice.lengths <= ceiling).all()
+
+
+def test_uniform_mode_is_no_candidate_when_the_step_carries_prompts() -> None:
+    ladder = Ladder(np.array([[0.9, 0.9], [0.8, 0.8]]))
+    cheap = CostCurve(UNIFORM, [1.0, 100.0], [0.1, 0.2])
+    given = ladder, 1.0, 2
+    assert choose_lengths(*given, [LINE, cheap], DraftCost()).mode == UNIFORM
+    assert choose_lengths(*given, [LINE, cheap], DraftCost(), 1).mode == RAGGED
+    # An engine that runs nothing else pads its prompts, too.
+    assert choose_lengths(*given, [cheap], DraftCost(), 1).mode == UNIFORM
+
+
+def test_seconds_are_of_padded_lengths_when_the_mode_is_uniform() -> None:
+    uniform = CostCurve(UNIFORM, LINE.num_tokens, LINE.seconds)
+    lengths, draft = np.array([3, 1]), DraftCost(0.5, 0.25)
+    by_depth = 0.5 + 3 * 0.25
+    assert batch_seconds(LINE, draft, lengths, 2, 4.0) == pytest.approx(LINE.at(8) + by_depth)
+    assert batch_seconds(uniform, draft, lengths, 0, 4.0) == pytest.approx(LINE.at(8) + by_depth)
 
 
 def test_fewest_drafts_are_chosen_when_choices_are_equal() -> None:

@@ -53,7 +53,7 @@ def test_lengths_are_those_of_choose_lengths_for_any_prompts(seed: int) -> None:
         draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)))
         terms = float(rng.uniform(0, 8)), int(rng.integers(0, longest + 2)), curves, draft
         ranking = Ranking(ladder, *terms)
-        for prompts in (*rng.integers(0, 120, 4).tolist(), 100_000):
+        for prompts in (0, *rng.integers(0, 120, 4).tolist(), 100_000):
             expected = choose_lengths(ladder, *terms, prompts)
             choice = ranking.choose(prompts)
             assert choice.lengths.tolist() == expected.lengths.tolist()
