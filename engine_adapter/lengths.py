@@ -109,6 +109,11 @@ class CostCurve:
         self._seconds[-1] = seconds[-1] + slope * _FAR
 
     @property
+    def least_s(self) -> float:
+        """The fewest seconds there are."""
+        return float(self._seconds.min())
+
+    @property
     def num_tokens(self) -> tuple[float, ...]:
         """The breakpoints."""
         return tuple(self._tokens[:-1].tolist())

@@ -20,7 +20,6 @@ goodput of the same batch alone (docs/adr/0005-price-of-time.md).
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ from smartspec.engine_adapter.lengths import (
 )
 
 EVERY_DEPTH = 16  #: up to which the optimum over depth is exact
-NIMBLE = int(os.environ.get("NIMBLE", "16"))  #: requests
+NIMBLE = 16  #: requests, up to which a batch is drafted for to a depth of its own
 
 
 class Optimum(NamedTuple):
@@ -60,7 +59,7 @@ def solve(
     curves : seconds of the target's pass by tokens, for each execution mode that is a candidate
     num_other_tokens : tokens of the pass that are not verified (prefill)
 
-    Raises ValueError when a candidate step would take no time.
+    Raises ValueError where a step would take no time by a curve.
 
     >>> ladder = Ladder(np.array([[0.9, 0.2], [0.8, 0.1]]))
     >>> curve = CostCurve("ragged", [1.0, 9.0], [1.0, 5.0])
@@ -68,6 +67,8 @@ def solve(
     >>> optimum.choice.lengths.tolist(), round(optimum.goodput, 3)
     ([2, 0], 1.48)
     """
+    if not all(curve.least_s > 0 for curve in curves):
+        raise ValueError("a step must take time: cost curve <= 0")
     given = curves, draft, num_other_tokens
     goodput, depth = _best(ladder, ladder.max_length, *given, operator.truediv)
     return Optimum(goodput, goodput, depth, choose_lengths(ladder, goodput, depth, *given))
@@ -83,7 +84,7 @@ def at_price(
 ) -> Optimum:
     """The lengths of greatest gain - ``value_of_time`` * T; ties go to the fewest drafts.
 
-    Parameters and errors as of `solve`, and ``deepest``: the longest length to consider; None: all.
+    Parameters as of `solve`, and ``deepest``: the longest length to consider; None: all.
 
     >>> ladder = Ladder(np.array([[0.9, 0.2], [0.8, 0.1]]))
     >>> curve = CostCurve("ragged", [1.0, 9.0], [1.0, 5.0])
@@ -184,7 +185,7 @@ def _by_depth(
     if every and ladder.presence is None:
         gains, counts = ladder.every_depth()
         drafts: F64 = ladder.forced_drafts + np.arange(float(gains.shape[1]))
-        by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
+        by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
         floor = ladder.deepest_floor
         by_depth = np.array([draft.by_depth(max(depth, floor)) for depth in depths])
         seconds = by_drafts[counts] + by_depth[:, None]
@@ -192,7 +193,7 @@ def _by_depth(
             seconds[:, 0] = by_drafts[0]
         return list(enumerate(worth(gains, seconds).max(axis=1).tolist()))
     most, drafts = ladder.prefixes(deepest)
-    by_drafts = _seconds(ladder, curve, draft, drafts, num_other_tokens)
+    by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
     best, found = -np.inf, []
     for depth in depths:
         gain, seconds = most, ladder.add_depth(by_drafts, draft, depth, drafts)
@@ -203,17 +204,8 @@ def _by_depth(
             seconds = seconds[: len(gain)]
         elif depth < deepest:
             gain, fewer = ladder.prefixes(depth)
-            fewer_s = _seconds(ladder, curve, draft, fewer, num_other_tokens)
+            fewer_s = ladder.seconds_by_drafts(curve, draft, fewer, num_other_tokens)
             seconds = ladder.add_depth(fewer_s, draft, depth, fewer)
         found.append((depth, float(worth(gain, seconds).max())))
         best = max(best, found[-1][1])
     return found
-
-
-def _seconds(
-    ladder: Ladder, curve: CostCurve, draft: DraftCost, drafts: F64, num_other_tokens: int
-) -> F64:
-    seconds = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
-    if not seconds.min() > 0:
-        raise ValueError("a step must take time: cost curve <= 0")
-    return seconds

@@ -1,11 +1,11 @@
-"""What a policy is worth one step later, when a fifth of the batch has been replaced."""
+"""What a policy is worth one step later, when a fifth of the batch (or one) has been replaced."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from smartspec.engine_adapter.lengths import RAGGED, CostCurve, DraftCost, Ladder, choose_lengths
-from smartspec.engine_adapter.optimum import solve
+from smartspec.engine_adapter.lengths import RAGGED, CostCurve, DraftCost, Ladder
+from smartspec.engine_adapter.optimum import solve, steered
 
 NUM_TOKENS = np.arange(400.0)
 CURVES = {
@@ -15,8 +15,13 @@ CURVES = {
 }
 
 
-def losses(shape: str, num_batches: int = 400, seed: int = 11) -> list[float]:
-    """Shares of goodput lost, per random batch: late value of time and depth against fresh ones."""
+def losses(
+    shape: str, fewest: int = 1, most: int = 40, num_batches: int = 400, seed: int = 11
+) -> list[float]:
+    """Shares of goodput lost, per random batch: late value of time and depth against fresh ones.
+
+    Of ``fewest`` requests up to ``most``, less one.
+    """
     rng = np.random.default_rng(seed)
     curve = CostCurve(RAGGED, NUM_TOKENS, CURVES[shape])
     draft = DraftCost(1.0, 0.5, 0.02)
@@ -26,13 +31,14 @@ def losses(shape: str, num_batches: int = 400, seed: int = 11) -> list[float]:
 
     lost = []
     for _ in range(num_batches):
-        size = int(rng.integers(5, 40))
+        size = int(rng.integers(fewest, most))
         old = survivals(size)
         new = old.copy()
         replaced = rng.choice(size, max(1, size // 5), replace=False)
         new[:, replaced] = survivals(len(replaced))
         late = solve(Ladder(old), [curve], draft)
         best = solve(Ladder(new), [curve], draft)
-        chosen = choose_lengths(Ladder(new), late.value_of_time, late.depth, [curve], draft)
+        told = late.value_of_time, late.depth, [curve], draft, 0, len(new)
+        chosen = steered(Ladder(new), *told)
         lost.append(1 - chosen.gain / chosen.seconds / best.value_of_time)
     return lost
