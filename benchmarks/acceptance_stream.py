@@ -19,7 +19,7 @@ from smartspec.engine_adapter.base import (
     FEATURE_SECOND_ACCEPTANCE,
     FEATURE_TOKEN_ACCEPTANCE,
 )
-from smartspec.engine_adapter.reference.draft_model import NOT_DRAFTED
+from smartspec.engine_adapter.messages import NOT_RUN
 from smartspec.engine_adapter.token_acceptance import CopyAcceptance, TokenAcceptance
 
 BATCH = 8
@@ -103,7 +103,7 @@ def features(batch: Sequence[Decoding], rates: Rates) -> dict[str, F64]:
         known = {
             FEATURE_TOKEN_ACCEPTANCE: rates.rates(before),
             FEATURE_DRAFT_CONFIDENCE: [
-                answer.draft_confidence[p] if one.goes_on else NOT_DRAFTED
+                answer.draft_confidence[p] if one.goes_on else NOT_RUN
                 for one, (answer, p) in zip(batch, at, strict=True)
             ],
         }

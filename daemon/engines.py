@@ -17,9 +17,11 @@ import numpy.typing as npt
 from smartspec.daemon.state.learned import MAX_GRAPH_SIZES, Learned, ModelKey
 from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, DraftCost, bucket_index
 from smartspec.engine_adapter.messages import (
+    FEATURE_DRAFT_CONFIDENCE,
     MAX_BATCH,
     MAX_LENGTH,
     MAX_STEP_S,
+    NOT_RUN,
     Hello,
     MessageError,
     Roster,
@@ -86,6 +88,8 @@ class Observation(NamedTuple):
     num_available: U8  #: [B]
     num_emitted: int
     buckets: I64  #: [B]
+    blind_buckets: I64 | None  #: [B], had no first draft been run; None: they never are
+    has_begun: bool  #: some first drafts were
     staleness_steps: int | None  #: steps between the report that its policy knew and this one
 
     @property
@@ -139,6 +143,10 @@ class Engine:
         self.axes = self.key.axes
         self._edges = [np.array(axis.edges, np.float32) for axis in self.axes]
         self._feature_rows = [limits.features.index(axis.feature) for axis in self.axes]
+        chains_of_a_model = not limits.drafts_known_first and not limits.trees
+        self._first_draft_row: int | None = None
+        if chains_of_a_model and FEATURE_DRAFT_CONFIDENCE in limits.features:
+            self._first_draft_row = limits.features.index(FEATURE_DRAFT_CONFIDENCE)
         if previous is not None and previous.key == self.key:
             self.learned = previous.learned
             self.learned.acceptance.forget_requests()
@@ -218,10 +226,14 @@ class Engine:
         outcome, told = self._outcome(report, drafted, accepted)
         names = self.hello.limits.features
         features = unpack(report.features, "f32", (len(names), *size), "features", 0.0)
-        columns = [features[row] for row in self._feature_rows]
-        buckets = bucket_index(self._edges, columns)
-        if not self.axes:
-            buckets = np.zeros(size, np.int64)
+        buckets, blind, has_begun = self._buckets(features), None, False
+        if self._first_draft_row is not None:
+            has_begun = bool((features[self._first_draft_row] >= 0.0).any())
+            blind = buckets
+            if has_begun:
+                unseen = features.copy()
+                unseen[self._first_draft_row] = NOT_RUN
+                blind = self._buckets(unseen)
         known = self._report_of_policy.get(report.policy_seq)
         staleness = None if known is None else report.seq - known
         return Observation(
@@ -234,8 +246,15 @@ class Engine:
             available,
             int(emitted.sum()),
             buckets,
+            blind,
+            has_begun,
             staleness,
         )
+
+    def _buckets(self, features: npt.NDArray[np.float32]) -> I64:
+        if not self.axes:
+            return np.zeros(features.shape[1], np.int64)
+        return bucket_index(self._edges, [features[row] for row in self._feature_rows])
 
     def _outcome(
         self, report: StepReport, drafted: U8, accepted: U8

@@ -48,6 +48,7 @@ class Outlook(NamedTuple):
     shape: StepShape  #: of the step without drafts
     num_prompt_tokens: int  #: they come in rows: as many as in the last step are the best guess
     beside_s: float  #: by which those tokens are dearer than verified ones
+    goes_on: bool  #: some would be drafted for, had no first drafts been run
 
     @classmethod
     def of(cls, engine: Engine, observation: Observation, table: Worth) -> Outlook:
@@ -65,16 +66,22 @@ class Outlook(NamedTuple):
             prefill_tokens=report.num_prefill_tokens,
             context_tokens=report.context_tokens,
         )
+        curves, draft, goes_on = _curves(engine, shape), engine.draft_cost(), False
+        if observation.blind_buckets is not None:
+            blind = request_survivals(table, observation.blind_buckets, correction)
+            ladder = Ladder(blind, batch.weight, batch.floor, available)
+            goes_on = solve(ladder, curves, draft).depth > 0
         return cls(
             table,
             correction,
             survival,
             Ladder(survival, batch.weight, batch.floor, available, presence),
-            _curves(engine, shape),
-            engine.draft_cost(),
+            curves,
+            draft.begun() if goes_on and observation.has_begun else draft,
             shape,
             report.num_prefill_tokens,
             engine.step_cost.prefill_cost() * report.num_prefill_tokens,
+            goes_on,
         )
 
     def optimum(self) -> Optimum:

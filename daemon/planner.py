@@ -295,6 +295,7 @@ class Planner:
             meet_targets=self._meet_targets and order.arm is Arm.SMARTSPEC,
             by_confidence=order.by_confidence,
             deepest=order.deepest,
+            goes_on=outlook.goes_on,
         )
 
     @property

@@ -78,7 +78,7 @@ class Told(NamedTuple):
             mode = report.mode
             lengths, gain = ladder.at(observation.num_drafted)
         else:
-            choice = self._choice(observation, outlook.num_prompt_tokens)
+            choice = self._choice(observation, outlook)
             mode = choice.mode
             lengths, gain = ladder.at(choice.lengths)
         curve = next((one for one in outlook.curves if one.mode == mode), outlook.curves[0])
@@ -87,7 +87,7 @@ class Told(NamedTuple):
         loss = best.gain - gain - optimum.value_of_time * (best.seconds - seconds)
         return loss <= WORTH_TELLING * best.gain
 
-    def _choice(self, observation: Observation, num_prompt_tokens: int) -> Choice:
+    def _choice(self, observation: Observation, now: Outlook) -> Choice:
         """What it makes of the step last reported."""
         batch = observation.batch
         correction = self.outlook.correction
@@ -102,7 +102,7 @@ class Told(NamedTuple):
             self.value_of_time,
             self.depth,
             self.outlook.curves,
-            self.outlook.draft,
-            num_prompt_tokens,
+            self.outlook.draft._replace(sunk_s=now.draft.sunk_s),
+            now.num_prompt_tokens,
             self.deepest,
         )

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.lengths import Choice
 
 U8 = npt.NDArray[np.uint8]
@@ -34,9 +35,7 @@ FEATURE_MATCH_AGREEMENT = "match_agreement"
 FEATURE_TOKEN_ACCEPTANCE = "token_acceptance"
 #: the same of the second draft, where both are known beforehand, 0 to 1
 FEATURE_SECOND_ACCEPTANCE = "second_acceptance"
-#: probability that the drafter gives its first draft, 0 to 1, where that is run before lengths are
-#: chosen; -1 for a request where it was not
-FEATURE_DRAFT_CONFIDENCE = "draft_confidence"
+FEATURE_DRAFT_CONFIDENCE = messages.FEATURE_DRAFT_CONFIDENCE  #: of its first draft, if run by then
 
 
 @dataclass(frozen=True, slots=True)

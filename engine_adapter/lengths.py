@@ -139,10 +139,10 @@ class CostCurve:
 
 
 class DraftCost(NamedTuple):
-    """Seconds of drafting, 0 at k = 0: ``fixed_s + per_forward_s * f(D) + per_token_s * sum(k)``.
+    """Seconds of drafting: ``fixed_s + per_forward_s * f(D) + per_token_s * sum(k)``.
 
     D is the greatest length. A chain of D drafts takes f(D) = D sequential forwards, a tree of D
-    nodes fewer.
+    nodes fewer. At k = 0 it is ``sunk_s``.
 
     >>> DraftCost(0.5, 1.0, forwards=(1.0, 1.5)).by_depth(2)
     2.0
@@ -152,6 +152,7 @@ class DraftCost(NamedTuple):
     per_forward_s: float = 0.0
     per_token_s: float = 0.0
     forwards: tuple[float, ...] = ()  #: f(1), f(2), ..., beyond its end as there; empty: f(D) = D
+    sunk_s: float = 0.0  #: of drafting that has been done before lengths are chosen
 
     def num_forwards(self, depth: int) -> float:
         """f(depth)."""
@@ -162,6 +163,10 @@ class DraftCost(NamedTuple):
     def by_depth(self, depth: int) -> float:
         """The part that ``depth`` decides, of steps that draft."""
         return self.fixed_s + self.per_forward_s * self.num_forwards(depth)
+
+    def begun(self) -> DraftCost:
+        """Of a step whose first drafts have been run already: choosing none would not save that."""
+        return self._replace(sunk_s=self.by_depth(1))
 
 
 class Choice(NamedTuple):
@@ -354,11 +359,11 @@ class Ladder:
     def add_depth(self, seconds: F64, draft: DraftCost, depth: int, drafts: F64) -> F64:
         """All seconds: with what drafting to ``depth``, or to the deepest floor, costs."""
         by_depth = draft.by_depth(max(depth, self.deepest_floor))
-        if not by_depth:
+        if not by_depth and not draft.sunk_s:
             return seconds
         total = seconds + by_depth
         if drafts[0] == 0:
-            total[0] = seconds[0]
+            total[0] = seconds[0] + draft.sunk_s
         return total
 
     def lengths(self, count: int, depth: int) -> I64:
@@ -394,7 +399,7 @@ def step_seconds(
 ) -> F64:
     """Seconds of steps that verify ``num_tokens``, ``drafts`` of them drafted, to ``depth``."""
     speculating = draft.by_depth(depth) + draft.per_token_s * drafts
-    return curve.at(num_tokens) + np.where(drafts > 0, speculating, 0.0)
+    return curve.at(num_tokens) + np.where(drafts > 0, speculating, draft.sunk_s)
 
 
 def batch_seconds(

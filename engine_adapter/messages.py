@@ -25,6 +25,9 @@ from msgspec import Meta, Struct
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20  #: larger frames are refused unread
 MAX_BATCH = 4096  #: requests in one report
+#: A feature: the probability that the drafter gives its first draft, 0 to 1, where that is run
+#: before lengths are chosen; NOT_RUN for a request where it was not.
+FEATURE_DRAFT_CONFIDENCE, NOT_RUN = "draft_confidence", -1.0
 MAX_LENGTH = 64  #: speculation length; a tree's ranks are the bits of a u64
 LARGEST = 1e12  #: of any number: products of two stay finite, in f32 too
 MAX_STEP_S = 600.0  #: a step that claims to have taken longer is a fault of the clock
@@ -186,6 +189,9 @@ class Policy(Message, frozen=True, tag="policy"):
     by_confidence: bool = False  #: up to ``depth`` by the drafter's confidences (prices.py)
     #: A small batch may be drafted for to another depth, the best one, up to this; 0: to ``depth``.
     deepest: Length = 0
+    #: Without first drafts run beforehand some would be drafted for: those runs are not saved by
+    #: drafting nothing now (lengths.DraftCost.begun).
+    goes_on: bool = False
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

@@ -18,6 +18,7 @@ from smartspec.engine_adapter import lengths
 from smartspec.engine_adapter.base import F32, U64, DecodeBatch
 from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
 from smartspec.engine_adapter.messages import (
+    FEATURE_DRAFT_CONFIDENCE,
     LARGEST,
     Curve,
     Policy,
@@ -94,6 +95,10 @@ class Program:
             policy.draft_forwards,
         )
         require(1 <= len(policy.curves) <= MAX_CURVES, f"curves: {len(policy.curves)} given")
+        #: Row of the feature that says whose first draft was run, where that matters.
+        self._begins_at = None
+        if policy.goes_on and FEATURE_DRAFT_CONFIDENCE in features:
+            self._begins_at = features.index(FEATURE_DRAFT_CONFIDENCE)
         self.curves = [_curve(curve) for curve in policy.curves]
         # What seldom changes is taken over, checked as it is.
         if previous is not None and previous.policy.axes == policy.axes:
@@ -194,7 +199,7 @@ class Program:
         """
         self._look_at(batch)
         if self._ranking is None and not self._is_special(batch) and not self._is_nimble(batch):
-            self._ranking = Ranking(self._ladder_of(batch), *self._terms())
+            self._ranking = Ranking(self._ladder_of(batch), *self._terms(batch))
         choice = self.choose(batch)
         self._prepared = _columns(batch)
         return choice
@@ -253,7 +258,7 @@ class Program:
                 batch.floor,
                 batch.ceiling,
                 batch.token_time_target_s,
-                *self._terms(),
+                *self._terms(batch),
                 batch.num_prefill_tokens,
             )
         elif self.policy.by_confidence:
@@ -263,7 +268,7 @@ class Program:
         else:
             choice = steered(
                 self._ladder_of(batch),
-                *self._terms(),
+                *self._terms(batch),
                 batch.num_prefill_tokens,
                 self.policy.deepest,
             )
@@ -275,10 +280,13 @@ class Program:
             self._ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, ceiling)
         return self._ladder
 
-    def _terms(self) -> tuple[float, int, list[CostCurve], DraftCost]:
+    def _terms(self, batch: DecodeBatch) -> tuple[float, int, list[CostCurve], DraftCost]:
         """By which lengths are chosen: value of time, depth, costs."""
         depth = min(self.policy.depth, self.policy.max_length)
-        return self.value_of_time, depth, self.curves, self.draft
+        draft = self.draft
+        if self._begins_at is not None and bool((batch.features[self._begins_at] >= 0.0).any()):
+            draft = draft.begun()
+        return self.value_of_time, depth, self.curves, draft
 
     def _by_confidence(self, batch: DecodeBatch) -> Choice:
         """The longest that the policy allows, and the prices by which they are stopped and cut."""

@@ -95,6 +95,8 @@ class Ranking:
             seconds = piece.at(num_tokens)
             if num_drafts:
                 seconds += self._draft.by_depth(longest) + self._draft.per_token_s * num_drafts
+            else:
+                seconds += self._draft.sunk_s
             value = gain - self._value_of_time * seconds
             if value > best_value + 1e-12:
                 best, best_value = Choice(lengths, UNIFORM, gain, seconds), value
@@ -108,7 +110,10 @@ class Ranking:
         pieces = curve.pieces()
         first = bisect_right(pieces, before, key=_begin) - 1
         drafting_s = self._by_depth_s + per_token_s * forced
-        count, seconds = 0, pieces[first].at(before) + (drafting_s if forced else 0.0)
+        count, seconds = (
+            0,
+            pieces[first].at(before) + (drafting_s if forced else self._draft.sunk_s),
+        )
         best_value = gains[0] - price * seconds
         for begin, end, begin_s, slope in islice(pieces, first, None):
             low, high = max(1, math.ceil(begin - before)), min(most, math.floor(end - before))

@@ -12,6 +12,7 @@ from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_TOKEN_ACCEPTANCE,
 )
+from smartspec.engine_adapter.messages import NOT_RUN
 from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import Calibration, temperature_bands
 from smartspec.engine_adapter.reference.candidates import NONE, Candidates, Children, Level
@@ -23,8 +24,6 @@ from smartspec.engine_adapter.reference.proposer import Availability, Proposal
 from smartspec.engine_adapter.reference.sampling import Draws, sample
 from smartspec.engine_adapter.reference.sequence import Sequence
 from smartspec.engine_adapter.token_acceptance import TokenAcceptance
-
-NOT_DRAFTED = -1.0  #: confidence of a request whose first draft is not known
 
 
 class Spent(NamedTuple):
@@ -102,7 +101,7 @@ class DraftModel:
         """
         self._spent = Spent()
         self._first, self._drafts, self._candidates = {}, {}, None
-        confidence = np.full(len(sequences), NOT_DRAFTED, np.float32)
+        confidence = np.full(len(sequences), NOT_RUN, np.float32)
         goes_on = [i for i, s in enumerate(sequences) if s.id in self._goes_on]
         if goes_on:
             chosen = [sequences[i] for i in goes_on]
