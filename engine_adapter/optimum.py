@@ -190,7 +190,7 @@ def _by_depth(
         by_depth = np.array([draft.by_depth(max(depth, floor)) for depth in depths])
         seconds = by_drafts[counts] + by_depth[:, None]
         if not ladder.forced_drafts:
-            seconds[:, 0] = by_drafts[0] + draft.sunk_s
+            seconds[counts == 0] = by_drafts[0] + draft.sunk_s
         return list(enumerate(worth(gains, seconds).max(axis=1).tolist()))
     most, drafts = ladder.prefixes(deepest)
     by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)

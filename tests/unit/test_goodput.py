@@ -72,7 +72,7 @@ def brute_force(
                 seconds = curve.seconds[size * (1 + depth) + other]
             else:
                 continue
-            best = max(best, worth(gain, seconds + (speculating if total else 0.0)))
+            best = max(best, worth(gain, seconds + (speculating if total else draft.sunk_s)))
     return best
 
 
@@ -96,6 +96,8 @@ def test_solve_equals_brute_force_when_batches_are_small(block: int) -> None:
             curves.append(random_curve(rng, most, UNIFORM))
         forwards = tuple(np.sort(rng.uniform(0.0, 3.0, max_length))) if rng.random() < 0.5 else ()
         draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)), forwards)
+        if rng.random() < 0.3:
+            draft = draft.begun()
         ladder = Ladder(survival.T, weight, floor, ceiling)
         optimum = solve(ladder, curves, draft, other)
         expected = brute_force(survival, weight, floor, ceiling, curves, draft, other)

@@ -43,6 +43,8 @@ def value_of(
         paid = int(lengths.max()) if padded else depth
         forwards = draft.forwards[paid - 1] if draft.forwards and paid else paid
         seconds += draft.fixed_s + draft.per_forward_s * forwards + draft.per_token_s * total
+    else:
+        seconds += draft.sunk_s
     return float(gain - value_of_time * seconds)
 
 
@@ -65,6 +67,8 @@ def test_choice_equals_brute_force_when_batches_are_small() -> None:
             curves.append(CostCurve(UNIFORM, n, uniform_s))
         forwards = tuple(np.sort(rng.uniform(0.0, 3.0, longest))) if rng.random() < 0.5 else ()
         draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)), forwards)
+        if rng.random() < 0.3:
+            draft = draft.begun()
         price = float(rng.uniform(0, 4))
         paid = max(depth, int(low.max()))
         ladder = Ladder(survival.T, weight, floor, ceiling)

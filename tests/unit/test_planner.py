@@ -521,3 +521,51 @@ def test_target_that_cannot_be_met_is_reported_and_bends_nothing() -> None:
             reason = source.decisions[-1].policy.reason
             assert reason.endswith("; 2 with a target, 2 of them out of reach")
     assert lengths[0] == lengths[1]
+
+
+# -- what an engine may decide of itself ----------------------------------------------------------
+
+
+def test_depth_is_left_to_small_batches_but_in_sweeps_and_comparisons() -> None:
+    engine = Engine(hello(lookup=False))
+    engine.observe(step_report(1, features=wire.pack([[0.0] * 3], "f32")))
+    planner = Planner(engine, daemon_epoch=9, seed_sweep=False, probe_share=0.0)
+    steered, compared = planner.decide(), planner.decide(Arm.NONE)
+    assert steered is not None and compared is not None
+    assert (steered.policy.deepest, compared.policy.deepest) == (engine.max_length, 0)
+    swept = Planner(engine, daemon_epoch=9, seed_sweep=True).decide()
+    assert swept is not None and swept.order.is_sweep and swept.policy.deepest == 0
+
+
+def test_batch_goes_on_where_it_would_be_drafted_for_without_first_drafts() -> None:
+    limits = hello(lookup=False).limits
+    features = (*limits.features, wire.FEATURE_DRAFT_CONFIDENCE)
+    introduced = msgspec.structs.replace(
+        hello(lookup=False), limits=msgspec.structs.replace(limits, features=features)
+    )
+    for costs, goes_on in (
+        (Costs(draft_forward_s=0.001), True),
+        (Costs(draft_forward_s=1.0), False),
+    ):
+        engine = Engine(introduced)
+        planner = Planner(engine, daemon_epoch=9, seed_sweep=False, probe_share=0.0)
+        for seq in range(1, 200):
+            length = seq % 3
+            rows = [[0.0] * 3] * len(limits.features) + [[0.05, 0.6, wire.NOT_RUN]]
+            report = step_report(
+                seq,
+                features=wire.pack(rows, "f32"),
+                num_drafted=wire.pack([length] * 3, "u8"),
+                num_accepted=wire.pack([min(length, seq % 2)] * 3, "u8"),
+                num_emitted=wire.pack([1 + min(length, seq % 2)] * 3, "u8"),
+                target_s=0.02,
+                draft_s=forward_s * length,
+                step_s=0.02 + forward_s * length,
+                num_draft_forwards=length,
+                num_draft_tokens=3 * length,
+            )
+            observation = engine.observe(report)
+            decision = planner.decide()
+            engine.learn(observation)
+        assert decision is not None
+        assert decision.policy.goes_on is goes_on

@@ -11,6 +11,8 @@ from fakes import decode_batch, policy
 
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.lengths import CostCurve, DraftCost, Ladder, choose_lengths
+from smartspec.engine_adapter.messages import FEATURE_DRAFT_CONFIDENCE
+from smartspec.engine_adapter.optimum import NIMBLE
 from smartspec.engine_adapter.program import LARGEST, MAX_AXES, MAX_CURVES, Program
 
 FEATURES = ("last_accepted_share", "match_length")
@@ -308,3 +310,62 @@ def test_successor_chooses_as_if_made_alone() -> None:
         ):
             assert a is not None and b is not None
             assert a.lengths.tolist() == b.lengths.tolist()
+
+
+# -- depths, and first drafts that have been run --------------------------------------------------
+
+#: 0.9, 0.81, ... of drafts whose forwards cost as much as half a pass.
+DEEP: dict[str, Any] = {
+    "log_survival": table(np.log(0.9) * np.arange(1, 6)),
+    "draft_per_forward_s": 0.01,
+    "value_of_time": 60.0,
+}
+
+
+def test_small_batch_is_drafted_for_as_deep_as_is_best_for_itself() -> None:
+    for told in (0, 1, 5):
+        nimble = program(**DEEP, depth=told, deepest=5)
+        assert nimble.choose(decode_batch(range(1, 3))).lengths.tolist() == [5, 5]
+        assert (nimble.choose(decode_batch(range(1, NIMBLE + 2))).lengths == told).all()
+
+
+def test_no_batch_is_drafted_for_deeper_than_told_when_the_policy_does_not_allow_it() -> None:
+    bound = program(**DEEP, depth=1)
+    assert bound.choose(decode_batch(range(1, 3))).lengths.tolist() == [1, 1]
+    limited = program(**DEEP, depth=1, deepest=3)
+    assert limited.choose(decode_batch(range(1, 3))).lengths.tolist() == [3, 3]
+
+
+def test_depth_is_found_without_failing_when_costs_are_extreme() -> None:
+    free = program(**{**DEEP, "curves": (curve([1, 9], [0, 0]),), "deepest": 64})
+    assert (free.choose(decode_batch(range(1, 3))).lengths <= 5).all()
+    dear = program(**{**DEEP, "draft_per_forward_s": LARGEST, "value_of_time": LARGEST})
+    assert not dear.choose(decode_batch(range(1, 3))).lengths.any()
+
+
+def test_preparing_changes_nothing_when_the_batch_is_small() -> None:
+    prepared, plain = (program(**DEEP, depth=1, deepest=5) for _ in range(2))
+    batch = decode_batch(range(1, 3))
+    prepared.prepare(batch)
+    assert (prepared.choose(batch).lengths == plain.choose(batch).lengths).all()
+
+
+@pytest.mark.parametrize(("goes_on", "run", "lengths"), [
+    (True, True, [1]),  # the pass is paid: the draft costs its token only
+    (False, True, [0]),  # the daemon would not start again, so that this pass would be the last
+    (True, False, [0]),  # nothing has been paid yet
+])  # fmt: skip
+def test_first_draft_that_was_run_costs_its_token_only(
+    goes_on: bool, run: bool, lengths: list[int]
+) -> None:
+    steered = program(
+        features=("last_accepted_share", FEATURE_DRAFT_CONFIDENCE),
+        log_survival=table(np.log(0.15) * np.arange(1, 6)),
+        draft_per_forward_s=0.004,
+        value_of_time=50.0,
+        deepest=5,
+        goes_on=goes_on,
+    )
+    batch = decode_batch([1])
+    batch.features[1] = 0.1 if run else wire.NOT_RUN
+    assert steered.choose(batch).lengths.tolist() == lengths

@@ -51,6 +51,8 @@ def test_lengths_are_those_of_choose_lengths_for_any_prompts(seed: int) -> None:
         if rng.random() < 0.4:
             curves.insert(int(rng.integers(2)), _curve(rng, UNIFORM))
         draft = DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3)))
+        if rng.random() < 0.3:
+            draft = draft.begun()
         terms = float(rng.uniform(0, 8)), int(rng.integers(0, longest + 2)), curves, draft
         ranking = Ranking(ladder, *terms)
         for prompts in (0, *rng.integers(0, 120, 4).tolist(), 100_000):
