@@ -543,10 +543,7 @@ def test_batch_goes_on_where_it_would_be_drafted_for_without_first_drafts() -> N
     introduced = msgspec.structs.replace(
         hello(lookup=False), limits=msgspec.structs.replace(limits, features=features)
     )
-    for costs, goes_on in (
-        (Costs(draft_forward_s=0.001), True),
-        (Costs(draft_forward_s=1.0), False),
-    ):
+    for forward_s, goes_on in ((0.001, True), (1.0, False)):
         engine = Engine(introduced)
         planner = Planner(engine, daemon_epoch=9, seed_sweep=False, probe_share=0.0)
         for seq in range(1, 200):
