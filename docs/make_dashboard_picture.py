@@ -108,7 +108,8 @@ def drop_finished(worker: WorkerProcess, running: set[str]) -> None:
 
 def ask(url: str, query: str, begin_s: float, end_s: float) -> list[dict[str, Any]]:
     """Series of a query over time, as Grafana would ask for them."""
-    words = query.replace("$engine", ".*").replace("$__rate_interval", RATE)
+    words = query.replace("$instance", ".*").replace("$engine", ".*")
+    words = words.replace("$__rate_interval", RATE)
     arguments = {"query": words, "start": begin_s, "end": end_s, "step": 1}
     try:
         with urllib.request.urlopen(
