@@ -54,7 +54,8 @@ def prometheus(target_port: int, folder: Path) -> Iterator[str]:
         "global: {scrape_interval: 1s}\n"
         "scrape_configs:\n"
         "  - job_name: smartspec\n"
-        f"    static_configs: [{{targets: ['127.0.0.1:{target_port}']}}]\n",
+        "    static_configs:\n"
+        f"      - {{targets: ['127.0.0.1:{target_port}'], labels: {{instance: node-0}}}}\n",
         "utf-8",
     )
     port = free_port()
