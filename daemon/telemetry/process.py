@@ -101,7 +101,7 @@ class Telemetry:
     def _hand_on(self) -> None:
         now = self._clock()
         for name, tracker in self._trackers.items():
-            if tracker.rests(now):
+            if tracker.state.state == "connected" and tracker.rests(now):
                 self._changed.add(name)
                 if self._exporter is not None:
                     self._exporter.note_load(tracker.state)

@@ -152,6 +152,12 @@ def test_idle_engine_has_nothing_to_do_and_does_nothing(watched: Watched) -> Non
     assert watched.hear(step()).items() >= LOAD.items()
 
 
+def test_nothing_is_exported_of_an_engine_that_leaves_when_it_turns_idle(watched: Watched) -> None:
+    watched.hear(step())
+    there = watched.hear(EngineEvent(engine="a", epoch=1, state="left"), after_s=IDLE_S)
+    assert not [series for series in there if 'engine="a"' in series]
+
+
 def test_idle_engine_is_known_to_those_who_come_later_and_is_no_news(watched: Watched) -> None:
     present = PresentEvent(
         engine="a", epoch=7, state="connected", fingerprint={"target": "m"}, t_s=60.0
