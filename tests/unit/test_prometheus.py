@@ -16,6 +16,7 @@ from loop_rig import Rig
 from prometheus_client import generate_latest
 
 from smartspec.daemon.event_bus import (
+    NOTES,
     BusEvent,
     EngineEvent,
     GainEvent,
@@ -131,6 +132,17 @@ def test_first_of_whatever_is_alerted_on_is_an_increase(repository: Path) -> Non
                 assert series, f"{name} with {label}={value}"
                 assert all(there[one] == 0 for one in series)
         assert labels or there[name] == 0
+
+
+def test_every_note_on_the_bus_is_of_a_known_kind(repository: Path) -> None:
+    """Those of `narration.tell` are typed; the service publishes its own."""
+    modules = [*(repository / "daemon").glob("*.py"), *(repository / "daemon/process").glob("*.py")]
+    found = {
+        pair
+        for module in modules
+        for pair in re.findall(r'NoteEvent\(\s*kind="(\w+)", level="(\w+)"', module.read_text())
+    }
+    assert found and found <= set(NOTES.items())
 
 
 # -- engines --------------------------------------------------------------------------------------
