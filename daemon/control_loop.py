@@ -24,9 +24,10 @@ from smartspec.daemon.counters import Counters
 from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.engines import Observation, OutOfOrder, RosterGap
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, LinkCounts, LoopEvent, NullBus
-from smartspec.daemon.sessions import Session, Sessions
+from smartspec.daemon.sessions import REMIND_S, Session, Sessions
 from smartspec.daemon.state.keeper import Keeper
 from smartspec.daemon.state.library import Library
+from smartspec.daemon.vitals import Vitals, release
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.messages import Goodbye, Hello, MessageError, StepReport
 
@@ -86,6 +87,7 @@ class ControlLoop:
         self._clock = clock
         self._wall = wall
         self.epoch = secrets.randbits(48)
+        self.vitals = Vitals(wall())
         self._pauses = pauses or Pauses()
         most = settings.limits.max_reports_per_s
         self._frames = Throttle(most, _burst(most))
@@ -112,6 +114,7 @@ class ControlLoop:
         try:
             self._transport.reload()
         except KeyFileError as error:
+            self.vitals.is_reloaded = False
             log.error("the list of engines in force stays: %s", error)
         self._settings = settings
         self._keeper.apply(settings.state)
@@ -216,7 +219,10 @@ class ControlLoop:
         session.decision = decision
         session.decide_s = self._clock() - began
         self.counters["decisions"] += 1
-        return decision.order.reason
+        name, reason = session.engine.name, decision.order.reason
+        extra = {"event": "decision", "engine": name}
+        log.debug("engine %s: %s", name, reason, extra=extra)
+        return reason
 
     def _fail(self, session: Session, error: Exception) -> None:
         """A decision that could not be made: the last policy goes on, but not for ever."""
@@ -225,11 +231,11 @@ class ControlLoop:
         session.num_failed += 1
         if session.num_failed == 1:
             text = f"no decision could be made: {error!r}"
-            narration.tell(self._bus, "fault", text, name, "error")
+            narration.tell(self._bus, "fault", text, name)
         if session.num_failed == FAILED_IN_A_ROW and self._settings.mode != "observe":
             self.sessions.send(session.peer, session.planner.release())
             text = f"{FAILED_IN_A_ROW} decisions in a row failed: left to its own setting"
-            narration.tell(self._bus, "fault", text, name, "error")
+            narration.tell(self._bus, "fault", text, name)
 
     def _learn(self, session: Session, observations: list[Observation]) -> None:
         began = self._clock()
@@ -301,13 +307,13 @@ class ControlLoop:
             retreat = session.trial.note(step, now)
             if retreat is not None:
                 self.counters["retreats"] += 1
-                narration.tell(self._bus, "retreat", retreat, session.engine.name, "error")
+                narration.tell(self._bus, "retreat", retreat, session.engine.name)
         session.has_gain_news = True
 
     def _note_drift(self, session: Session, of: str, text: str) -> None:
         self.counters[f"{of}_changes"] += 1
         text = f"{text}: older ones now count less"
-        narration.tell(self._bus, "drift", text, session.engine.name, "warning")
+        narration.tell(self._bus, "drift", text, session.engine.name)
 
     # -- what an operator says ------------------------------------------------------------------
 
@@ -339,7 +345,7 @@ class ControlLoop:
         who = f"engine {name}" if name else "all engines"
         done = "paused: the engine's own setting" if is_pause else "released"
         text = f"{who} {done}{kept}"
-        narration.tell(self._bus, command.action, text, name, "warning")
+        narration.tell(self._bus, command.action, text, name)
         return Answer(text=text)
 
     # -- what was learned ---------------------------------------------------------------------
@@ -358,6 +364,10 @@ class ControlLoop:
             self._next_tidy_at = now + 1.0
             self.sessions.tidy(now)
             for session in self.sessions.by_name.values():
+                if now >= session.remind_at:
+                    session.remind_at = now + REMIND_S
+                    session.has_gain_news = True
+                    narration.remind_of(self._bus, session.engine)
                 if session.has_gain_news:
                     session.has_gain_news = False
                     self._publish_gain(session)
@@ -385,10 +395,13 @@ class ControlLoop:
         self._bus.publish(event)
 
     def _loop_event(self) -> LoopEvent:
+        vitals = self.vitals
+        cpu_user_s, cpu_system_s = vitals.cpu_s()
         outside = {
             "connections_denied": self._transport.num_denied,
             "frames_unsendable": self._transport.num_unsendable,
             "events_dropped": self._bus.num_dropped,
+            "telemetry_restarts": vitals.num_telemetry_restarts,
         }
         by_name = self.sessions.by_name
         links = {name: narration.link_counts(s.engine) for name, s in by_name.items()}
@@ -397,6 +410,13 @@ class ControlLoop:
             num_engines=len(by_name),
             counters={**self.counters, **outside},
             links={name: counts for name, counts in links.items() if counts != LinkCounts()},
+            started_s=vitals.started_s,
+            version=release(),
+            protocol=messages.PROTOCOL_VERSION,
+            cpu_user_s=cpu_user_s,
+            cpu_system_s=cpu_system_s,
+            resident_bytes=vitals.resident_bytes(),
+            is_reloaded=vitals.is_reloaded,
         )
 
 

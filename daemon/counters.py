@@ -7,6 +7,22 @@ from collections import Counter
 
 log = logging.getLogger("smartspec.daemon")
 
+#: Told as 0 from the start: what first appears at 1 is no increase to Prometheus.
+FROM_THE_START = (
+    "cost_changes",
+    "acceptance_changes",
+    "decisions",
+    "engines_connected",
+    "engines_refused",
+    "frames_refused",
+    "frames_throttled",
+    "hellos_throttled",
+    "quarantines",
+    "reports",
+    "retreats",
+    "states_refused",
+    "steps_missed",
+)
 LOGGED = 64  #: kinds of faults, by engine, that are logged with their traceback
 
 
@@ -14,7 +30,7 @@ class Counters(Counter[str]):
     """Totals by name since the daemon started; published once a second."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(dict.fromkeys(FROM_THE_START, 0))
         self._logged: set[tuple[str, str]] = set()
 
     def failed(self, doing: str, engine: str = "") -> None:

@@ -108,20 +108,59 @@ class GainEvent(Event, frozen=True, kw_only=True, gc=False, tag="gain"):
     retry_s: float | None = None  #: until it is tried again; None: not retreated
 
 
+#: What may become of an engine; "replaced": by one of its name.
+STATES = ("connected", "left", "lost", "replaced", "quarantined")
+
+
 class EngineEvent(Event, frozen=True, kw_only=True, tag="engine"):
     """An engine came or went."""
 
     engine: str
     epoch: int
-    state: str  #: "connected", "left", "lost", "replaced" (by one of its name) or "quarantined"
+    state: str  #: one of `STATES`
     fingerprint: dict[str, str] = {}
     limits: dict[str, object] = {}
+
+
+class PresentEvent(EngineEvent, frozen=True, kw_only=True, tag="present"):
+    """An engine is connected as it was, told every few seconds: for readers who have come since."""
+
+
+NoteKind = Literal[
+    "bad_frame",
+    "cold_start",
+    "drift",
+    "fault",
+    "pause",
+    "quarantined",
+    "refused",
+    "release",
+    "retreat",
+    "telemetry_down",
+    "throttled",
+    "warm_start",
+]
+#: Of every kind of note on the bus, how grave it is.
+NOTES: dict[NoteKind, Level] = {
+    "bad_frame": "warning",
+    "cold_start": "info",
+    "drift": "warning",
+    "fault": "error",
+    "pause": "warning",
+    "quarantined": "error",
+    "refused": "warning",
+    "release": "warning",
+    "retreat": "error",
+    "telemetry_down": "warning",
+    "throttled": "warning",
+    "warm_start": "info",
+}
 
 
 class NoteEvent(Event, frozen=True, kw_only=True, gc=False, tag="note"):
     """Something that an operator may want to know: bad frames, gaps, drift, a restart."""
 
-    kind: str  #: a short name, one of few
+    kind: str  #: of `NOTES`; telemetry adds a few of its own to Redis
     text: str
     engine: str = ""  #: empty: not about one engine
     level: Level = "info"
@@ -143,6 +182,13 @@ class LoopEvent(Event, frozen=True, kw_only=True, tag="loop"):
     num_engines: int = 0
     counters: dict[str, int] = {}  #: totals since the daemon started
     links: dict[str, LinkCounts] = {}  #: by engine, of those that have anything to count
+    started_s: float = 0.0  #: when, in seconds since the Unix epoch: no two daemons at once
+    version: str = ""  #: of its package
+    protocol: int = 0  #: of its wire
+    cpu_user_s: float = 0.0  #: processor time so far
+    cpu_system_s: float = 0.0
+    resident_bytes: int | None = None  #: memory in use
+    is_reloaded: bool = True  #: False: the last SIGHUP found what cannot be used
 
 
 class CheckpointEvent(Event, frozen=True, kw_only=True, gc=False, tag="checkpoint"):
@@ -172,6 +218,7 @@ BusEvent = (
     | LoopEvent
     | CheckpointEvent
     | FrameEvent
+    | PresentEvent
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -8,13 +8,15 @@ from smartspec.daemon.adoption.trial import Trial
 from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.engines import Engine, Observation
 from smartspec.daemon.event_bus import (
+    NOTES,
     Bus,
     DecisionEvent,
     EngineEvent,
     GainEvent,
-    Level,
     LinkCounts,
     NoteEvent,
+    NoteKind,
+    PresentEvent,
     StepEvent,
 )
 from smartspec.engine_adapter import messages
@@ -24,8 +26,9 @@ log = logging.getLogger("smartspec.daemon")
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  #: of notes, in logging
 
 
-def tell(bus: Bus, kind: str, text: str, engine: str = "", level: Level = "info") -> None:
+def tell(bus: Bus, kind: NoteKind, text: str, engine: str = "") -> None:
     """A note on the bus, and a line in the log."""
+    level = NOTES[kind]
     bus.publish(NoteEvent(engine=engine, level=level, kind=kind, text=text))
     about = f"engine {engine}: " if engine else ""
     what = f"{kind.replace('_', ' ')}: {text}"
@@ -34,17 +37,24 @@ def tell(bus: Bus, kind: str, text: str, engine: str = "", level: Level = "info"
 
 def tell_of(bus: Bus, engine: Engine, state: str) -> None:
     """An engine has connected, left, or been lost: on the bus, and in the log."""
-    hello = engine.hello
     extra = {"event": state, "engine": engine.name}
-    log.info("engine %s: %s (epoch %d)", engine.name, state, hello.epoch, extra=extra)
-    bus.publish(
-        EngineEvent(
-            engine=engine.name,
-            epoch=hello.epoch,
-            state=state,
-            fingerprint=messages.to_plain(hello.fingerprint),
-            limits=messages.to_plain(hello.limits),
-        )
+    log.info("engine %s: %s (epoch %d)", engine.name, state, engine.hello.epoch, extra=extra)
+    bus.publish(_engine_event(EngineEvent, engine, state))
+
+
+def remind_of(bus: Bus, engine: Engine) -> None:
+    """An engine is still there: on the bus."""
+    bus.publish(_engine_event(PresentEvent, engine, "connected"))
+
+
+def _engine_event(kind: type[EngineEvent], engine: Engine, state: str) -> EngineEvent:
+    hello = engine.hello
+    return kind(
+        engine=engine.name,
+        epoch=hello.epoch,
+        state=state,
+        fingerprint=messages.to_plain(hello.fingerprint),
+        limits=messages.to_plain(hello.limits),
     )
 
 

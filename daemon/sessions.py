@@ -20,7 +20,7 @@ from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
 from smartspec.daemon.decision import Decision
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.event_bus import Bus
+from smartspec.daemon.event_bus import Bus, NoteKind
 from smartspec.daemon.planner import Planner, PlannerSettings
 from smartspec.daemon.state.keeper import Keeper
 from smartspec.daemon.state.learned import Learned, ModelKey
@@ -38,6 +38,7 @@ HELLOS_PER_S = 2.0  #: of one connection; each may mean an engine to set up
 HELLO_BURST = 16.0
 NOTE_EVERY_S = 1.0  #: at most one note per engine and second; all are counted
 RETIRED_KEPT = 64  #: engines that left: a bound on memory. Others start from what their kind knows
+REMIND_S = 10.0  #: between two reminders on the bus that an engine is there
 ANSWER_EVERY_S = 0.1  #: to a peer in trouble
 MAX_TEXT = 256  #: characters of a reason that the wire takes
 
@@ -61,6 +62,7 @@ class Session:
         self.has_gain_news = False
         self.heard_at = now
         self.noted_at = -1e9
+        self.remind_at = now + REMIND_S  #: readers of the bus of it
         self.decision: Decision | None = None
         self.decide_s = 0.0
         self.learn_s = 0.0
@@ -221,7 +223,7 @@ class Sessions:
         self._counters["engines_connected"] += 1
         narration.tell_of(self._bus, engine, "connected")
         for text in filter(None, origin):
-            kind = "warm_start" if engine.learned.num_steps else "cold_start"
+            kind: NoteKind = "warm_start" if engine.learned.num_steps else "cold_start"
             narration.tell(self._bus, kind, text, engine.name)
 
     def _planning(self) -> PlannerSettings:
@@ -294,7 +296,7 @@ class Sessions:
         if not self._may_answer(peer):
             return
         self._send_refusal(peer, why)
-        narration.tell(self._bus, "refused", why, hello.engine, "warning")
+        narration.tell(self._bus, "refused", why, hello.engine)
 
     def drop(self, session: Session | None) -> None:
         """Count a report that was one too many; it is not even read."""
@@ -306,7 +308,7 @@ class Sessions:
             session.noted_at = self._clock()
             most = self._settings.limits.max_reports_per_s
             text = f"more than {most} reports a second: some are dropped unread"
-            narration.tell(self._bus, "throttled", text, session.engine.name, "warning")
+            narration.tell(self._bus, "throttled", text, session.engine.name)
 
     def refuse_frame(self, peer: bytes, session: Session | None, error: MessageError) -> None:
         """Count a frame that cannot be believed, and say so once in a while."""
@@ -316,13 +318,13 @@ class Sessions:
             if self._clock() - session.noted_at < NOTE_EVERY_S:
                 return
             session.noted_at = self._clock()
-            narration.tell(self._bus, "bad_frame", str(error), session.engine.name, "warning")
+            narration.tell(self._bus, "bad_frame", str(error), session.engine.name)
             return
         # Most likely an engine of another version, or one that misdescribes itself: it should know.
         if self._may_answer(peer):
             self._send_refusal(peer, str(error))
             text = f"of an unknown peer: {error}"
-            narration.tell(self._bus, "bad_frame", text, level="warning")
+            narration.tell(self._bus, "bad_frame", text)
 
     def blame(self, peer: bytes, session: Session, error: MessageError) -> None:
         """Count a lie; an engine that told too many loses its seat, and what it taught lately."""
@@ -332,7 +334,7 @@ class Sessions:
             return
         self._counters["quarantines"] += 1
         why = f"in quarantine for {lasts_s:.0f} s: it tells what cannot be true ({error})"
-        narration.tell(self._bus, "quarantined", why, name, "error")
+        narration.tell(self._bus, "quarantined", why, name)
         self._send_refusal(peer, why)
         self.forget(session, "quarantined", keep=False)
         self.trials.pop(name, None)

@@ -54,7 +54,8 @@ def prometheus(target_port: int, folder: Path) -> Iterator[str]:
         "global: {scrape_interval: 1s}\n"
         "scrape_configs:\n"
         "  - job_name: smartspec\n"
-        f"    static_configs: [{{targets: ['127.0.0.1:{target_port}']}}]\n",
+        "    static_configs:\n"
+        f"      - {{targets: ['127.0.0.1:{target_port}'], labels: {{instance: node-0}}}}\n",
         "utf-8",
     )
     port = free_port()
@@ -108,7 +109,8 @@ def drop_finished(worker: WorkerProcess, running: set[str]) -> None:
 
 def ask(url: str, query: str, begin_s: float, end_s: float) -> list[dict[str, Any]]:
     """Series of a query over time, as Grafana would ask for them."""
-    words = query.replace("$engine", ".*").replace("$__rate_interval", RATE)
+    words = query.replace("$instance", ".*").replace("$engine", ".*")
+    words = words.replace("$__rate_interval", RATE)
     arguments = {"query": words, "start": begin_s, "end": end_s, "step": 1}
     try:
         with urllib.request.urlopen(

@@ -102,7 +102,7 @@ class RecordingBus:
         self.events.append(event)
 
     def of(self, kind: type[Any]) -> list[Any]:
-        return [event for event in self.events if isinstance(event, kind)]
+        return [event for event in self.events if type(event) is kind]
 
     def close(self) -> None:
         pass

@@ -25,6 +25,7 @@ from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
 from smartspec.daemon.process import logs, notify
 from smartspec.daemon.process.notify import Notifier
+from smartspec.daemon.vitals import Vitals
 
 if TYPE_CHECKING:
     from smartspec.daemon.admission.curve_keys import DaemonKeys
@@ -43,6 +44,8 @@ class ServiceError(RuntimeError):
 
 class Loop(Protocol):
     """What is run: control_loop.ControlLoop, or a stand-in."""
+
+    vitals: Vitals
 
     def cycle(self, timeout_s: float) -> str | None: ...
 
@@ -123,6 +126,10 @@ class TelemetryChild:
     start : starts the process; None: none is wanted
     bus : told of deaths and restarts
     clock : monotonic seconds
+
+    Attributes
+    ----------
+    num_restarts : times that it was started again after it had ended by itself
     """
 
     def __init__(
@@ -139,6 +146,8 @@ class TelemetryChild:
         self._restart_at = clock()
         self._kill_at = math.inf  #: finite: it was asked to end
         self._num_failures = 0
+        self._has_failed = False
+        self.num_restarts = 0
 
     @property
     def pid(self) -> int | None:
@@ -163,12 +172,16 @@ class TelemetryChild:
                 self._started_at = now
             except OSError as error:
                 self._failed(now, f"telemetry process could not be started ({error})")
+            else:
+                self.num_restarts += self._has_failed
+                self._has_failed = False
 
     def _failed(self, now: float, what: str) -> None:
         if now - self._started_at > STABLE_S:
             self._num_failures = 0
         delay_s = RESTART_DELAYS_S[min(self._num_failures, len(RESTART_DELAYS_S) - 1)]
         self._num_failures += 1
+        self._has_failed = True
         self._restart_at = now + delay_s
         text = f"{what}; it is started again in {delay_s:g} s, steering goes on"
         log.warning("%s", text, extra={"event": "telemetry_down"})
@@ -249,17 +262,17 @@ class Signals:
 
 def reload_settings(
     current: Settings, load: Callable[[], Settings]
-) -> tuple[Settings, set[config.Applies]]:
+) -> tuple[Settings, set[config.Applies] | None]:
     """The settings to go on with, and how those that differ apply ("now", "telemetry").
 
     The log says what has changed, and what waits for a restart. A file that cannot be used changes
-    nothing.
+    nothing, which None says.
     """
     try:
         new = load()
     except ConfigError as error:
         log.error("SIGHUP: the settings in force stay: %s", error)
-        return current, set()
+        return current, None
     changed = config_text.differences(current, new)
     if not changed:
         log.info("SIGHUP: no setting has changed")
@@ -373,6 +386,7 @@ def run(
         notifier.ready(f"{settings.mode} mode")
         while not signals.stop:
             telemetry.check()
+            loop.vitals.num_telemetry_restarts = telemetry.num_restarts
             if signals.reload:
                 signals.reload = False
                 if reload is not None:
@@ -381,8 +395,6 @@ def run(
                     notifier.ready(f"{settings.mode} mode")
             console.serve(loop.obey)
             reason = loop.cycle(CYCLE_TIMEOUT_S)
-            if reason:
-                log.debug("%s", reason)
             notifier.alive(reason)
         log.info("stopping")
         notifier.stopping()
@@ -406,8 +418,9 @@ def _apply(
 ) -> Settings:
     new, how = reload_settings(settings, load)
     logs.configure(new.log)
+    loop.vitals.is_reloaded = how is not None
     loop.apply(new)  # also when no setting has changed: who may connect is in a file of its own
-    if "telemetry" in how:
+    if how and "telemetry" in how:
         telemetry.restart(telemetry_of(new))
     return new
 

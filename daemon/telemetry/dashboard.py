@@ -20,10 +20,12 @@ COLUMNS = 24  #: of Grafana's grid
 HEIGHT = 8
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 RATE = "$__rate_interval"
-PERCENT, SECONDS, RATE_UNIT, SHORT = "percentunit", "s", "reqps", "short"
+PERCENT, SECONDS, RATE_UNIT, SHORT, BYTES = "percentunit", "s", "reqps", "short", "bytes"
 
 
 class Query(NamedTuple):
+    """An expression whose series keep their host, which is put before the legend."""
+
     expression: str
     legend: str
 
@@ -40,28 +42,38 @@ class Panel(NamedTuple):
 
 
 def selected(metric: Metric, suffix: str = "", **labels: str) -> str:
-    """The series of a metric: of the engines chosen, where it has engines.
+    """The series of a metric: of the hosts chosen, and of the engines where it has engines.
 
     >>> selected(ids.STEPS, "_total", source="policy")
-    'smartspec_steps_total{engine=~"$engine",source="policy"}'
+    'smartspec_steps_total{instance=~"$instance",engine=~"$engine",source="policy"}'
     """
     unknown = set(labels) - set(metric.labels)
     if unknown:
         raise ValueError(f"{metric.id} has no label {', '.join(sorted(unknown))}")
-    chosen = ['engine=~"$engine"'] if "engine" in metric.labels else []
+    chosen = ['instance=~"$instance"']
+    chosen += ['engine=~"$engine"'] if "engine" in metric.labels else []
     chosen += [f'{name}="{value}"' for name, value in labels.items()]
-    return f"{metric.id}{suffix}" + (f"{{{','.join(chosen)}}}" if chosen else "")
+    return f"{metric.id}{suffix}{{{','.join(chosen)}}}"
 
 
 def rate(metric: Metric, *by: str, **labels: str) -> str:
-    """Growth of a counter per second, summed over all labels but ``by``."""
-    return f"sum by ({', '.join(by)}) (rate({selected(metric, '_total', **labels)}[{RATE}]))"
+    """Growth of a counter per second, summed over all labels but the host and ``by``."""
+    return _summed("rate", selected(metric, "_total", **labels), by)
+
+
+def increase(metric: Metric, *by: str) -> str:
+    """Growth of a counter, likewise."""
+    return _summed("increase", selected(metric, "_total"), by)
+
+
+def _summed(function: str, series: str, by: tuple[str, ...]) -> str:
+    return f"sum by ({', '.join(('instance', *by))}) ({function}({series}[{RATE}]))"
 
 
 def quantile(q: float, metric: Metric) -> str:
-    """A quantile of a histogram, by engine."""
+    """A quantile of a histogram, by host and engine."""
     buckets = f"rate({selected(metric, '_bucket')}[{RATE}])"
-    return f"histogram_quantile({q:g}, sum by (le, engine) ({buckets}))"
+    return f"histogram_quantile({q:g}, sum by (le, instance, engine) ({buckets}))"
 
 
 def _gauge(metric: Metric, **labels: str) -> Query:
@@ -121,7 +133,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             SHORT,
             (
                 Query(
-                    f"sum by (length) ({selected(ids.REQUESTS_AT_LENGTH)})",
+                    f"sum by (instance, length) ({selected(ids.REQUESTS_AT_LENGTH)})",
                     "length {{length}}",
                 ),
             ),
@@ -151,11 +163,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "How engines are treated",
             SHORT,
             (
-                Query(f"sum by (stance) ({selected(ids.STANCE)})", "{{stance}}"),
-                Query(
-                    f"sum by (over) (increase({selected(ids.COMPARISONS, '_total')}[{RATE}]))",
-                    "comparisons with {{over}}",
-                ),
+                Query(f"sum by (instance, stance) ({selected(ids.STANCE)})", "{{stance}}"),
+                Query(increase(ids.COMPARISONS, "over"), "comparisons with {{over}}"),
             ),
             "Engines by stance (docs/adoption.md), and pairs of blocks compared.",
         ),
@@ -222,7 +231,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Decision time",
             SECONDS,
-            (*_quantiles(ids.DECIDE_SECONDS), Query(quantile(0.5, ids.LEARN_SECONDS), "learning")),
+            (
+                *_quantiles(ids.DECIDE_SECONDS),
+                Query(quantile(0.5, ids.LEARN_SECONDS), "{{engine}} learning"),
+            ),
             "Report received to policy sent; and learning from a report, after it.",
         ),
         Panel(
@@ -235,14 +247,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Notes and engine events",
             SHORT,
             (
-                Query(
-                    f"sum by (level, kind) (increase({selected(ids.NOTES, '_total')}[{RATE}]))",
-                    "{{level}} {{kind}}",
-                ),
-                Query(
-                    f"sum by (state) (increase({selected(ids.ENGINE_EVENTS, '_total')}[{RATE}]))",
-                    "engine {{state}}",
-                ),
+                Query(increase(ids.NOTES, "level", "kind"), "{{level}} {{kind}}"),
+                Query(increase(ids.ENGINE_EVENTS, "state"), "engine {{state}}"),
             ),
             "What `smartspec inspect` tells in words.",
         ),
@@ -280,12 +286,48 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
             "The loop's own counters, and events that telemetry was too slow for.",
         ),
+        Panel(
+            "Processor time of the daemon",
+            PERCENT,
+            (Query(rate(ids.CPU_SECONDS, "mode"), "{{mode}}"),),
+            "Of one core. That of telemetry is process_cpu_seconds_total.",
+            stacked=True,
+        ),
+        Panel("Memory of the daemon", BYTES, (Query(selected(ids.MEMORY), "resident"),), "In use."),
+        Panel(
+            "What runs",
+            SHORT,
+            (
+                _gauge(ids.BUILD),
+                Query(selected(ids.RELOADED), "settings are those of the file"),
+                Query(f"time() - {selected(ids.STARTED)}", "seconds since its start"),
+            ),
+            "Releases, uptimes, and whether the last reload went well.",
+        ),
     ),
 }
 
 
 def _variable(name: str, kind: str, query: str, **more: Any) -> dict[str, Any]:
     return {"name": name, "type": kind, "query": query, "label": name, "hide": 0, **more}
+
+
+def _values(label: str, series: str) -> dict[str, Any]:
+    """A variable: some or all of the values that ``label`` has in ``series``."""
+    query = f"label_values({series}, {label})"
+    return _variable(
+        label,
+        "query",
+        query,
+        datasource=DATASOURCE,
+        definition=query,
+        includeAll=True,
+        multi=True,
+        allValue=".*",
+        current={"text": ["All"], "value": ["$__all"]},
+        refresh=2,
+        sort=1,
+    )
 
 
 def _panel(number: int, panel: Panel, x: int, y: int) -> dict[str, Any]:
@@ -313,7 +355,7 @@ def _panel(number: int, panel: Panel, x: int, y: int) -> dict[str, Any]:
                 "refId": chr(ord("A") + index),
                 "datasource": DATASOURCE,
                 "expr": query.expression,
-                "legendFormat": query.legend,
+                "legendFormat": f"{{{{instance}}}} {query.legend}",
                 "range": True,
             }
             for index, query in enumerate(panel.queries)
@@ -340,7 +382,6 @@ def build() -> dict[str, Any]:
             panels.append(_panel(len(panels) + 1, panel, x, y))
             x += panel.width
         y += HEIGHT
-    engines = f"label_values({ids.CONNECTED.id}, engine)"
     return {
         "uid": "smartspec",
         "title": "SmartSpec",
@@ -358,19 +399,8 @@ def build() -> dict[str, Any]:
         "templating": {
             "list": [
                 _variable("datasource", "datasource", "prometheus"),
-                _variable(
-                    "engine",
-                    "query",
-                    engines,
-                    datasource=DATASOURCE,
-                    definition=engines,
-                    includeAll=True,
-                    multi=True,
-                    allValue=".*",
-                    current={"text": ["All"], "value": ["$__all"]},
-                    refresh=2,
-                    sort=1,
-                ),
+                _values("instance", ids.HEARD.id),
+                _values("engine", f'{ids.CONNECTED.id}{{instance=~"$instance"}}'),
             ]
         },
         "panels": panels,

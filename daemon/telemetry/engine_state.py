@@ -10,8 +10,16 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec import Struct
 
-from smartspec.daemon.event_bus import DecisionEvent, EngineEvent, GainEvent, StepEvent
+from smartspec.daemon.event_bus import (
+    BusEvent,
+    DecisionEvent,
+    EngineEvent,
+    GainEvent,
+    PresentEvent,
+    StepEvent,
+)
 
+IDLE_S = 10.0  #: without a step, an engine has nothing to do; no step should take so long
 SMOOTHING_S = 5.0  #: memory of the smoothed figures, in seconds of engine steps
 
 
@@ -109,20 +117,38 @@ class SmoothedRatio:
 
 
 class EngineTracker:
-    """Folds the events of one engine into its `state`."""
+    """Folds the events of one engine into its `state`.
 
-    def __init__(self, engine: str) -> None:
+    Parameters
+    ----------
+    engine : its name
+    now : of a monotonic clock, seconds
+    """
+
+    def __init__(self, engine: str, now: float) -> None:
         self.state = EngineState(engine=engine)
+        self._idle_at = now + IDLE_S  #: infinite: it is known to be
         self._restart()
 
     def _restart(self) -> None:
         self._goodput = SmoothedRatio()
         self._error = SmoothedRatio()
 
-    def note(self, event: StepEvent | DecisionEvent | GainEvent | EngineEvent) -> None:
-        self.state.updated_s = event.t_s
+    def rests(self, now: float) -> bool:
+        """Whether it has turned out to be idle just now: its last figures no longer hold."""
+        if now < self._idle_at:
+            return False
+        self._idle_at = math.inf
+        self.state.num_running = self.state.num_waiting = 0
+        self.state.goodput = 0.0
+        return True
+
+    def note(self, event: StepEvent | DecisionEvent | GainEvent | EngineEvent, now: float) -> None:
+        if not _is_reminder(event) or not self.state.updated_s:
+            self.state.updated_s = event.t_s
         match event:
             case StepEvent():
+                self._idle_at = now + IDLE_S
                 self._note_step(event)
             case DecisionEvent():
                 self._note_decision(event)
@@ -168,6 +194,11 @@ class EngineTracker:
         for name in _DECISION_FIELDS:
             setattr(state, name, getattr(event, name))
         state.num_probes += event.num_probes
+
+
+def _is_reminder(event: BusEvent) -> bool:
+    """Whether it tells what was so before: then nothing was heard of the engine."""
+    return isinstance(event, (GainEvent, PresentEvent))
 
 
 _DECISION_FIELDS = tuple(

@@ -141,6 +141,23 @@ STALENESS = Metric(
 HEARD = Metric(
     "smartspec_daemon_heard_timestamp_seconds", "gauge", "When the daemon last said a word.", ()
 )
+STARTED = Metric("smartspec_daemon_start_time_seconds", "gauge", "When the daemon was started.", ())
+CPU_SECONDS = Metric(
+    "smartspec_daemon_cpu_seconds",
+    "counter",
+    "Processor time of the daemon (process_*: of the telemetry process, which serves this).",
+    ("mode",),
+)
+MEMORY = Metric("smartspec_daemon_resident_memory_bytes", "gauge", "Memory of the daemon.", ())
+BUILD = Metric(
+    "smartspec_build_info", "gauge", "1: the daemon's release and wire.", ("version", "protocol")
+)
+RELOADED = Metric(
+    "smartspec_config_reload_success",
+    "gauge",
+    "0 when the last SIGHUP found settings or keys that cannot be used: those before stay.",
+    (),
+)
 NUM_ENGINES = Metric("smartspec_engines", "gauge", "Engines served.", ())
 LOOP = Metric("smartspec_loop_events", "counter", "The loop's own counters.", ("counter",))
 NOTES = Metric("smartspec_notes", "counter", "Notes to the operator.", ("level", "kind"))

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
+import time
+from collections.abc import Callable
 
 from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import (
@@ -35,6 +38,7 @@ from smartspec.daemon.telemetry.redis_store import RedisStore, connect_as
 log = logging.getLogger(__name__)
 
 TURN_S = 0.5  #: events are taken in batches: every wake-up disturbs an engine on a CPU
+PORT_RETRY_S = 5.0  #: when Prometheus' port is taken
 NICENESS = 10  #: engine and daemon go first
 MAX_EVENTS_PER_TURN = 2000  #: then it sees to its other duties, even if more events wait
 
@@ -46,6 +50,7 @@ class Telemetry:
     ----------
     subscriber : the event bus
     store, exporter, writer : None: not wanted
+    clock : monotonic seconds
     """
 
     def __init__(
@@ -54,11 +59,13 @@ class Telemetry:
         store: RedisStore | None,
         exporter: PrometheusExporter | None,
         writer: CheckpointWriter | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._subscriber = subscriber
         self._store = store
         self._exporter = exporter
         self._writer = writer
+        self._clock = clock
         self._trackers: dict[str, EngineTracker] = {}
         self._changed: set[str] = set()
 
@@ -79,9 +86,10 @@ class Telemetry:
         if isinstance(event, (StepEvent, DecisionEvent, GainEvent, EngineEvent)):
             tracker = self._trackers.get(event.engine)
             if tracker is None:
-                tracker = self._trackers[event.engine] = EngineTracker(event.engine)
+                tracker = EngineTracker(event.engine, self._clock())
+                self._trackers[event.engine] = tracker
         if tracker is not None:
-            tracker.note(event)  # type: ignore[arg-type]  # it is one of the four
+            tracker.note(event, self._clock())  # type: ignore[arg-type]  # it is one of the four
             self._changed.add(tracker.state.engine)
         if self._exporter is not None:
             self._exporter.note(event, tracker.state if tracker else None)
@@ -91,6 +99,12 @@ class Telemetry:
             self._writer.add(event)
 
     def _hand_on(self) -> None:
+        now = self._clock()
+        for name, tracker in self._trackers.items():
+            if tracker.state.state == "connected" and tracker.rests(now):
+                self._changed.add(name)
+                if self._exporter is not None:
+                    self._exporter.note_load(tracker.state)
         if self._store is not None:
             self._store.put_states(copy.copy(self._trackers[n].state) for n in self._changed)
         for name in self._changed:
@@ -108,7 +122,11 @@ class Telemetry:
 def run(settings: Settings, stop: Stop) -> None:
     """Serve until ``stop``. Never raises for a Redis or a port that cannot be had."""
     os.nice(NICENESS)  # its Valkey inherits it
-    exporter = _exporter(settings)
+    exporter = port = None
+    if number := settings.telemetry.prometheus_port:
+        exporter = PrometheusExporter()
+        port = Port(exporter, number, settings.telemetry.prometheus_address)
+        port.open()
     store = RedisStore(
         connect_as(settings),
         settings.redis.key_prefix,
@@ -128,6 +146,8 @@ def run(settings: Settings, stop: Stop) -> None:
     try:
         wait_s = TURN_S
         while not stop.wait(wait_s):
+            if port is not None:
+                port.open()
             wait_s = telemetry.turn()
             notifier.alive(None)
     finally:
@@ -140,20 +160,49 @@ def run(settings: Settings, stop: Stop) -> None:
             exporter.close()
 
 
-def _exporter(settings: Settings) -> PrometheusExporter | None:
-    port, address = settings.telemetry.prometheus_port, settings.telemetry.prometheus_address
-    if port == 0:
-        return None
-    exporter = PrometheusExporter()
-    try:
-        exporter.serve(port, address)
-    except OSError as error:
-        log.error(
-            "telemetry.prometheus_port: cannot listen on %s:%d (%s): nothing can be scraped; "
-            "choose another port, or 0 for no exporter",
-            address,
-            port,
-            error.strerror,
-        )
-        return None
-    return exporter
+class Port:
+    """Where Prometheus is served, as soon as it can be: another process may hold it for a while.
+
+    Parameters
+    ----------
+    exporter : to serve
+    number, address : where
+    clock : monotonic seconds
+    """
+
+    def __init__(
+        self,
+        exporter: PrometheusExporter,
+        number: int,
+        address: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._exporter = exporter
+        self._number = number
+        self._address = address
+        self._clock = clock
+        self._try_at = clock()
+        self._has_failed = False
+
+    def open(self) -> None:
+        """Listen, unless that is done or was tried just now. Never raises."""
+        now = self._clock()
+        if now < self._try_at:
+            return
+        try:
+            self._exporter.serve(self._number, self._address)
+        except OSError as error:
+            self._try_at = now + PORT_RETRY_S
+            if not self._has_failed:  # once, not once per attempt
+                self._has_failed = True
+                log.error(
+                    "telemetry.prometheus_port: cannot listen on %s:%d (%s): nothing can be "
+                    "scraped until it can; choose another port, or 0 for no exporter",
+                    self._address,
+                    self._number,
+                    error.strerror,
+                )
+            return
+        self._try_at = math.inf
+        if self._has_failed:
+            log.info("Prometheus is served on %s:%d after all", self._address, self._number)

@@ -21,12 +21,16 @@ from prometheus_client import (
 )
 
 from smartspec.daemon.event_bus import (
+    NOTES,
+    STATES,
+    USUAL,
     BusEvent,
     DecisionEvent,
     EngineEvent,
     GainEvent,
     LoopEvent,
     NoteEvent,
+    PresentEvent,
     StepEvent,
 )
 from smartspec.daemon.telemetry import metric_ids as ids
@@ -53,6 +57,15 @@ class PrometheusExporter:
         self._series: dict[str, set[tuple[ids.Metric, tuple[str, ...]]]] = {}
         self._server: Any = None
         self._heard_at = -math.inf  #: of `time.monotonic`
+        self._build: tuple[str, str] | None = None
+        # What first appears at 1 has not increased, to Prometheus: the first would go unseen.
+        for state in STATES:
+            self._of(ids.ENGINE_EVENTS, state)
+        for kind, level in NOTES.items():
+            self._of(ids.NOTES, level, kind)
+        for topic in USUAL:
+            self._of(ids.BUS_MISSED, topic)
+        self._of(ids.RELOADED).set(1)  # until told otherwise
 
     def _make(self, metric: ids.Metric) -> Any:
         if metric.kind == "histogram":
@@ -112,7 +125,8 @@ class PrometheusExporter:
             case GainEvent():
                 self._note_gain(event)
             case EngineEvent():
-                self._of(ids.ENGINE_EVENTS, event.state).inc()
+                if not isinstance(event, PresentEvent):
+                    self._of(ids.ENGINE_EVENTS, event.state).inc()
                 if event.state == "connected":
                     self._of(ids.CONNECTED, event.engine).set(1)
                 else:
@@ -120,15 +134,7 @@ class PrometheusExporter:
             case NoteEvent():
                 self._of(ids.NOTES, event.level, event.kind).inc()
             case LoopEvent():
-                self._heard_at = time.monotonic()
-                self._of(ids.HEARD).set(event.t_s)
-                self._of(ids.NUM_ENGINES).set(event.num_engines)
-                for name, total in event.counters.items():
-                    self._raise_to(ids.LOOP, total, name)
-                for engine, counts in event.links.items():
-                    for how in counts.__struct_fields__:
-                        total = getattr(counts, how)
-                        self._raise_to(ids.REPORTS_LOST, total, engine, how.removeprefix("num_"))
+                self._note_loop(event)
 
     def note_telemetry(
         self,
@@ -148,6 +154,12 @@ class PrometheusExporter:
             self._raise_to(ids.STATE_WRITTEN, writer.num_written)
             self._raise_to(ids.STATE_FAILURES, writer.num_failures)
 
+    def note_load(self, state: EngineState) -> None:
+        """What an engine has to do, and does: nothing, once it is idle."""
+        self._of(ids.NUM_RUNNING, state.engine).set(state.num_running)
+        self._of(ids.NUM_WAITING, state.engine).set(state.num_waiting)
+        self._set(ids.GOODPUT, state.goodput, state.engine)
+
     def forget(self, engine: str) -> None:
         """Drop all series of an engine."""
         for metric, labels in self._series.pop(engine, ()):
@@ -161,6 +173,27 @@ class PrometheusExporter:
         counter = self._of(metric, *labels)
         counter.inc(total - last if total >= last else total)
 
+    def _note_loop(self, event: LoopEvent) -> None:
+        self._heard_at = time.monotonic()
+        self._of(ids.HEARD).set(event.t_s)
+        self._of(ids.STARTED).set(event.started_s)
+        self._of(ids.NUM_ENGINES).set(event.num_engines)
+        self._of(ids.RELOADED).set(event.is_reloaded)
+        self._set(ids.MEMORY, event.resident_bytes)
+        self._raise_to(ids.CPU_SECONDS, event.cpu_user_s, "user")
+        self._raise_to(ids.CPU_SECONDS, event.cpu_system_s, "system")
+        build = event.version, str(event.protocol)
+        if build != self._build:  # a daemon of another release has come
+            self._metrics[ids.BUILD].clear()
+            self._build = build
+        self._of(ids.BUILD, *build).set(1)
+        for name, total in event.counters.items():
+            self._raise_to(ids.LOOP, total, name)
+        for engine, counts in event.links.items():
+            for how in counts.__struct_fields__:
+                total = getattr(counts, how)
+                self._raise_to(ids.REPORTS_LOST, total, engine, how.removeprefix("num_"))
+
     def _note_step(self, event: StepEvent, state: EngineState | None) -> None:
         engine = event.engine
         self._of(ids.CONNECTED, engine).set(1)
@@ -169,13 +202,11 @@ class PrometheusExporter:
         self._of(ids.ACCEPTED, engine).inc(event.num_accepted)
         self._of(ids.EMITTED, engine).inc(event.num_emitted)
         self._of(ids.STEP_SECONDS, engine).observe(event.step_s)
-        self._of(ids.NUM_RUNNING, engine).set(event.num_running)
-        self._of(ids.NUM_WAITING, engine).set(event.num_waiting)
         self._of(ids.KV_USAGE, engine).set(event.kv_usage)
         if event.staleness_steps is not None:
             self._of(ids.STALENESS, engine).observe(event.staleness_steps)
         if state is not None:
-            self._set(ids.GOODPUT, state.goodput, engine)
+            self.note_load(state)
             self._set(ids.PREDICTION_ERROR, state.prediction_error, engine)
 
     def _note_gain(self, event: GainEvent) -> None:

@@ -23,7 +23,12 @@ from typing import Any
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.credentials import CredentialProvider
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
+from redis.exceptions import (
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+)
 from redis.retry import Retry
 
 from smartspec.daemon.config import Settings
@@ -34,6 +39,7 @@ from smartspec.daemon.event_bus import (
     EngineEvent,
     LoopEvent,
     NoteEvent,
+    PresentEvent,
     StepEvent,
 )
 from smartspec.daemon.state.learned import RefusedState, check, decode, encode, merge
@@ -46,6 +52,7 @@ VERSION = "v1"  #: of the keys and their fields; raised when a reader would misr
 MAX_BUFFERED = 20_000  #: events kept while Redis is away (some 20 MB)
 MAX_BATCH = 500  #: events per round trip
 FLUSH_INTERVAL_S = 0.5
+PRUNE_S = 3600.0  #: between two looks for engines that have expired
 SOCKET_TIMEOUT_S = 1.0
 BACKOFF = ExponentialWithJitterBackoff(base=0.1, cap=5.0)
 #: Errors that concern the server and pass, where repeating the batch is right.
@@ -86,6 +93,8 @@ class Keys:
                 return self.steps(event.engine)
             case DecisionEvent():
                 return self.decisions(event.engine)
+            case PresentEvent():
+                return None
             case EngineEvent() | NoteEvent():
                 return self.events
             case _:
@@ -221,6 +230,7 @@ class RedisStore:
         self.num_failures = 0
         self._num_lost_noted = 0
         self._failures_in_a_row = 0
+        self._prune_at = time.monotonic()
 
     # -- any thread --
 
@@ -317,7 +327,29 @@ class RedisStore:
                     self._entries.popleft()
             self._recovered()
             if len(batch) < MAX_BATCH:
-                return
+                break
+        if time.monotonic() >= self._prune_at:
+            self._prune_at = time.monotonic() + PRUNE_S
+            self._prune()
+
+    def _prune(self) -> None:
+        """Take the names off the list whose engines have expired. Raises RedisError.
+
+        One that comes back in this very moment is on it again with the next word about it.
+        """
+        names: Any = list(self._client.smembers(self.keys.engines))
+        pipe = self._client.pipeline(transaction=False)
+        for name in names:
+            pipe.hget(self.keys.engine(name.decode("utf-8", "replace")), "engine")
+        found = pipe.execute(raise_on_error=False)  # what is of another type is there
+        gone = [name for name, engine in zip(names, found, strict=True) if engine is None]
+        try:
+            if gone:
+                self._client.srem(self.keys.engines, *gone)
+        except NoPermissionError:  # as documented before it was needed
+            log.warning(
+                "%d engines that are no more stay listed: Redis' user needs +srem", len(gone)
+            )
 
     def _recovered(self) -> None:
         if not self.up and self._failures_in_a_row:

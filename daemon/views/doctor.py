@@ -7,6 +7,7 @@ finding that is not good says what to do. Exit codes: 0 nothing has failed, 1 so
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import stat
@@ -15,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from smartspec.daemon.admission import curve_keys
 from smartspec.daemon.admission.curve_keys import KeyFileError
 from smartspec.daemon.config import Settings, redacted
 from smartspec.daemon.event_bus import LoopEvent, subscribe
+from smartspec.daemon.telemetry.metric_ids import STARTED
 from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 from smartspec.daemon.views import inspect
 from smartspec.daemon.views.inspect import EXIT_NO_ENGINE, InspectError, View
@@ -68,9 +70,9 @@ def examine(settings: Settings, engine: str | None = None) -> Iterator[Finding]:
     yield from check_runtime_dir(settings)
     yield from check_endpoint(settings)
     yield from check_keys(settings)
-    yield from check_daemon(settings, LISTEN_S)
+    heard = yield from check_daemon(settings, LISTEN_S)
     yield from check_redis(settings)
-    yield from check_prometheus(settings)
+    yield from check_prometheus(settings, heard)
     yield from check_state(settings)
     yield from check_engines(settings, engine, time.time())
 
@@ -164,8 +166,8 @@ def check_keys(settings: Settings) -> Iterator[Finding]:
 # -- the daemon ---------------------------------------------------------------------------------
 
 
-def check_daemon(settings: Settings, listen_s: float) -> Iterator[Finding]:
-    """The loop turns, and decides when it is told of steps."""
+def check_daemon(settings: Settings, listen_s: float) -> Generator[Finding, None, LoopEvent | None]:
+    """The loop turns, and decides when it is told of steps. Returns its last word, if any."""
     subscriber = subscribe(settings.bus_endpoint, ("loop",))
     heard: list[LoopEvent] = []
     deadline = time.monotonic() + listen_s
@@ -182,7 +184,7 @@ def check_daemon(settings: Settings, listen_s: float) -> Iterator[Finding]:
         text = f"nothing was heard at {settings.bus_endpoint} for {listen_s:g} s: {why}"
         log = "look at its log (`journalctl -u smartspec`)"
         yield failed("daemon", text, f"{log}; start it, or restart it if it is stuck")
-        return
+        return None
     last = heard[-1]
     yield good("daemon", f"alive, {settings.mode} mode by these settings")
     skew_s = abs(time.time() - last.t_s)
@@ -203,10 +205,15 @@ def check_daemon(settings: Settings, listen_s: float) -> Iterator[Finding]:
     for name, words, advice in (
         ("connections_denied", "connections were denied: not on the list", "`smartspec keys add`"),
         ("states_refused", "learned states were refused at its start", "`smartspec state`"),
-        ("frames_refused", "frames could not be believed", "`smartspec inspect` names the engine"),
+        (
+            "frames_refused",
+            "frames could not be believed",
+            "its log (`journalctl -u smartspec`) says whose, and what is wrong with them",
+        ),
     ):
         if count := last.counters.get(name, 0):
             yield warning("daemon", f"{count} {words}", advice)
+    return last
 
 
 def _why_silent(settings: Settings) -> str:
@@ -226,13 +233,6 @@ def _why_silent(settings: Settings) -> str:
 
 
 def check_redis(settings: Settings) -> Iterator[Finding]:
-    if not settings.telemetry.enabled and not settings.redis.url:
-        yield warning(
-            "redis",
-            "there is none, since telemetry.enabled is false",
-            "enable it to see anything in `top` and `inspect`",
-        )
-        return
     where = redacted(settings.redis_url)
     client = connect_as(settings, timeout_s=2.0)
     keys = Keys(settings.redis.key_prefix)
@@ -242,6 +242,13 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
         lost: Any = client.hget(keys.daemon, "num_lost")
         yield from _redis_server(client, where)
     except redis.RedisError as error:
+        if not settings.telemetry.enabled and not settings.redis.url:
+            yield warning(
+                "redis",
+                "there is none: telemetry.enabled is false, and no `smartspec telemetry` runs",
+                "enable it, or start that, to see anything in `top` and `inspect`",
+            )
+            return
         advice = (
             "check redis.url, its user, password_file and ca_file"
             if settings.redis.url
@@ -291,24 +298,32 @@ def _redis_server(client: redis.Redis, where: str) -> Iterator[Finding]:
         yield warning("clock", text, "let both hosts keep time (chrony, systemd-timesyncd)")
 
 
-def check_prometheus(settings: Settings) -> Iterator[Finding]:
+def check_prometheus(settings: Settings, heard: LoopEvent | None) -> Iterator[Finding]:
+    """Metrics are served, and are those of the daemon that was ``heard``."""
     port = settings.telemetry.prometheus_port
-    if not port or not settings.telemetry.enabled:
+    if not port:
         return
     address = settings.telemetry.prometheus_address
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
     try:
         with urllib.request.urlopen(url, timeout=2.0) as answer:
-            ours = b"smartspec_engines" in answer.read()
+            page = answer.read().decode("utf-8", "replace")
     except (OSError, urllib.error.URLError) as error:
+        if not settings.telemetry.enabled:
+            return  # and none is wanted
         text = f"{url} cannot be scraped ({error})"
         yield warning("prometheus", text, "telemetry.prometheus_port may be taken: see the log")
         return
-    if ours:
-        yield good("prometheus", f"{url} is served")
-    else:
+    served = re.search(rf"^{STARTED.id} (\S+)$", page, re.MULTILINE)
+    if served is None:
         text = f"{url} is served by something else"
+    elif heard is not None and float(served.group(1)) != heard.started_s:
+        text = f"{url} shows another daemon"
+    else:
+        yield good("prometheus", f"{url} is served")
+        return
+    if settings.telemetry.enabled:
         yield warning("prometheus", text, "choose another telemetry.prometheus_port")
 
 

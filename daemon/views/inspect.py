@@ -15,14 +15,14 @@ import redis
 from msgspec import Struct
 
 from smartspec.daemon.config import Settings, redacted
-from smartspec.daemon.telemetry.engine_state import EngineState, from_fields
+from smartspec.daemon.telemetry.engine_state import IDLE_S, EngineState, from_fields
 from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 
 EXIT_NO_REDIS = 2
 EXIT_NO_ENGINE = 3
 NUM_EVENTS = 5  #: shown per engine
 EVENTS_SEARCHED = 200
-STALE_S = 5.0  #: silent for longer, an engine is shown as idle, and the daemon as gone
+STALE_S = 5.0  #: silent for longer, the daemon is shown as gone
 
 
 class InspectError(Exception):
@@ -68,7 +68,7 @@ def read(
     keys = Keys(settings.redis.key_prefix)
     try:
         names = sorted(name.decode("utf-8", "replace") for name in _members(client, keys))
-        states = [state for name in names if (state := _state(client, keys, name)) is not None]
+        states = _states(client, keys, names)
         events = _events(client, keys)
         heard_s = _daemon_heard_s(client, keys)
     except redis.RedisError as error:
@@ -102,8 +102,15 @@ def _members(client: redis.Redis, keys: Keys) -> set[bytes]:
     return set(members)
 
 
-def _state(client: redis.Redis, keys: Keys, name: str) -> EngineState | None:
-    fields: Any = client.hgetall(keys.engine(name))
+def _states(client: redis.Redis, keys: Keys, names: list[str]) -> list[EngineState]:
+    pipe = client.pipeline(transaction=False)
+    for name in names:
+        pipe.hgetall(keys.engine(name))
+    found = (_state(fields) for fields in pipe.execute())
+    return [state for state in found if state is not None]
+
+
+def _state(fields: Any) -> EngineState | None:
     try:
         return from_fields(EngineState, fields) if fields else None  # None: expired
     except (msgspec.ValidationError, msgspec.DecodeError):
@@ -242,7 +249,7 @@ def condition(view: View) -> str:
         steering = state.stance
     elif state.stance == "control":
         steering = "steering"  # a block of something else is no news
-    return f"{steering}, idle" if view.age_s > STALE_S else steering
+    return f"{steering}, idle" if view.age_s > IDLE_S else steering
 
 
 def lengths(state: EngineState) -> str:

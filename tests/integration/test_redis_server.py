@@ -157,6 +157,32 @@ def test_all_is_written_and_read_by_tls_with_the_documented_rights(
         reader.get("other:key")
 
 
+@pytest.mark.parametrize("may", [True, False])
+def test_names_that_may_not_be_taken_off_the_list_stay_and_all_else_is_written(
+    folder: Path,
+    stack: ExitStack,
+    repository: Path,
+    caplog: pytest.LogCaptureFixture,
+    may: bool,
+) -> None:
+    """As with the rights that were documented before names were taken off."""
+    server(stack, folder, "own")
+    admin = redis.Redis(unix_socket_path=str(folder / "own.sock"))
+    stack.callback(admin.close)
+    rights = [right for right in documented_rights(repository) if may or right != "+srem"]
+    admin.execute_command("ACL", "SETUSER", "smartspec", "on", ">hunter2", *rights)
+    admin.sadd("smartspec:v1:engines", "gone")
+    client = connect(f"unix://smartspec:hunter2@{folder}/own.sock")
+    stack.callback(client.close)
+    store = RedisStore(client, "smartspec:", 100, 60)
+    store.add(step(1))
+    store.put_states([EngineState(engine="a", updated_s=time.time())])
+    store.flush()
+    assert store.up and store.num_written == 1
+    assert admin.smembers("smartspec:v1:engines") == ({b"a"} if may else {b"a", b"gone"})
+    assert ("needs +srem" in caplog.text) != may
+
+
 def test_server_is_not_believed_when_nobody_vouches_for_it(folder: Path, stack: ExitStack) -> None:
     key, certificate = make_certificate(folder)
     port = free_port()

@@ -564,6 +564,21 @@ def test_redis_is_written_when_the_port_for_prometheus_is_taken(
     assert f"telemetry.prometheus_port: cannot listen on 127.0.0.1:{port}" in log.decode()
 
 
+def test_names_of_engines_that_have_expired_are_taken_off_the_list(runtime_dir: Path) -> None:
+    with valkey_server(runtime_dir / "own.sock") as server:
+        client = connect(f"unix://{server.socket_path}")
+        store = RedisStore(client, "t:", stream_maxlen=10, ttl_s=60)
+        client.sadd("t:v1:engines", *(f"pod-{i}" for i in range(1000)))
+        store.put_states([EngineState(engine="a", updated_s=time.time())])
+        store.flush()
+        assert client.smembers("t:v1:engines") == {b"a"}
+        client.delete("t:v1:engine:a")
+        store.put_states([EngineState(engine="b", updated_s=time.time())])
+        store.flush()
+        assert client.smembers("t:v1:engines") == {b"a", b"b"}, "it is looked at now and then"
+        store.close()
+
+
 def test_server_of_another_process_is_used_and_left_alone(runtime_dir: Path, bus: EventBus) -> None:
     with valkey_server(runtime_dir / "valkey.sock") as server:
         with telemetry_process(runtime_dir, "telemetry.prometheus_port=0") as process:

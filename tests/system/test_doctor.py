@@ -13,12 +13,13 @@ from typing import Any
 
 import live_daemon
 import pytest
-from fakes import PATIENCE_S
+from fakes import PATIENCE_S, free_port
 from typer.testing import CliRunner
 
 from smartspec.daemon import cli, config
 from smartspec.daemon.admission import curve_keys
 from smartspec.daemon.config import Settings
+from smartspec.daemon.event_bus import LoopEvent
 from smartspec.daemon.telemetry.engine_state import EngineState
 from smartspec.daemon.views import doctor
 from smartspec.daemon.views.doctor import Finding
@@ -87,7 +88,7 @@ def test_every_finding_says_what_to_do_when_nothing_is_there(folder: str) -> Non
     settings = settings_in(f"{folder}/none")
     found = [*doctor.check_runtime_dir(settings), *doctor.check_endpoint(settings)]
     found += [*doctor.check_daemon(settings, listen_s=0.1), *doctor.check_redis(settings)]
-    found += doctor.check_prometheus(settings)
+    found += doctor.check_prometheus(settings, None)
     assert {one.check for one in found} == {
         "runtime_dir",
         "endpoint",
@@ -96,6 +97,38 @@ def test_every_finding_says_what_to_do_when_nothing_is_there(folder: str) -> Non
         "prometheus",
     }
     assert all(one.state != "ok" and one.advice for one in found)
+
+
+def test_telemetry_that_was_started_apart_is_found(folder: str) -> None:
+    """As smartspec-telemetry.service starts it; and another daemon's metrics are told as such."""
+    apart = {"telemetry__enabled": False, "telemetry__prometheus_port": free_port()}
+    with live_daemon.daemon(folder, **apart) as (settings, _):
+        alone = by_check(list(doctor.examine(settings)))
+        assert alone["redis"].state == "warning" and "there is none" in alone["redis"].text
+        assert "prometheus" not in alone, "none was wanted"
+        port = f"telemetry.prometheus_port={settings.telemetry.prometheus_port}"
+        command = [sys.executable, "-m", "smartspec.daemon.cli", "telemetry"]
+        telemetry = subprocess.Popen([*command, "--runtime-dir", folder, "--set", port])
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while True:
+                found = by_check(list(doctor.examine(settings)))
+                states = [
+                    found[name].state
+                    for name in ("redis", "telemetry", "prometheus")
+                    if name in found
+                ]
+                if states == ["ok"] * 3:
+                    break
+                assert time.monotonic() < deadline, found
+            other = LoopEvent(started_s=time.time())
+            assert not [*doctor.check_prometheus(settings, other)]
+            wanting = config.replace(settings, {"telemetry.enabled": True})
+            (finding,) = doctor.check_prometheus(wanting, other)
+            assert finding.state == "warning" and "shows another daemon" in finding.text
+        finally:
+            telemetry.terminate()
+            telemetry.wait(PATIENCE_S)
 
 
 def test_exit_code_tells_scripts(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from smartspec.daemon.telemetry.prometheus import PrometheusExporter
 PROMTOOL = shutil.which("promtool")
 METRICS = {name: metric for metric in ids.ALL for name in metric.series}
 FUNCTIONS = {"rate", "increase", "sum", "max", "by", "histogram_quantile", "time", "absent"}
+FUNCTIONS |= {"and", "or", "on"}
+SCRAPE = {"up", "instance", "job"}  #: a series and labels that Prometheus makes itself
 PANELS = [panel for panel in dashboard.build()["panels"] if panel["type"] != "row"]
 QUERIES = [(t["expr"], t["legendFormat"]) for panel in PANELS for t in panel["targets"]]
 
@@ -36,15 +38,15 @@ def check(expression: str, legend: str = "") -> set[str]:
         assert expression.count(opening) == expression.count(closing)
     bare = re.sub(r'"[^"]*"|\[[^]]*\]', "", expression)
     labels = set(re.findall(r'(\w+)(?:=~|!~|!=|=)"', expression))
-    for group in re.findall(r"by \(([^)]*)\)", bare):
+    for group in re.findall(r"(?:by|on) \(([^)]*)\)", bare):
         labels |= {name.strip() for name in group.split(",") if name.strip()}
     labels |= set(re.findall(r"\{\{(\w+)\}\}", legend))
-    rest = re.sub(r"\{[^}]*\}|by \([^)]*\)", "", bare)
-    names = set(re.findall(r"[a-zA-Z_]\w*", rest)) - FUNCTIONS
+    rest = re.sub(r"\{[^}]*\}|(?:by|on) \([^)]*\)", "", bare)
+    names = set(re.findall(r"[a-zA-Z_]\w*", rest)) - FUNCTIONS - SCRAPE
     assert names, expression
     assert names <= METRICS.keys(), names - METRICS.keys()
     known = {"le"}.union(*(METRICS[name].labels for name in names))
-    assert labels <= known, (expression, labels - known)
+    assert labels <= known | SCRAPE, (expression, labels - known)
     return names
 
 
@@ -60,6 +62,16 @@ def test_every_expression_names_what_is_exported(expression: str, legend: str) -
     check(expression, legend)
 
 
+def test_engines_of_one_name_are_told_apart_by_their_hosts(alerts: list[dict[str, Any]]) -> None:
+    """vLLM's engines are named after their model, alike on every host of a fleet."""
+    for expression in [expression for expression, _ in QUERIES] + [r["expr"] for r in alerts]:
+        groups = re.findall(r"\b(sum|max)(?: (?:by|on) \(([^)]*)\))?", expression)
+        assert all("instance" in by for _, by in groups), expression
+    for expression, legend in QUERIES:
+        assert 'instance=~"$instance"' in expression
+        assert legend.startswith("{{instance}}")
+
+
 def test_every_metric_is_shown() -> None:
     shown = set().union(*(check(expression) for expression, _ in QUERIES))
     assert {METRICS[name] for name in shown} == set(ids.ALL)
@@ -69,6 +81,16 @@ def test_series_are_the_names_of_a_scrape() -> None:
     exported = {family.name: family.type for family in PrometheusExporter().registry.collect()}
     for metric in ids.ALL:
         assert exported[metric.id] == metric.kind
+
+
+def test_documented_metrics_are_those_exported(repository: Path) -> None:
+    text = (repository / "docs" / "monitoring.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(smartspec_\w+)` \| (\w+) \| ([^|]*) \|", text, re.MULTILINE)
+    documented = {name: (kind, re.findall(r"\w+", labels)) for name, kind, labels in rows}
+    assert documented == {
+        metric.id + ("_total" if metric.kind == "counter" else ""): (metric.kind, [*metric.labels])
+        for metric in ids.ALL
+    }
 
 
 def test_a_label_that_is_not_there_is_refused() -> None:
@@ -81,6 +103,7 @@ def test_panels_are_whole_and_do_not_overlap() -> None:
     assert {"uid", "title", "schemaVersion", "panels", "templating", "time"} <= built.keys()
     assert [variable["name"] for variable in built["templating"]["list"]] == [
         "datasource",
+        "instance",
         "engine",
     ]
     every = [panel["id"] for panel in built["panels"]]
@@ -116,7 +139,10 @@ def test_alerts_name_what_is_exported_and_say_what_to_do(alerts: list[dict[str, 
         used = set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
         by = re.search(r"by \(([^)]*)\)", rule["expr"])
         labels = by.group(1) if by else " ".join(METRICS[next(iter(check(rule["expr"])))].labels)
-        assert all(name in labels for name in used), rule["alert"]
+        assert all(name in labels for name in used - {"instance"}), rule["alert"]
+        assert "instance" in used, f"{rule['alert']} does not say on which host"
+        page = f"docs/operations.md#{rule['alert'].lower()}"
+        assert rule["annotations"]["runbook_url"] == page
 
 
 def test_each_alert_is_tried_with_what_fires_it_and_with_what_does_not(
@@ -148,7 +174,8 @@ def test_expressions_are_promql(tmp_path: Path) -> None:
     rules = [
         {"record": f"query:{number}", "expr": text}
         for number, (expression, _) in enumerate(QUERIES)
-        for text in [expression.replace("$engine", ".*").replace("$__rate_interval", "1m")]
+        for text in [re.sub(r"\$(engine|instance)", ".*", expression)]
+        for text in [text.replace("$__rate_interval", "1m")]
     ]
     file = tmp_path / "rules.yml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}), "utf-8")

@@ -146,7 +146,7 @@ def test_telemetry_is_restarted_with_growing_delays_when_it_dies() -> None:
         delays.append(clock.now - died_at)
     assert delays == [0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 30.0, 30.0]
     notes = [event for event in bus.events if isinstance(event, NoteEvent)]
-    assert len(notes) == 8
+    assert len(notes) == child.num_restarts == 8
     assert notes[0].kind == "telemetry_down"
     assert "signal 9" in notes[0].text
     clock.now += service.STABLE_S + 1
@@ -229,6 +229,7 @@ def test_telemetry_is_started_otherwise_when_it_has_ended_after_a_reload() -> No
     reloading.check()
     assert reloading.started == ["old", "new"]
     assert not reloading.bus.events, "it was told as a failure"
+    assert reloading.child.num_restarts == 0
     reloading.processes[1].returncode = 1
     reloading.check()
     assert reloading.bus.events, "nothing was told of a death that nobody asked for"
@@ -265,7 +266,7 @@ def test_settings_stay_when_the_reloaded_file_is_wrong(
     def load() -> Settings:
         raise ConfigError("control.ttl_s: got -1")
 
-    assert service.reload_settings(old, load) == (old, set())
+    assert service.reload_settings(old, load) == (old, None)
     assert "control.ttl_s: got -1" in caplog.text
 
 
@@ -276,14 +277,16 @@ _DAEMON = """
     import pathlib, sys, time
     from smartspec.daemon import config
     from smartspec.daemon.process import logs, service
+    from smartspec.daemon.vitals import Vitals
 
     class IdleLoop:
+        vitals = Vitals(0.0)
         def cycle(self, timeout_s):
             time.sleep(timeout_s)
             while pathlib.Path(sys.argv[1]).with_name("stuck").exists():
                 time.sleep(0.01)
         def apply(self, settings):
-            print("ttl_s", settings.control.ttl_s, flush=True)
+            print("ttl_s", settings.control.ttl_s, self.vitals.is_reloaded, flush=True)
         def obey(self, command):
             raise NotImplementedError
         def checkpoints(self):
@@ -404,6 +407,13 @@ def test_daemon_applies_settings_and_says_what_needs_a_restart_when_sent_sighup(
     eventually(lambda: daemon.says("state.max_kept: 64 -> 9 takes effect after a restart"))
     eventually(lambda: daemon.says("ttl_s 9.0"))
     assert daemon.says('log.level: "info" -> "debug"')
+    assert daemon.says("ttl_s 9.0 True")
+    daemon.config.write_text(f"{text}\n[control]\nttl_s = -1\n", "utf-8")
+    daemon.process.send_signal(signal.SIGHUP)
+    eventually(lambda: daemon.says("ttl_s 9.0 False"))
+    daemon.config.write_text(f"{text}\n[control]\nttl_s = 8\n", "utf-8")
+    daemon.process.send_signal(signal.SIGHUP)
+    eventually(lambda: daemon.says("ttl_s 8.0 True"))
     assert daemon.stop() == 0
 
 
