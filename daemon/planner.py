@@ -44,7 +44,7 @@ class Planner:
     ttl_s, fallback_s : how long policies hold without a word from the daemon, and their
         fallback table after that
     probe_share : share of goodput that probing may cost
-    seed_sweep : try every length at the first start
+    seed_sweep : whether a first start sweeps (probing.py)
     meet_targets : whether requests' token time targets are kept
     """
 
@@ -130,7 +130,7 @@ class Planner:
             partial(self._gain_std, outlook, optimum.choice.lengths),
             optimum.choice.mode,
             is_news,
-            arm is not Arm.SMARTSPEC or not (order.is_bound or self.is_learning),
+            arm is not Arm.SMARTSPEC or self._is_typical(order),
             optimum.value_of_time * prompts_s,
         )
         return self._last
@@ -287,10 +287,12 @@ class Planner:
             by_confidence=order.by_confidence,
         )
 
-    @property
-    def is_learning(self) -> bool:
-        """Whether it is too early to judge what is chosen."""
-        return self.prober.sweeping or self.engine.learned.num_steps < YOUNG
+    def _is_typical(self, order: Order) -> bool:
+        """Whether goodput is what lengths are chosen for, by models that know enough for it.
+
+        A sweep that waits for the queue to empty bends nothing: it may wait for ever.
+        """
+        return self.engine.learned.num_steps >= YOUNG and not (order.is_sweep or order.is_bound)
 
     def obeyed(self, observation: Observation) -> bool:
         """Whether a step ran what the last `decide` was asked for."""

@@ -14,7 +14,7 @@ from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.planner import Planner
+from smartspec.daemon.planner import YOUNG, Planner
 from smartspec.daemon.told import LATE_STEPS, TOLD_EVERY
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.lengths import RAGGED, UNIFORM
@@ -430,6 +430,24 @@ def test_fallback_table_has_shorter_lengths_for_larger_batches() -> None:
     # A length more is what an error of the learned cost curve at one of its knots may make.
     assert np.diff(policy.fallback_length).max() <= 1
     assert policy.fallback_length[0] >= 3 and policy.fallback_length[-1] == 0
+
+
+@pytest.mark.parametrize("num_waiting", [0, 3])
+def test_steps_are_comparable_once_models_know_enough_though_a_sweep_waits_for_the_queue(
+    num_waiting: int,
+) -> None:
+    scripted, source = planned([0.6] * 8, steps=YOUNG, num_waiting=num_waiting)
+    assert not any(decision.is_comparable for decision in source.decisions)
+    for _ in range(50):
+        scripted.step()
+    assert source.planner.prober.sweeping == (num_waiting > 0)
+    assert all(decision.is_comparable for decision in source.decisions[YOUNG:])
+    scripted.num_waiting = 0
+    for _ in range(50):
+        scripted.step()
+    late = source.decisions[YOUNG + 50 :]
+    assert any(decision.order.is_sweep for decision in late) == (num_waiting > 0)
+    assert all(decision.is_comparable != decision.order.is_sweep for decision in late)
 
 
 # -- and why --------------------------------------------------------------------------------------
