@@ -12,7 +12,7 @@ import numpy.typing as npt
 from smartspec.daemon.decision import Arm, Decision, Once, Order, in_words
 from smartspec.daemon.engines import STEERED, Batch, Engine, Observation
 from smartspec.daemon.goodput import Optimum
-from smartspec.daemon.outlook import Expected, Outlook, gain_std
+from smartspec.daemon.outlook import Expected, Outlook, by_batch, gain_std
 from smartspec.daemon.probing import Prober
 from smartspec.daemon.told import TOLD_EVERY, Told
 from smartspec.engine_adapter.lengths import I64, RAGGED
@@ -186,7 +186,8 @@ class Planner:
             probe_length, num_probes = self.prober.plan(observation, outlook, optimum)
         every = FALLBACK_EVERY if self._num_decisions >= YOUNG else FALLBACK_EVERY // 5
         if self._num_decisions and self._num_decisions % every == 0:
-            self._fallback = outlook.by_batch(limits.max_num_running)
+            context_tokens = observation.report.context_tokens / len(batch.ids)
+            self._fallback = by_batch(engine, context_tokens)
         self._num_decisions += 1
         sweep_length = self.prober.sweep_length(observation) if steering else None
         # Targets bind a step as a whole, which is not known before it is drafted.

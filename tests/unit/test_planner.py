@@ -432,6 +432,46 @@ def test_fallback_table_has_shorter_lengths_for_larger_batches() -> None:
     assert policy.fallback_length[0] >= 3 and policy.fallback_length[-1] == 0
 
 
+KNEE = Costs(base_s=0.01, token_s=2e-5, knee=128, beyond_s=1e-4, noise=0.0)
+
+
+def after_batches(*sizes: int) -> tuple[ScriptedEngine, Steering]:
+    """An engine whose passes are dear from 128 tokens on, after batches of these sizes."""
+    scripted, source = planned([0.75] * sizes[0], KNEE, 0)
+    for size in sizes:
+        scripted.set_batch(np.full(size, 0.75))
+        for _ in range(120):
+            scripted.step()
+    return scripted, source
+
+
+def test_fallback_table_is_as_good_for_large_batches_when_the_last_one_was_small() -> None:
+    _, source = after_batches(4, 64, 256, 128, 32, 256, 16, 4)
+    policy = source.decisions[-1].policy
+    table = dict(zip(policy.fallback_batch, policy.fallback_length, strict=True))
+    for size in (1, 4, 16, 64, 150, 256, 512):
+        length = table[max(batch for batch in table if batch <= size)]
+        goodputs = []
+        for k in range(6):
+            num_tokens = size * (1 + k)
+            seconds = KNEE.base_s + KNEE.token_s * num_tokens
+            seconds += KNEE.beyond_s * max(0, num_tokens - KNEE.knee)
+            goodputs.append(size * sum(0.75**j for j in range(k + 1)) / seconds)
+        assert goodputs[length] > 0.9 * max(goodputs), (size, length)
+
+
+def test_policy_made_for_a_small_batch_knows_what_drafts_of_a_large_one_cost() -> None:
+    scripted, source = after_batches(4, 64, 256, 128, 32, 256, 16, 4)
+    features = source.engine.hello.limits.features
+    program = Program(source.decisions[-1].policy, features, scripted.ids)
+    for size in (16, 64, 256):
+        choice = program.choose(decode_batch(range(1000, 1000 + size)))
+        num_tokens = size + int(choice.lengths.sum())
+        seconds = KNEE.base_s + KNEE.token_s * num_tokens
+        seconds += KNEE.beyond_s * max(0, num_tokens - KNEE.knee)
+        assert choice.seconds == pytest.approx(seconds, rel=0.15)
+
+
 @pytest.mark.parametrize("num_waiting", [0, 3])
 def test_steps_are_comparable_once_models_know_enough_though_a_sweep_waits_for_the_queue(
     num_waiting: int,

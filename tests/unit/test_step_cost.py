@@ -358,6 +358,17 @@ def test_a_whole_curve_is_the_target_curve_at_its_breakpoints_whatever_was_learn
     assert len(model._grids) <= MAX_GRIDS
 
 
+@pytest.mark.parametrize("far", [0, 100, 700])
+def test_a_whole_curve_goes_on_roughly_where_it_is_asked_for_more(far: int) -> None:
+    machine, model = Machine(10, convex), StepCost(graph_sizes=(8, 16, 32))
+    machine.run(model, 300)
+    shape = StepShape(4, 4, 0, 400)
+    tokens, seconds = model.whole_curve(shape, 1, 100, far)
+    points = model.breakpoints(1, 100).tolist()
+    assert tokens.tolist() == points + ([200, 400, 700] if far == 700 else [])
+    assert seconds.tolist() == model.target_curve(shape, tokens).tolist()
+
+
 def test_steps_of_the_curve_are_learned_when_the_engine_pads_to_graph_sizes() -> None:
     sizes = (8, 16, 32, 64)
     rng = np.random.default_rng(11)
