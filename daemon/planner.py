@@ -83,6 +83,10 @@ class Planner:
         self._fallback_s = fallback_s
         self._meet_targets = meet_targets
         self.prober.share = probe_share
+        self.tell_again()
+
+    def tell_again(self) -> None:
+        """The policy last told does not do, or never went out: the next decision makes another."""
         self._told = None
 
     def decide(self, arm: Arm = Arm.SMARTSPEC) -> Decision | None:

@@ -332,6 +332,15 @@ def test_policy_is_sent_again_when_it_did_not_arrive() -> None:
     assert source.decisions[-1].is_news
 
 
+def test_policy_is_sent_again_when_it_never_went_out() -> None:
+    scripted, source = planned([0.8] * 8, steps=300)
+    while source.decisions[-1].is_news:
+        scripted.step()
+    assert source.planner.decide().is_news is False
+    source.planner.tell_again()
+    assert source.planner.decide().is_news
+
+
 def test_batch_that_is_as_it_was_is_looked_at_every_other_step_once_steady(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
