@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +21,8 @@ from smartspec.engine_adapter.messages import (
     MAX_BATCH,
     MAX_LENGTH,
     MAX_STEP_S,
+    SOURCES,
+    STEERED,
     Hello,
     MessageError,
     Roster,
@@ -51,7 +54,6 @@ MOST = {
     "num_waiting": MAX_TOKENS,
 }
 POLICIES_KEPT = 64  #: to tell how late a report's policy was
-STEERED = ("policy", "probe")  #: sources of lengths that were ours
 
 
 class RosterGap(MessageError):
@@ -204,6 +206,7 @@ class Engine:
 
     def _check(self, report: StepReport, batch: Batch) -> Observation:
         _check_seconds(report)
+        report = _in_known_words(report)
         for name, most in MOST.items():
             count = getattr(report, name)
             require(count <= most, f"{name}: {count}, at most {most} can be true")
@@ -411,6 +414,18 @@ def _read_roster(roster: Roster, max_num_running: int) -> Batch:
     if roster.token_time_target_s:
         target = unpack(roster.token_time_target_s, "f32", (size,), "token_time_target_s", low=0.0)
     return Batch(roster.version, ids, weight, floor, target)
+
+
+def _in_known_words(report: StepReport) -> StepReport:
+    """A source or mode that is unknown here, as of a newer engine, is taken for the plainest.
+
+    They become labels of metrics: of any text there would be no end of those.
+    """
+    source = report.source if report.source in SOURCES else "own"
+    mode = report.mode if report.mode in (RAGGED, UNIFORM) else RAGGED
+    if (source, mode) == (report.source, report.mode):
+        return report
+    return msgspec.structs.replace(report, source=source, mode=mode)
 
 
 def _check_seconds(report: StepReport) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from smartspec.daemon.decision import Arm, Decision, Once, Order, in_words
-from smartspec.daemon.engines import STEERED, Batch, Engine, Observation
+from smartspec.daemon.engines import Batch, Engine, Observation
 from smartspec.daemon.goodput import Optimum
 from smartspec.daemon.outlook import Expected, Outlook, by_batch, gain_std
 from smartspec.daemon.probing import Prober
 from smartspec.daemon.told import TOLD_EVERY, Told
 from smartspec.engine_adapter.lengths import I64, RAGGED
-from smartspec.engine_adapter.messages import Curve, Policy, pack
+from smartspec.engine_adapter.messages import STEERED, Curve, Policy, pack
 from smartspec.engine_adapter.targets import expected_tokens, out_of_reach
 
 TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew

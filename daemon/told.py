@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.daemon.engines import STEERED, Observation
+from smartspec.daemon.engines import Observation
 from smartspec.daemon.goodput import Optimum
 from smartspec.daemon.outlook import Outlook
 from smartspec.engine_adapter.lengths import (
@@ -27,7 +27,7 @@ from smartspec.engine_adapter.lengths import (
     request_survivals,
     step_seconds,
 )
-from smartspec.engine_adapter.messages import align
+from smartspec.engine_adapter.messages import STEERED, align
 
 U64 = npt.NDArray[np.uint64]
 TOLD_EVERY = 16  #: decisions between two policies at most, whether or not anything has changed

@@ -90,6 +90,15 @@ def test_report_is_refused_whole_when_a_field_cannot_be_true(message: str) -> No
     new.observe(step_report(1))  # the same engine, now honest
 
 
+def test_sources_and_modes_of_a_newer_engine_are_taken_for_the_plainest() -> None:
+    new = engine()
+    for seq, source in enumerate((*wire.SOURCES, "", "x" * 200, "beam"), 1):
+        report = new.observe(step_report(seq, source=source, mode=source)).report
+        assert report.source == (source if source in wire.SOURCES else "own")
+        assert report.mode == "ragged"
+    assert new.observe(step_report(8, mode="uniform")).report.mode == "uniform"
+
+
 def test_report_is_refused_when_it_skips_more_steps_than_an_engine_makes() -> None:
     new = engine()
     new.observe(step_report(1))
