@@ -26,6 +26,7 @@ PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 20  #: larger frames are refused unread
 MAX_BATCH = 4096  #: requests in one report
 MAX_LENGTH = 64  #: speculation length; a tree's ranks are the bits of a u64
+MAX_BUCKETS = 4096  #: of an acceptance table
 LARGEST = 1e12  #: of any number: products of two stay finite, in f32 too
 MAX_STEP_S = 600.0  #: a step that claims to have taken longer is a fault of the clock
 SOURCES = ("policy", "probe", "fallback", "own")  #: of a step's lengths

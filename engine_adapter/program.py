@@ -19,6 +19,7 @@ from smartspec.engine_adapter.base import F32, U64, DecodeBatch
 from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
 from smartspec.engine_adapter.messages import (
     LARGEST,
+    MAX_BUCKETS,
     Curve,
     Policy,
     align,
@@ -29,7 +30,6 @@ from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.ranking import Ranking
 from smartspec.engine_adapter.targets import choose_in_time
 
-MAX_BUCKETS = 4096
 MAX_BREAKPOINTS = 4096
 MAX_CURVES = 8
 MAX_AXES = 16
