@@ -510,11 +510,6 @@ class StepCost(Regressor):
         """Times that a change of level made what was learned count for less."""
         return self._solver.num_loosened
 
-    @property
-    def num_shifts(self) -> dict[str, int]:
-        """Changes of level recognised, by what was timed."""
-        return {name: part.num_shifts for name, part in self._filters.items()}
-
     # -- state ------------------------------------------------------------------------------
 
     def merge(self, other: Self) -> None:
