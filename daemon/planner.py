@@ -22,7 +22,7 @@ from smartspec.engine_adapter.targets import expected_tokens, out_of_reach
 TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew
 YOUNG = 200  #: decisions in which the table is still moving fast
 STEADY = 1000  #: decisions after which a batch that is as it was is looked at every other step
-FALLBACK_EVERY = 50  #: decisions between two fallback tables: it changes slowly
+FALLBACK_EVERY = 200  #: decisions between two fallback tables: only what is learned moves it
 RELEASE_TTL_S = 1e-9  #: of a policy that has expired by the time it is looked at
 
 
@@ -188,7 +188,7 @@ class Planner:
         probe_length = num_probes = 0
         if steering:
             probe_length, num_probes = self.prober.plan(observation, outlook, optimum)
-        every = FALLBACK_EVERY if self._num_decisions >= YOUNG else FALLBACK_EVERY // 5
+        every = FALLBACK_EVERY if self._num_decisions >= YOUNG else FALLBACK_EVERY // 20
         if self._num_decisions and self._num_decisions % every == 0:
             context_tokens = observation.report.context_tokens / len(batch.ids)
             self._fallback = by_batch(engine, context_tokens)
