@@ -230,12 +230,12 @@ def record(
     Exit code: 2 no daemon is heard, or the file cannot be written.
     """
     settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
-    from smartspec.daemon import recording
+    from smartspec.daemon import record as command
     from smartspec.daemon.process.stopping import Stop
 
     stop = Stop()
     stop.install()
-    raise typer.Exit(recording.run(settings, file, seconds, max_mb << 20, stop))
+    raise typer.Exit(command.run(settings, file, seconds, max_mb << 20, stop))
 
 
 @doctor_app.callback()

@@ -204,6 +204,9 @@ class ControlLoop:
             return None
         try:
             decision = session.planner.decide(session.trial.arm(now))
+            if decision is not None and decision.is_news and self._settings.mode != "observe":
+                self.sessions.send(session.peer, decision.policy)  # made only now: it may fail too
+                self.counters["policies_sent"] += 1
         except Exception as error:
             self._fail(session, error)
             return None
@@ -213,9 +216,6 @@ class ControlLoop:
             session.rests_until = now + (1.0 + REST) * took_s
         if decision is None:
             return None
-        if self._settings.mode != "observe" and decision.is_news:
-            self.sessions.send(session.peer, decision.policy)
-            self.counters["policies_sent"] += 1
         session.decision = decision
         session.decide_s = self._clock() - began
         self.counters["decisions"] += 1
@@ -228,6 +228,7 @@ class ControlLoop:
         """A decision that could not be made: the last policy goes on, but not for ever."""
         name = session.engine.name
         self.counters.failed("deciding", name)
+        session.planner.tell_again()
         session.num_failed += 1
         if session.num_failed == 1:
             text = f"no decision could be made: {error!r}"
@@ -244,9 +245,10 @@ class ControlLoop:
         predicted: list[float | None] = []
         decision = session.decision
         costs, acceptance = session.engine.step_cost, session.engine.acceptance
-        num_cost_changes, num_changes = costs.num_changes, acceptance.num_changes
+        num_changes = acceptance.num_changes
+        times: float | None = None  # what was expected, that a step took by which costs changed
         for observation in observations:
-            seconds = None
+            seconds, num_cost_changes = None, costs.num_changes
             try:
                 seconds = session.engine.learn(observation)
                 if session.trial.current is Arm.SMARTSPEC or self._settings.mode == "observe":
@@ -254,27 +256,36 @@ class ControlLoop:
             except Exception:
                 self.counters.failed("learning", session.engine.name)
             predicted.append(seconds)
+            if costs.num_changes > num_cost_changes and seconds:
+                times = observation.report.step_s / seconds
         session.learn_s = (self._clock() - began) / max(1, len(predicted))
-        # An engine that has left is not heard of after that: its last turn is learned in silence.
-        if self._is_heard and self.sessions.by_peer.get(session.peer) is session:
-            for observation, seconds in zip(observations, predicted, strict=True):
-                self._bus.publish(
-                    narration.step_event(session.engine, observation, seconds, self._wall())
+        try:
+            self._tell_steps(session, observations, predicted)
+            if times is not None:
+                self._note_drift(session, "cost", f"steps take {times:.2f} times what was expected")
+            if acceptance.num_changes > num_changes:
+                self._note_drift(
+                    session, "acceptance", "first drafts are no longer accepted as they were"
                 )
-        if costs.num_changes > num_cost_changes:
-            last = observations[-1].report
-            times = last.step_s / (predicted[-1] or last.step_s)
-            self._note_drift(session, "cost", f"steps take {times:.2f} times what was expected")
-        if acceptance.num_changes > num_changes:
-            self._note_drift(
-                session, "acceptance", "first drafts are no longer accepted as they were"
-            )
+        except Exception:
+            self.counters.failed("telling steps", session.engine.name)
         if decision is not None:
             session.decision = None
             try:
                 self._compare(session, observations, decision)
             except Exception:
                 self.counters.failed("comparing", session.engine.name)
+
+    def _tell_steps(
+        self, session: Session, observations: list[Observation], predicted: list[float | None]
+    ) -> None:
+        """An engine that has left is not heard of after that: its last turn is told to nobody."""
+        if not self._is_heard or self.sessions.by_peer.get(session.peer) is not session:
+            return
+        for observation, seconds in zip(observations, predicted, strict=True):
+            self._bus.publish(
+                narration.step_event(session.engine, observation, seconds, self._wall())
+            )
 
     def _compare(
         self,

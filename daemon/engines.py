@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -19,9 +20,12 @@ from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, DraftCost, bu
 from smartspec.engine_adapter.messages import (
     FEATURE_DRAFT_CONFIDENCE,
     MAX_BATCH,
+    MAX_BUCKETS,
     MAX_LENGTH,
     MAX_STEP_S,
     NOT_RUN,
+    SOURCES,
+    STEERED,
     Hello,
     MessageError,
     Roster,
@@ -53,7 +57,6 @@ MOST = {
     "num_waiting": MAX_TOKENS,
 }
 POLICIES_KEPT = 64  #: to tell how late a report's policy was
-STEERED = ("policy", "probe")  #: sources of lengths that were ours
 
 
 class RosterGap(MessageError):
@@ -86,7 +89,8 @@ class Observation(NamedTuple):
     accepted: npt.NDArray[Any]
     num_learned: U8  #: [B], for the estimator: drafts that were verified or are told of
     num_available: U8  #: [B]
-    num_emitted: int
+    emitted: U8  #: [B]
+    num_emitted: int  #: their sum
     buckets: I64  #: [B]
     blind_buckets: I64 | None  #: [B], had no first draft been run; None: they never are
     has_begun: bool  #: some first drafts were
@@ -97,7 +101,7 @@ class Observation(NamedTuple):
         """Tokens emitted, by the requests' weights: what goodput counts."""
         if self.batch.weight is None:
             return float(self.num_emitted)
-        return float(self.batch.weight @ (self.num_accepted + 1.0))
+        return float(self.batch.weight @ self.emitted.astype(np.float64))
 
     @property
     def drafted_any(self) -> bool:
@@ -109,6 +113,21 @@ def nobody(key: ModelKey) -> Learned | None:
     return None
 
 
+class Numbering:
+    """Numbers of policies, which rise over all engines for as long as the daemon lives.
+
+    An engine that was forgotten and returns may still hold policies of ours: to it, a number that
+    began anew would be stale.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def next(self) -> int:
+        self.last += 1
+        return self.last
+
+
 class Engine:
     """State of one engine epoch.
 
@@ -118,6 +137,7 @@ class Engine:
     previous : the same engine before its restart; what it learned is kept when the key (the
         fingerprint, and the limits that shape the models) is the same
     lend : asked for models of their own to start from when it is not
+    numbering : of policies; None: its own
 
     Raises `MessageError` when the introduction contradicts itself.
     """
@@ -133,6 +153,7 @@ class Engine:
         hello: Hello,
         previous: Engine | None = None,
         lend: Callable[[ModelKey], Learned | None] = nobody,
+        numbering: Numbering | None = None,
     ) -> None:
         _check_hello(hello)
         limits = hello.limits
@@ -164,8 +185,7 @@ class Engine:
         self.last: Observation | None = None
         self.last_bucket: I64 = np.zeros(0, np.int64)  #: [B], of the newest drafts there were
         self.most_prefill_tokens = 0  #: in one step, so far
-        # An engine that was lost and returns in the same epoch goes on counting, and it still
-        # holds policies of ours: a number that began anew would be stale to it.
+        # An engine that was lost and returns in the same epoch goes on counting.
         returns = previous is not None and previous.hello.epoch == hello.epoch
         self.last_seq = previous.last_seq if previous is not None and returns else 0
         self.num_reports = 0
@@ -174,7 +194,8 @@ class Engine:
         self.num_refused = 0  #: reports that could not be believed
         self.num_throttled = 0  #: reports that were one too many to be read
         self.num_dropped = 0  #: reports that it could not send, as it says itself
-        self.policy_seq = 0 if previous is None else previous.policy_seq
+        self._numbering = numbering or Numbering()
+        self.policy_seq = self._numbering.last  #: of the policy last made; before: lower than any
         self._report_of_policy: OrderedDict[int, int] = OrderedDict()
 
     # -- reports --------------------------------------------------------------------------------
@@ -212,6 +233,7 @@ class Engine:
 
     def _check(self, report: StepReport, batch: Batch) -> Observation:
         _check_seconds(report)
+        report = _in_known_words(report)
         for name, most in MOST.items():
             count = getattr(report, name)
             require(count <= most, f"{name}: {count}, at most {most} can be true")
@@ -244,6 +266,7 @@ class Engine:
             outcome,
             told,
             available,
+            emitted,
             int(emitted.sum()),
             buckets,
             blind,
@@ -370,7 +393,7 @@ class Engine:
     # -- policies -------------------------------------------------------------------------------
 
     def next_policy_seq(self, report_seq: int) -> int:
-        self.policy_seq += 1
+        self.policy_seq = self._numbering.next()
         self.confirm_policy(self.policy_seq, report_seq)
         if len(self._report_of_policy) > POLICIES_KEPT:
             self._report_of_policy.popitem(last=False)
@@ -408,6 +431,11 @@ def _check_hello(hello: Hello) -> None:
         require(len(given) <= MAX_NAMES, f"limits.{name}: more than {MAX_NAMES}")
         require(len(set(given)) == len(given), f"limits.{name}: named twice")
     require(len(limits.modes) > 0, "limits.modes: at least one is needed")
+    num_buckets = ModelKey.of(hello).num_buckets
+    require(
+        num_buckets <= MAX_BUCKETS,
+        f"limits.features: together they make {num_buckets} buckets, at most {MAX_BUCKETS}",
+    )
     for mode in limits.modes:
         require(mode in (RAGGED, UNIFORM), f"limits.modes: {mode!r}, expected ragged or uniform")
 
@@ -430,6 +458,18 @@ def _read_roster(roster: Roster, max_num_running: int) -> Batch:
     if roster.token_time_target_s:
         target = unpack(roster.token_time_target_s, "f32", (size,), "token_time_target_s", low=0.0)
     return Batch(roster.version, ids, weight, floor, target)
+
+
+def _in_known_words(report: StepReport) -> StepReport:
+    """A source or mode that is unknown here, as of a newer engine, is taken for the plainest.
+
+    They become labels of metrics: of any text there would be no end of those.
+    """
+    source = report.source if report.source in SOURCES else "own"
+    mode = report.mode if report.mode in (RAGGED, UNIFORM) else RAGGED
+    if (source, mode) == (report.source, report.mode):
+        return report
+    return msgspec.structs.replace(report, source=source, mode=mode)
 
 
 def _check_seconds(report: StepReport) -> None:

@@ -50,7 +50,7 @@ class StepEvent(Event, frozen=True, kw_only=True, gc=False, tag="step"):
     num_emitted: int = 0
     num_prefill_tokens: int = 0
     context_tokens: int = 0
-    source: str = "own"  #: who chose the lengths: "policy", "probe", "fallback", "own"
+    source: str = "own"  #: who chose the lengths (messages.SOURCES)
     staleness_steps: int | None = None  #: from the report that its policy knew to this one
     predicted_step_s: float | None = None  #: None: no model yet
 

@@ -66,7 +66,8 @@ class Outlook(NamedTuple):
             prefill_tokens=report.num_prefill_tokens,
             context_tokens=report.context_tokens,
         )
-        curves, draft, goes_on = _curves(engine, shape), engine.draft_cost(), False
+        curves = [_curve(engine, shape, mode) for mode in _modes(engine)]
+        draft, goes_on = engine.draft_cost(), False
         if observation.blind_buckets is not None:
             blind = request_survivals(table, observation.blind_buckets, correction)
             ladder = Ladder(blind, batch.weight, batch.floor, available)
@@ -123,32 +124,45 @@ class Outlook(NamedTuple):
         presence = 1.0 if self.ladder.presence is None else self.ladder.presence
         return float((lengths * presence).sum())
 
-    def by_batch(self, most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Batch sizes up to ``most``, and the best single length for each, of average requests."""
-        ladder = self.ladder
-        batches: I64 = np.unique(np.geomspace(1, most, 12).round().astype(np.int64))
-        average: F64 = ladder.worth.mean(axis=1) * (ladder.size / ladder.weight_sum)
-        presence = 1.0 if ladder.presence is None else float(ladder.presence.mean())
-        best = best_by_batch(average, presence, batches, self.curves[-1], self.draft)
-        return tuple(batches.tolist()), tuple(best.tolist())
+
+def by_batch(engine: Engine, context_tokens: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batch sizes, rising, and the best single length from each on, of average requests.
+
+    ``context_tokens``: of each. What the batch is that an engine happens to have does not matter.
+    """
+    limits, acceptance = engine.hello.limits, engine.acceptance
+    most = limits.max_num_running
+    begins: I64 = np.unique(np.geomspace(1, most, 12).round().astype(np.int64))
+    # A length has to do up to the next size: the best of the sizes in between.
+    middles = np.sqrt(begins * np.append(begins[1:] - 1, most)).round().astype(np.int64)
+    mode = _modes(engine)[-1]
+    curves = [
+        _curve(engine, StepShape(size, size, context_tokens=size * context_tokens), mode)
+        for size in middles.tolist()
+    ]
+    survival = acceptance.pooled_survivals()
+    presence = acceptance.pooled_presence() if limits.drafts_known_first else 1.0
+    best = best_by_batch(survival, presence, middles, curves, engine.draft_cost())
+    return tuple(begins.tolist()), tuple(best.tolist())
 
 
-def _curves(engine: Engine, shape: StepShape) -> list[CostCurve]:
-    """Seconds by tokens in the pass, wide enough for a batch that has since doubled.
+def _modes(engine: Engine) -> list[str]:
+    """The engine's, uniform last."""
+    return sorted(engine.hello.limits.modes, key=lambda mode: mode == UNIFORM)
 
-    One per mode of the engine, uniform last. Those of a pass without prompts: what the tokens of
-    prompts cost beyond that of others is the same for all lengths that such a pass can have
-    (`lengths.possible`), so that an engine can choose by these curves whatever its step carries.
+
+def _curve(engine: Engine, shape: StepShape, mode: str) -> CostCurve:
+    """Seconds by tokens in the pass: exact for a batch that has since doubled, roughly for any.
+
+    That of a pass without prompts: what the tokens of prompts cost beyond that of others is the
+    same for all lengths that such a pass can have (`lengths.possible`), so that an engine can
+    choose by such curves whatever its step turns out to carry.
     """
     limits = engine.hello.limits
-    most = min(2 * round(shape.batch) + 8, limits.max_num_running) * (1 + limits.max_length)
-    most += engine.most_prefill_tokens
-    curves = []
-    for mode in sorted(limits.modes, key=lambda mode: mode == UNIFORM):
-        shape = shape._replace(ragged=float(engine.is_dear(mode)))
-        tokens, seconds = engine.step_cost.whole_curve(shape, 1, most)
-        curves.append(CostCurve(mode, tokens, seconds))
-    return curves
+    sizes = min(2 * round(shape.batch) + 8, limits.max_num_running), limits.max_num_running
+    hi, far = (size * (1 + limits.max_length) + engine.most_prefill_tokens for size in sizes)
+    shape = shape._replace(ragged=float(engine.is_dear(mode)))
+    return CostCurve(mode, *engine.step_cost.whole_curve(shape, 1, hi, far))
 
 
 def gain_std(engine: Engine, outlook: Outlook, lengths: I64, others: Sequence[int]) -> list[float]:

@@ -10,19 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from smartspec.daemon.decision import Arm, Decision, Once, Order, in_words
-from smartspec.daemon.engines import STEERED, Batch, Engine, Observation
-from smartspec.daemon.outlook import Expected, Outlook, gain_std
+from smartspec.daemon.engines import Batch, Engine, Observation
+from smartspec.daemon.outlook import Expected, Outlook, by_batch, gain_std
 from smartspec.daemon.probing import Prober
 from smartspec.daemon.told import TOLD_EVERY, Told
 from smartspec.engine_adapter.lengths import I64, RAGGED
-from smartspec.engine_adapter.messages import Curve, Policy, pack
+from smartspec.engine_adapter.messages import STEERED, Curve, Policy, pack
 from smartspec.engine_adapter.optimum import Optimum
 from smartspec.engine_adapter.targets import expected_tokens, out_of_reach
 
 TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew
 YOUNG = 200  #: decisions in which the table is still moving fast
 STEADY = 1000  #: decisions after which a batch that is as it was is looked at every other step
-FALLBACK_EVERY = 50  #: decisions between two fallback tables: it changes slowly
+FALLBACK_EVERY = 200  #: decisions between two fallback tables: only what is learned moves it
 RELEASE_TTL_S = 1e-9  #: of a policy that has expired by the time it is looked at
 
 
@@ -44,7 +44,7 @@ class Planner:
     ttl_s, fallback_s : how long policies hold without a word from the daemon, and their
         fallback table after that
     probe_share : share of goodput that probing may cost
-    seed_sweep : try every length at the first start
+    seed_sweep : whether a first start sweeps (probing.py)
     meet_targets : whether requests' token time targets are kept
     """
 
@@ -83,6 +83,10 @@ class Planner:
         self._fallback_s = fallback_s
         self._meet_targets = meet_targets
         self.prober.share = probe_share
+        self.tell_again()
+
+    def tell_again(self) -> None:
+        """The policy last told does not do, or never went out: the next decision makes another."""
         self._told = None
 
     def decide(self, arm: Arm = Arm.SMARTSPEC) -> Decision | None:
@@ -136,7 +140,7 @@ class Planner:
             partial(self._gain_std, outlook, optimum.choice.lengths),
             optimum.choice.mode,
             is_news,
-            arm is not Arm.SMARTSPEC or not (order.is_bound or self.is_learning),
+            arm is not Arm.SMARTSPEC or self._is_typical(order),
             optimum.value_of_time * prompts_s,
         )
         return self._last
@@ -190,9 +194,10 @@ class Planner:
         probe_length = num_probes = 0
         if steering:
             probe_length, num_probes = self.prober.plan(observation, outlook, optimum)
-        every = FALLBACK_EVERY if self._num_decisions >= YOUNG else FALLBACK_EVERY // 5
+        every = FALLBACK_EVERY if self._num_decisions >= YOUNG else FALLBACK_EVERY // 20
         if self._num_decisions and self._num_decisions % every == 0:
-            self._fallback = outlook.by_batch(limits.max_num_running)
+            context_tokens = observation.report.context_tokens / len(batch.ids)
+            self._fallback = by_batch(engine, context_tokens)
         self._num_decisions += 1
         sweep_length = self.prober.sweep_length(observation) if steering else None
         # Targets bind a step as a whole, which is not known before it is drafted.
@@ -298,10 +303,12 @@ class Planner:
             goes_on=outlook.goes_on,
         )
 
-    @property
-    def is_learning(self) -> bool:
-        """Whether it is too early to judge what is chosen."""
-        return self.prober.sweeping or self.engine.learned.num_steps < YOUNG
+    def _is_typical(self, order: Order) -> bool:
+        """Whether goodput is what lengths are chosen for, by models that know enough for it.
+
+        A sweep that waits for the queue to empty bends nothing: it may wait for ever.
+        """
+        return self.engine.learned.num_steps >= YOUNG and not (order.is_sweep or order.is_bound)
 
     def obeyed(self, observation: Observation) -> bool:
         """Whether a step ran what the last `decide` was asked for."""

@@ -19,7 +19,7 @@ from smartspec.daemon.adoption.trial import Trial
 from smartspec.daemon.config import Settings
 from smartspec.daemon.counters import Counters
 from smartspec.daemon.decision import Decision
-from smartspec.daemon.engines import Engine
+from smartspec.daemon.engines import Engine, Numbering
 from smartspec.daemon.event_bus import Bus, NoteKind
 from smartspec.daemon.planner import Planner, PlannerSettings
 from smartspec.daemon.state.keeper import Keeper
@@ -115,6 +115,7 @@ class Sessions:
         self.by_name: dict[str, Session] = {}
         self.retired: dict[str, Engine] = {}
         self.trials: dict[str, Trial] = {}
+        self._numbering = Numbering()
         self._answered_at: dict[bytes, float] = {}
         limits = settings.limits
         self.hellos = Throttle(HELLOS_PER_S, HELLO_BURST)
@@ -204,7 +205,7 @@ class Sessions:
             origin.append(words)
             return learned
 
-        engine = Engine(hello, previous, lend)
+        engine = Engine(hello, previous, lend, self._numbering)
         if previous is not None and previous.learned is not engine.learned and previous.num_unsaved:
             self._keeper.save(previous)  # or it would go with the name
         if known is not None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.daemon.engines import STEERED, Observation
+from smartspec.daemon.engines import Observation
 from smartspec.daemon.outlook import Outlook
 from smartspec.engine_adapter.lengths import (
     Choice,
@@ -25,7 +25,7 @@ from smartspec.engine_adapter.lengths import (
     choose_lengths,
     request_survivals,
 )
-from smartspec.engine_adapter.messages import align
+from smartspec.engine_adapter.messages import STEERED, align
 from smartspec.engine_adapter.optimum import Optimum, steered
 
 U64 = npt.NDArray[np.uint64]

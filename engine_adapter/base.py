@@ -101,7 +101,10 @@ class LengthSource(Protocol):
 
 
 class FixedLength:
-    """The same length for every request: an engine's static configuration (0: no speculation)."""
+    """The same length for every request: an engine's static configuration (0: no speculation).
+
+    As far as its floor and its ceiling allow.
+    """
 
     def __init__(self, length: int) -> None:
         if length < 0:
@@ -109,7 +112,8 @@ class FixedLength:
         self.length = length
 
     def choose(self, batch: DecodeBatch) -> Choice:
-        return Choice.fixed(np.minimum(batch.ceiling, self.length).astype(np.int64), source="own")
+        wanted = self.length if batch.floor is None else np.maximum(batch.floor, self.length)
+        return Choice.fixed(np.minimum(batch.ceiling, wanted).astype(np.int64), source="own")
 
     def report(self, facts: StepFacts) -> None:
         pass

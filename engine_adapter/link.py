@@ -164,7 +164,7 @@ class EngineLink:
             choice = None
         if choice is None:
             choice = self._own.choose(batch)
-        steered = choice.source in ("policy", "probe") and self._program is not None
+        steered = choice.source in messages.STEERED and self._program is not None
         seq = self._program.policy.seq if steered and self._program else 0
         self._chosen_by = (seq, choice.source)
         self.stats.state = choice.source

@@ -29,8 +29,11 @@ MAX_BATCH = 4096  #: requests in one report
 #: before lengths are chosen; NOT_RUN for a request where it was not.
 FEATURE_DRAFT_CONFIDENCE, NOT_RUN = "draft_confidence", -1.0
 MAX_LENGTH = 64  #: speculation length; a tree's ranks are the bits of a u64
+MAX_BUCKETS = 4096  #: of an acceptance table
 LARGEST = 1e12  #: of any number: products of two stay finite, in f32 too
 MAX_STEP_S = 600.0  #: a step that claims to have taken longer is a fault of the clock
+SOURCES = ("policy", "probe", "fallback", "own")  #: of a step's lengths
+STEERED = ("policy", "probe")  #: those of a policy in force
 
 UInt = Annotated[int, Meta(ge=0)]
 Amount = Annotated[float, Meta(ge=0.0, le=LARGEST)]  #: refuses NaN too
@@ -120,7 +123,7 @@ class StepReport(Message, frozen=True, tag="step"):
     kv_usage: float = 0.0
     mode: Text = "ragged"
     policy_seq: UInt = 0  #: the policy that chose these lengths; 0: none did
-    source: Text = "own"  #: who chose: "policy", "probe", "fallback", "own"
+    source: Text = "own"  #: who chose: one of `SOURCES`
     num_dropped: UInt = 0  #: reports not sent since the epoch began
     #: u64 [B], of trees: bit j is set when node j was accepted; behind those verified, those cut
     accepted_ranks: bytes = b""

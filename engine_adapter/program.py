@@ -20,6 +20,7 @@ from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladde
 from smartspec.engine_adapter.messages import (
     FEATURE_DRAFT_CONFIDENCE,
     LARGEST,
+    MAX_BUCKETS,
     Curve,
     Policy,
     align,
@@ -31,7 +32,6 @@ from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.ranking import Ranking
 from smartspec.engine_adapter.targets import choose_in_time
 
-MAX_BUCKETS = 4096
 MAX_BREAKPOINTS = 4096
 MAX_CURVES = 8
 MAX_AXES = 16

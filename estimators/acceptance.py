@@ -296,6 +296,12 @@ class AcceptanceEstimator:
         pooled: F64 = self._table.hazard[-1].copy()
         return pooled
 
+    def pooled_survivals(self) -> F64:
+        """P(at least j drafts are accepted), over all buckets: [max_length], falling."""
+        self._table.refresh()
+        pooled: F64 = np.exp(-self._table.cumulative[-1, 1:])
+        return pooled
+
     def hazard_std(self) -> F64:
         """Standard deviation of `pooled_hazards`, [max_length]."""
         return self._table.pooled_std()

@@ -9,7 +9,8 @@ conformance suite (tests/conformance/test_estimators.py) holds every estimator t
 * features may appear and vanish: an absent one counts as 0 or as unknown, never as an error;
 * memory and time per observation are bounded, and repeating one observation for ever (an idle
   engine) does no harm to what was learned elsewhere;
-* `from_state(e.state())` behaves as ``e`` does, bit for bit; so does a pickled copy;
+* a pickled copy behaves as ``e`` does, bit for bit; so does `from_state(e.state())`, except that
+  what ``e`` works out only every few steps (survival_table.py, once settled) it works out anew;
 * constructors store their arguments unchanged.
 """
 

@@ -2,7 +2,7 @@
 
 Request i accepts with probability h ** c_i where its bucket's hazard is h, a proportional-hazards
 model with a gamma frailty c (Vaupel, Manton and Stallard, Demography 16, 1979, 439). With
-L = -log h, a draft is a unit-rate event time t against an exposure L: accepted when t > L / c.
+L = -log h, a draft is an event time t of rate c against an exposure L: accepted when t > L.
 Rejections count as events, and after d of them in exposure E, with a prior of mean 1 and shape
 alpha, the posterior mean is c = (alpha + d) / (alpha + E). Exposure is L when accepted and the
 expected time of the event when rejected, E[t | t < L] = 1 / c - L / (exp(c L) - 1), with the

@@ -72,7 +72,6 @@ class RecursiveLeastSquares:
 
     def __init__(self, prior_mean: F64, prior_precision: F64, forgetting: float) -> None:
         self.forgetting = forgetting
-        self.num_recoveries = 0
         self.num_loosened = 0
         self.prior_weight = 1.0
         self._prior = prior_precision.copy()
@@ -138,7 +137,6 @@ class RecursiveLeastSquares:
 
         Out of reach of sane input: it takes features some 1e7 times what they were scaled for.
         """
-        self.num_recoveries += 1
         self.precision = np.zeros_like(self._prior)
         self.moment = np.zeros_like(self.moment)
         self._prior_moment = self._prior @ self.coef
@@ -301,11 +299,6 @@ class ResidualFilter:
         self._counts = [0] * num_bands
         self._remembered = [0] * num_bands  # the counts, as far as the window goes
         self._drift = CumulativeSum()
-
-    @property
-    def num_shifts(self) -> int:
-        """Changes of level recognised."""
-        return self._drift.num_alarms
 
     @property
     def count(self) -> int:

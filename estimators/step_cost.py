@@ -184,7 +184,7 @@ class StepCost(Regressor):
         self._width = np.array([*np.diff(self._low), math.inf])
         self._graphs = np.array(graph_sizes or (), np.float64)
         self._full = (self._width[:-1] / _SEGMENT.scale).tolist()  # units of whole segments
-        self._grids: dict[tuple[int, int], _Grid] = {}
+        self._grids: dict[tuple[int, int, int], _Grid] = {}
         mean, precision = _prior(self._width, prior_fixed_s)
         if not draft_forwards:
             mean[_FORWARDS] = 0.0
@@ -439,19 +439,23 @@ class StepCost(Regressor):
         inner = inner[(inner > lo) & (inner < hi)]
         return np.unique(np.concatenate(([lo], inner, [hi])).astype(np.int64))
 
-    def whole_curve(self, shape: StepShape, lo: int, hi: int) -> tuple[F64, F64]:
+    def whole_curve(self, shape: StepShape, lo: int, hi: int, far: int = 0) -> tuple[F64, F64]:
         """`target_curve` at its `breakpoints` in [lo, hi]: token counts, and seconds.
 
+        Beyond that roughly: at counts that double, up to ``far``.
         What does not depend on what was learned is worked out once for a range.
         """
-        grid = self._grids.get((lo, hi))
+        grid = self._grids.get((lo, hi, far))
         if grid is None:
             if len(self._grids) >= MAX_GRIDS:
                 self._grids.clear()
-            tokens = self.breakpoints(lo, hi).astype(np.float64)
+            beyond = [hi]
+            while beyond[-1] < far:
+                beyond.append(min(2 * beyond[-1], far))
+            tokens = np.append(self.breakpoints(lo, hi), beyond[1:]).astype(np.float64)
             sizes = self._padded(tokens)
             grid = _Grid(tokens, sizes, self._segments(sizes))
-            self._grids[lo, hi] = grid
+            self._grids[lo, hi, far] = grid
         return grid.tokens, self._curve(shape, grid.tokens, grid.sizes, grid.segments)
 
     def prefill_cost(self) -> float:
@@ -505,11 +509,6 @@ class StepCost(Regressor):
     def num_changes(self) -> int:
         """Times that a change of level made what was learned count for less."""
         return self._solver.num_loosened
-
-    @property
-    def num_shifts(self) -> dict[str, int]:
-        """Changes of level recognised, by what was timed."""
-        return {name: part.num_shifts for name, part in self._filters.items()}
 
     # -- state ------------------------------------------------------------------------------
 

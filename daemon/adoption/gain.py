@@ -148,6 +148,11 @@ class Discounted:
         return self._weight**2 / self._squares if self._squares else 0.0
 
     @property
+    def squares(self) -> float:
+        """Sum of squares about the mean, of `count` equally weighted values."""
+        return self.deviations * self.count / self._weight if self._weight else 0.0
+
+    @property
     def variance_of_mean(self) -> float:
         """inf for a single value."""
         freedom = self._weight - self._squares / self._weight if self._weight else 0.0
@@ -237,7 +242,7 @@ class GainEstimator:
         if not measured.count:
             return self._foreseen(alternative)
         n = bias.count
-        scale = PRIOR_CHECKS * claimed + n / (n + 1.0) * bias.mean**2 + bias.deviations
+        scale = PRIOR_CHECKS * claimed + n / (n + 1.0) * bias.mean**2 + bias.squares
         variance = scale / (PRIOR_CHECKS + n) / (n + 1.0)
         if math.isfinite(measured.variance_of_mean):
             variance += measured.variance_of_mean

@@ -21,10 +21,12 @@ Of each pair of SmartSpec and own setting, x = -(difference of log goodput + tol
 that SmartSpec is worse by more than the tolerance. While it is not, x is symmetric about a value
 <= 0 (the order of the two was drawn by lot), and then E[exp(l x - l^2 x^2 / 2)] <= 1 for every
 l > 0: at 0 this is de la Pena's (Annals of Probability 27, 1999, 537), from
-cosh(u) <= exp(u^2 / 2); moving a pair of mirror images u > 0, -u to the left lowers the sum, since
-v - v^2 / 2 rises up to v = 1. Neither variance nor shape need be known. Restarted whenever it falls
-below 1, the running product is a CUSUM e-detector (Shin, Ramdas and Rinaldo, "E-detectors", 2024):
-an average over several l that crosses c does so by mistake once in c pairs at most, on average.
+cosh(v) <= exp(v^2 / 2). Below 0 take two mirror images v >= w of l x, and f(v) = exp(v - v^2 / 2),
+which rises up to v = 1. If v < 0, both f(v) and f(w) are below 1. Else w <= -v <= 0, so that
+f(w) <= f(-v), and f(v) + f(w) <= f(v) + f(-v) <= 2 as at 0. Neither variance nor shape need be
+known. Restarted whenever it falls below 1, the running product is a CUSUM e-detector (Shin, Ramdas
+and Rinaldo, "E-detectors", 2024): an average over several l that crosses c does so by mistake once
+in c pairs at most, on average.
 """
 
 from __future__ import annotations

@@ -50,11 +50,11 @@ class Keeper:
         self._bus = bus
         self._counters = counters
         self._wall = wall
-        self._next_at = now + settings.checkpoint_s
+        self._saved_at = now
         self._to_save: list[Engine] = []
 
     def apply(self, settings: StateSettings) -> None:
-        """Go on with another interval."""
+        """Go on with another interval, since the last checkpoints."""
         self._settings = settings
 
     def lend(self, key: ModelKey, engines: Iterable[Engine]) -> tuple[Learned | None, str]:
@@ -84,8 +84,8 @@ class Keeper:
 
     def save_some(self, now: float, engines: Callable[[], Iterable[Engine]]) -> None:
         """One checkpoint a turn, so that no turn is long however many engines there are."""
-        if now >= self._next_at:
-            self._next_at = now + self._settings.checkpoint_s
+        if now >= self._saved_at + self._settings.checkpoint_s:
+            self._saved_at = now
             # Of engines of one kind, the one that has learned most since the last checkpoint.
             busiest: dict[ModelKey, tuple[int, Engine]] = {}
             for engine in engines():

@@ -84,7 +84,7 @@ class ModelKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
                 for name in limits.features
                 if name in BUCKET_EDGES
             ),
-            trees=limits.trees,
+            trees=limits.trees and limits.max_length > 0,
         )
 
     @property

@@ -32,6 +32,7 @@ from smartspec.daemon.telemetry.metric_ids import STARTED
 from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 from smartspec.daemon.views import inspect
 from smartspec.daemon.views.inspect import EXIT_NO_ENGINE, InspectError, View
+from smartspec.engine_adapter.messages import STEERED
 
 EXIT_FAILED = 1
 VLLM_TIMEOUT_S = 120.0  #: to import it
@@ -41,7 +42,6 @@ MAX_SKEW_S = 1.0  #: between this clock and that of Redis
 MIN_FREE_BYTES = 64 << 20
 MAX_STALENESS = 4  #: steps; two are usual
 MAX_ERROR = 0.25  #: of predicted step times
-STEERED = ("policy", "probe")
 
 
 class Finding(Struct, frozen=True, kw_only=True):

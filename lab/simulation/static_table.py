@@ -41,7 +41,7 @@ class Ground(msgspec.Struct, frozen=True):
         curve = self.gpu.curve(size, int(size * self.context), (), most)
         draft, batches = self.gpu.draft(self.draft), np.array([size])
         survival = np.array(self.survival)
-        found: F64 = goodput.by_length(survival, self.presence, batches, curve, draft)[0]
+        found: F64 = goodput.by_length(survival, self.presence, batches, [curve], draft)[0]
         return found
 
     def table(self, max_num_running: int) -> tuple[Entry, ...]:

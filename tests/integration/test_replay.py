@@ -18,6 +18,7 @@ from scripted_engine import hello
 from typer.testing import CliRunner
 
 from smartspec.daemon import cli, config, recording
+from smartspec.daemon import record as command
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import EventBus, FrameEvent, StepEvent, subscribe
 from smartspec.daemon.process.stopping import Stop
@@ -189,11 +190,11 @@ def test_recorder_stops_at_its_bounds(folder: str) -> None:
     reader = subscribe(f"ipc://{folder}/bus.sock", ("frame", "loop"))
     writer = Writer(Path(folder) / "r", now=0.0)
     try:
-        assert "0.1 s" in recording.record(reader, writer, Stop(), 0.1, 1 << 20)
-        assert "full" in recording.record(reader, writer, Stop(), 9.0, 1)
+        assert "0.1 s" in command.record(reader, writer, Stop(), 0.1, 1 << 20)
+        assert "full" in command.record(reader, writer, Stop(), 9.0, 1)
         stop = Stop()
         stop.set()
-        assert "told" in recording.record(reader, writer, stop, 9.0, 1 << 20)
+        assert "told" in command.record(reader, writer, stop, 9.0, 1 << 20)
     finally:
         writer.close()
         reader.close()
@@ -232,10 +233,10 @@ def test_the_first_frame_heard_is_recorded(folder: str, monkeypatch: pytest.Monk
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(recording, "subscribe", lambda *_: Silent())
+    monkeypatch.setattr(command, "subscribe", lambda *_: Silent())
     path = Path(folder) / "recording"
     settings = config.load(None, None, {"runtime_dir": folder})
-    assert recording.run(settings, path, 0.05, 1 << 20, Stop()) == 0
+    assert command.run(settings, path, 0.05, 1 << 20, Stop()) == 0
     with path.open("rb") as file:
         assert list(recording.read(file)) == [frame]
 

@@ -104,6 +104,8 @@ def test_unseen_bucket_and_depth_follow_the_pooled_ones_when_others_were_seen() 
     assert (hazards[1:, :2] > 0.97).all()  # other buckets at the depths that were tried
     assert (hazards[0, 2:] > 0.97).all()  # deeper than was tried
     assert (hazards[1:, 2:] > 0.97).all()
+    survivals = np.cumprod(estimator.pooled_hazards())
+    assert estimator.pooled_survivals() == pytest.approx(survivals)
 
 
 def test_first_observation_moves_a_bucket_little_when_it_is_alone() -> None:

@@ -11,7 +11,7 @@ from fakes import step_report
 from loop_rig import Rig
 from scripted_engine import hello
 
-from smartspec.daemon import config
+from smartspec.daemon import config, narration
 from smartspec.daemon.adoption.pauses import Pauses
 from smartspec.daemon.commands import Command
 from smartspec.daemon.control_loop import FAILED_IN_A_ROW
@@ -183,6 +183,19 @@ def test_operator_is_told_when_steps_take_longer_for_good(rig: Rig) -> None:
     assert notes[0].engine == "gpu0" and "1.5" in notes[0].text
 
 
+def test_operator_is_told_of_the_step_that_was_slow_when_others_came_with_it(rig: Rig) -> None:
+    cycle, notes = rig.cycle, []
+    for seq in range(1, 260, 2):
+        slow = 1.5 if seq > 160 else 1.0
+        times = {"step_s": 0.03 * slow, "target_s": 0.025 * slow}
+        rig.transport.put(b"a", step_report(seq, roster=seq == 1, **times))
+        cycle(b"a", step_report(seq + 1, roster=False))  # as quick as ever
+        notes = [note.text for note in rig.bus.of(NoteEvent) if note.kind == "drift"]
+        if notes:
+            break
+    assert len(notes) == 1 and "steps take 1." in notes[0] and "take 1.0" not in notes[0]
+
+
 def test_bad_frame_is_counted_and_told_now_and_then(rig: Rig) -> None:
     rig.loop.apply(config.replace(rig.settings, {"limits.quarantine_after": 1000}))
     for _ in range(50):
@@ -250,6 +263,30 @@ def test_engine_is_released_when_no_decision_can_be_made_for_it(rig: Rig) -> Non
     rig.cycle(b"a", step_report(FAILED_IN_A_ROW + 3, roster=False))
     (policy,) = rig.policies()
     assert policy.ttl_s > RELEASE_TTL_S and policy.seq > release.seq
+
+
+def test_policy_that_cannot_be_made_is_a_decision_that_failed(rig: Rig) -> None:
+    planner = rig.session().planner
+    make, planner._policy = planner._policy, fail
+    for seq in range(1, FAILED_IN_A_ROW + 3):
+        rig.cycle(b"a", step_report(seq, roster=seq == 1))
+        assert planner._told is None  # or it would be held for under way, and the next one kept
+    assert rig.loop.counters["failures_deciding"] == FAILED_IN_A_ROW + 2
+    (release,) = rig.policies()
+    assert release.ttl_s == RELEASE_TTL_S
+    planner._policy = make
+    rig.cycle(b"a", step_report(FAILED_IN_A_ROW + 3, roster=False))
+    assert len(rig.policies()) == 1
+
+
+def test_step_that_cannot_be_told_is_counted_and_the_loop_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(narration, "step_event", fail)
+    for seq in range(1, 4):
+        assert rig.cycle(b"a", step_report(seq, roster=seq == 1)) is not None
+    assert rig.loop.counters["failures_telling steps"] == 3
+    assert len(rig.policies()) == 3 and rig.session().engine.learned.num_steps == 3
 
 
 def test_engine_that_is_long_to_decide_for_leaves_time_to_others(rig: Rig) -> None:

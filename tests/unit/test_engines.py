@@ -10,8 +10,9 @@ import pytest
 from fakes import step_report
 from scripted_engine import hello
 
-from smartspec.daemon.engines import Engine, RosterGap
+from smartspec.daemon.engines import Engine, Numbering, RosterGap
 from smartspec.engine_adapter import messages as wire
+from smartspec.estimators.features import BUCKET_EDGES
 
 NAN, INF = float("nan"), float("inf")
 
@@ -90,6 +91,15 @@ def test_report_is_refused_whole_when_a_field_cannot_be_true(message: str) -> No
     new.observe(step_report(1))  # the same engine, now honest
 
 
+def test_sources_and_modes_of_a_newer_engine_are_taken_for_the_plainest() -> None:
+    new = engine()
+    for seq, source in enumerate((*wire.SOURCES, "", "x" * 200, "beam"), 1):
+        report = new.observe(step_report(seq, source=source, mode=source)).report
+        assert report.source == (source if source in wire.SOURCES else "own")
+        assert report.mode == "ragged"
+    assert new.observe(step_report(8, mode="uniform")).report.mode == "uniform"
+
+
 def test_report_is_refused_when_it_skips_more_steps_than_an_engine_makes() -> None:
     new = engine()
     new.observe(step_report(1))
@@ -102,6 +112,30 @@ def test_report_is_refused_when_it_skips_more_steps_than_an_engine_makes() -> No
 def test_engine_is_refused_whose_batch_takes_too_long_to_decide_for() -> None:
     with pytest.raises(wire.MessageError, match="4096 requests of 64 drafts each, at most 65536"):
         Engine(hello(max_length=64, max_num_running=4096))
+
+
+def test_engine_is_refused_whose_buckets_no_policy_can_tell_of() -> None:
+    every = {"features": tuple(BUCKET_EDGES), "max_num_running": 8}
+    with pytest.raises(wire.MessageError, match="features: together they make 7200 buckets"):
+        engine(**every)
+    engine(features=tuple(BUCKET_EDGES)[1:], max_num_running=8)
+
+
+def test_engine_without_drafts_teaches_what_steps_cost_though_it_speaks_of_trees() -> None:
+    new = engine(trees=True, max_length=0, static_length=0)
+    none = dict.fromkeys(("num_drafted", "num_accepted", "num_emitted", "num_available"), b"")
+    for seq in range(1, 4):
+        new.learn(new.observe(step_report(seq, **none)))
+    assert new.step_cost.num_observed == 3
+
+
+def test_tokens_count_by_weight_as_they_were_emitted() -> None:
+    """A request that stops takes fewer of its drafts than were accepted."""
+    facts = {"num_accepted": column(2, 2, 2), "num_emitted": column(1, 1, 3)}
+    for weights, tokens in (((1, 1, 1), 5.0), ((2, 1, 4), 15.0)):
+        weight = wire.pack(weights, "f32")
+        told = step_report(1, roster=roster([1, 2, 3], weight=weight), **facts)
+        assert engine().observe(told).weighted_tokens == tokens
 
 
 RANKS = {
@@ -383,17 +417,21 @@ def test_restart_begins_anew_when_the_fingerprint_differs() -> None:
     assert Engine(other, old).acceptance.pooled_hazards()[0] < 0.9
 
 
-def test_policies_count_on_when_an_engine_returns() -> None:
-    """An engine that was lost while idle holds our last policy: a lower number would be stale."""
+def test_reports_count_on_when_an_engine_returns_in_the_same_epoch() -> None:
     old = engine()
     old.observe(step_report(7))
-    for _ in range(5):
-        old.next_policy_seq(7)
-    back = engine(old)
-    assert back.next_policy_seq(8) == 6
     with pytest.raises(wire.MessageError, match="seq: 7 after 7"):
-        back.observe(step_report(7))
+        engine(old).observe(step_report(7))
     assert engine(old, epoch=2).observe(step_report(1, epoch=2)).report.seq == 1
+
+
+def test_policies_are_numbered_over_all_engines() -> None:
+    numbering = Numbering()
+    one, other = (Engine(hello(name), numbering=numbering) for name in "ab")
+    assert [made.next_policy_seq(1) for made in (one, one, other, one)] == [1, 2, 3, 4]
+    assert (one.policy_seq, other.policy_seq) == (4, 3)
+    # What it may hold already is older than whatever it will be told.
+    assert Engine(hello("a"), numbering=numbering).policy_seq == 4
 
 
 def test_looking_up_drafts_is_charged_at_what_it_costs() -> None:

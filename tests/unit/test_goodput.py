@@ -238,7 +238,7 @@ def test_fallback_table_equals_the_solver_when_requests_are_alike() -> None:
     curve = CostCurve(RAGGED, n, 10 + np.maximum(0.05 * n, 0.4 * (n - 30)))
     batches = np.array([1, 4, 16, 64])
     draft = DraftCost(0.5, 0.3, 0.01)
-    table = best_by_batch(survival, 1.0, batches, curve, draft)
+    table = best_by_batch(survival, 1.0, batches, [curve] * 4, draft)
     for batch, length in zip(batches, table, strict=True):
         goodputs = []
         for k in range(6):

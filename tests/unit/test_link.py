@@ -13,7 +13,7 @@ from scripted_engine import hello
 
 from smartspec.engine_adapter import link as link_module
 from smartspec.engine_adapter import messages as wire
-from smartspec.engine_adapter.base import DecodeBatch
+from smartspec.engine_adapter.base import DecodeBatch, FixedLength
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.link import EngineLink
 
@@ -238,6 +238,12 @@ def test_features_are_read_while_a_policy_holds_or_one_may_come_first(pair: Pair
     pair.clock.now += 1.1
     pair.link.prepare(None)
     assert not pair.link.may_steer and pair.source() == "fallback"
+
+
+def test_own_length_keeps_to_floors_as_a_policy_does() -> None:
+    batch = decode_batch(ceiling=4, floor=np.array([0, 3, 9], np.uint8))
+    assert FixedLength(1).choose(batch).lengths.tolist() == [1, 3, 4]
+    assert FixedLength(9).choose(batch).lengths.tolist() == [4, 4, 4]
 
 
 def test_own_length_is_chosen_when_preparing_fails(pair: Pair) -> None:

@@ -9,6 +9,7 @@ from fakes import step_report
 from loop_rig import Rig
 from scripted_engine import hello
 
+from smartspec.daemon import config
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import (
     CheckpointEvent,
@@ -46,6 +47,15 @@ def test_one_checkpoint_is_taken_a_turn_when_the_interval_has_passed(rig: Rig) -
     rig.cycle()
     assert len({event.key_id for event in rig.bus.of(CheckpointEvent)}) == 2
     assert pass_interval(rig) == []  # nothing was learned since
+
+
+def test_shorter_interval_holds_at_once_when_settings_are_read_again(rig: Rig) -> None:
+    run_steps(rig, b"a", 5)
+    assert rig.settings.state.checkpoint_s > 11
+    rig.clock.now += 11
+    rig.loop.apply(config.replace(rig.settings, {"state.checkpoint_s": 10.0}))
+    rig.cycle()
+    assert len(rig.bus.of(CheckpointEvent)) == 1
 
 
 def test_checkpoint_is_of_the_engine_that_learned_most_when_several_are_alike(rig: Rig) -> None:

@@ -14,7 +14,7 @@ from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.engines import Engine
-from smartspec.daemon.planner import Planner
+from smartspec.daemon.planner import YOUNG, Planner
 from smartspec.daemon.told import LATE_STEPS, TOLD_EVERY
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.lengths import RAGGED, UNIFORM
@@ -332,6 +332,15 @@ def test_policy_is_sent_again_when_it_did_not_arrive() -> None:
     assert source.decisions[-1].is_news
 
 
+def test_policy_is_sent_again_when_it_never_went_out() -> None:
+    scripted, source = planned([0.8] * 8, steps=300)
+    while source.decisions[-1].is_news:
+        scripted.step()
+    assert source.planner.decide().is_news is False
+    source.planner.tell_again()
+    assert source.planner.decide().is_news
+
+
 def test_batch_that_is_as_it_was_is_looked_at_every_other_step_once_steady(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -430,6 +439,64 @@ def test_fallback_table_has_shorter_lengths_for_larger_batches() -> None:
     # A length more is what an error of the learned cost curve at one of its knots may make.
     assert np.diff(policy.fallback_length).max() <= 1
     assert policy.fallback_length[0] >= 3 and policy.fallback_length[-1] == 0
+
+
+KNEE = Costs(base_s=0.01, token_s=2e-5, knee=128, beyond_s=1e-4, noise=0.0)
+
+
+def after_batches(*sizes: int) -> tuple[ScriptedEngine, Steering]:
+    """An engine whose passes are dear from 128 tokens on, after batches of these sizes."""
+    scripted, source = planned([0.75] * sizes[0], KNEE, 0)
+    for size in sizes:
+        scripted.set_batch(np.full(size, 0.75))
+        for _ in range(120):
+            scripted.step()
+    return scripted, source
+
+
+def test_fallback_table_is_as_good_for_large_batches_when_the_last_one_was_small() -> None:
+    _, source = after_batches(4, 64, 256, 128, 32, 256, 16, 4)
+    policy = source.decisions[-1].policy
+    table = dict(zip(policy.fallback_batch, policy.fallback_length, strict=True))
+    for size in (1, 4, 16, 64, 150, 256, 512):
+        length = table[max(batch for batch in table if batch <= size)]
+        goodputs = []
+        for k in range(6):
+            num_tokens = size * (1 + k)
+            seconds = KNEE.base_s + KNEE.token_s * num_tokens
+            seconds += KNEE.beyond_s * max(0, num_tokens - KNEE.knee)
+            goodputs.append(size * sum(0.75**j for j in range(k + 1)) / seconds)
+        assert goodputs[length] > 0.9 * max(goodputs), (size, length)
+
+
+def test_policy_made_for_a_small_batch_knows_what_drafts_of_a_large_one_cost() -> None:
+    scripted, source = after_batches(4, 64, 256, 128, 32, 256, 16, 4)
+    features = source.engine.hello.limits.features
+    program = Program(source.decisions[-1].policy, features, scripted.ids)
+    for size in (16, 64, 256):
+        choice = program.choose(decode_batch(range(1000, 1000 + size)))
+        num_tokens = size + int(choice.lengths.sum())
+        seconds = KNEE.base_s + KNEE.token_s * num_tokens
+        seconds += KNEE.beyond_s * max(0, num_tokens - KNEE.knee)
+        assert choice.seconds == pytest.approx(seconds, rel=0.15)
+
+
+@pytest.mark.parametrize("num_waiting", [0, 3])
+def test_steps_are_comparable_once_models_know_enough_though_a_sweep_waits_for_the_queue(
+    num_waiting: int,
+) -> None:
+    scripted, source = planned([0.6] * 8, steps=YOUNG, num_waiting=num_waiting)
+    assert not any(decision.is_comparable for decision in source.decisions)
+    for _ in range(50):
+        scripted.step()
+    assert source.planner.prober.sweeping == (num_waiting > 0)
+    assert all(decision.is_comparable for decision in source.decisions[YOUNG:])
+    scripted.num_waiting = 0
+    for _ in range(50):
+        scripted.step()
+    late = source.decisions[YOUNG + 50 :]
+    assert any(decision.order.is_sweep for decision in late) == (num_waiting > 0)
+    assert all(decision.is_comparable != decision.order.is_sweep for decision in late)
 
 
 # -- and why --------------------------------------------------------------------------------------

@@ -215,6 +215,20 @@ def test_forward_that_follows_a_probe_is_paid_for() -> None:
     assert costs[1] == pytest.approx(DRAFTING.draft_forward_s, rel=0.15)
 
 
+def test_no_report_takes_more_from_the_budget_than_its_step_took() -> None:
+    engine, source = steered([0.1] * 4, DRAFTING, lookup=False, share=0.01, sweep=False)
+    for _ in range(50):
+        engine.step()
+    prober, before = source.planner.prober, source.planner.prober.cost_s
+    # It claims more forwards than any step has: what it pays for them must be earned back some day.
+    source.report(step_facts(engine.batch(), step_s=0.07, num_draft_forwards=1 << 28))
+    assert prober.cost_s - before == pytest.approx(0.07)
+    probes = prober.num_probes
+    for _ in range(800):
+        engine.step()
+    assert prober.num_probes > probes
+
+
 @pytest.mark.parametrize("lookup", [True, False], ids=["lookup", "draft_model"])
 def test_way_back_is_found_when_acceptance_rises_after_speculation_was_off(lookup: bool) -> None:
     forward_s = 0.0 if lookup else 0.002

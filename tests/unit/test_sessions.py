@@ -119,6 +119,22 @@ def test_engine_is_lost_after_long_silence_and_returns_where_it_was(rig: Rig) ->
     assert rig.session().engine.is_warm
 
 
+def test_engine_that_was_forgotten_while_idle_is_told_no_number_that_it_holds_already() -> None:
+    rig = Rig()
+    rig.connect(b"a")
+    for seq in range(1, 20):
+        rig.cycle(b"a", step_report(seq, roster=seq == 1))
+    last = rig.policies()[-1].seq
+    rig.cycle(b"a", wire.Goodbye(epoch=1))
+    for i in range(RETIRED_KEPT + 1):
+        rig.connect(b"b%d" % i, f"other{i}")
+        rig.cycle(b"b%d" % i, wire.Goodbye(epoch=1))
+    assert "gpu0" not in rig.loop.sessions.retired
+    rig.cycle(b"a", hello("gpu0"), step_report(20))
+    (policy,) = rig.policies()
+    assert policy.seq > last
+
+
 def test_engine_without_requests_is_kept_while_it_is_connected(rig: Rig) -> None:
     rig.cycle(b"a", step_report(1))
     rig.clock.now += 100 * rig.settings.control.engine_timeout_s

@@ -35,6 +35,7 @@ def test_gains_are_recovered_when_ranks_are_hit_out_of_turn() -> None:
     rng = np.random.default_rng(0)
     teach(estimator, rng, 1500)
     assert np.exp(estimator.log_survival()[0]) == pytest.approx(GAINS, abs=0.035)
+    assert estimator.pooled_survivals() == pytest.approx(GAINS, abs=0.035)
     # Told only how many were accepted, an estimator of chains takes them for the first ones.
     chains = AcceptanceEstimator(max_length=6)
     for _ in range(1500):
