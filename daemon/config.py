@@ -21,6 +21,7 @@ from msgspec import Meta, Struct, field
 
 from smartspec.daemon.admission.endpoints import MAX_SOCKET_PATH, check_address, check_endpoint
 from smartspec.daemon.admission.endpoints import ConfigError as ConfigError
+from smartspec.daemon.redis_url import check_redis_url, redacted
 
 ENV_PREFIX = "SMARTSPEC_"
 
@@ -371,15 +372,6 @@ def sections() -> dict[str, str]:
     return found
 
 
-def redacted(url: str) -> str:
-    """``url`` without its password, so that it can be shown.
-
-    >>> redacted("redis://user:secret@db:6379/0")
-    'redis://user:***@db:6379/0'
-    """
-    return re.sub(r"(://[^:@/]*:)[^@/]*@", r"\1***@", url)
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys."""
     flat: dict[str, Any] = {}
@@ -562,11 +554,8 @@ def _check_together(settings: Settings) -> None:
             f"control.ttl_s ({control.ttl_s})"
         )
     url = settings.redis.url
-    if url and not url.startswith(("redis://", "rediss://", "unix://")):
-        raise ConfigError(
-            f"redis.url: got {redacted(url)!r}, expected redis://, rediss:// or unix://, or empty "
-            "for an embedded Valkey"
-        )
+    if url:
+        check_redis_url(url)
     if settings.redis.password_file and "@" in url:
         raise ConfigError(
             f"redis.password_file: got {settings.redis.password_file!r} and redis.url with a user "

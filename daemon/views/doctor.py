@@ -25,8 +25,9 @@ from msgspec import Struct
 
 from smartspec.daemon.admission import curve_keys
 from smartspec.daemon.admission.curve_keys import KeyFileError
-from smartspec.daemon.config import Settings, redacted
+from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import LoopEvent, subscribe
+from smartspec.daemon.redis_url import redacted
 from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 from smartspec.daemon.views import inspect
 from smartspec.daemon.views.inspect import EXIT_NO_ENGINE, InspectError, View
