@@ -1,6 +1,7 @@
 """The command `smartspec`: the one place where everything meets, each part imported when asked for.
 
-Exit codes: 0 done; 2 a setting, option or file that cannot be used; others as the command says.
+Exit codes: 0 done; 2 a setting, option or file that cannot be used, which trying again would not
+change; others as the command says.
 A mistake of the user is one line that names it; a traceback is a fault of ours.
 """
 
@@ -16,6 +17,7 @@ import typer
 
 from smartspec.daemon import cli_keys, cli_lab, config
 from smartspec.daemon.cli_options import (
+    EXIT_FAILED,
     Assignments,
     ConfigFile,
     RuntimeDir,
@@ -86,9 +88,20 @@ def run(
     redis_url: Annotated[str | None, typer.Option(help="Redis; default: embedded.")] = None,
     prometheus_port: Annotated[int | None, typer.Option(help="To be scraped at; 0: none.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
+    exit_when_stuck: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="End when the loop has not turned for so long, to be started again; 0: never.",
+        ),
+    ] = 0.0,
     set_: Assignments = None,
 ) -> None:
-    """Run the daemon: learn from engines and steer them, until SIGTERM or Ctrl-C."""
+    """Run the daemon: learn from engines and steer them, until SIGTERM or Ctrl-C.
+
+    Exit codes: 1 it cannot start as things are (an address in use, say), 2 a setting is wrong.
+    """
     from smartspec.daemon.process import logs, service
 
     def load() -> Settings:
@@ -106,9 +119,11 @@ def run(
     try:
         settings = load()
         logs.configure(settings.log)
-        service.run(settings, reload=load)
-    except (ConfigError, service.ServiceError) as error:
+        service.run(settings, reload=load, exit_when_stuck_s=exit_when_stuck)
+    except ConfigError as error:
         fail(error)
+    except service.ServiceError as error:
+        fail(error, EXIT_FAILED)
 
 
 @app.command()
@@ -142,7 +157,7 @@ def telemetry(
     try:
         service.prepare_runtime_dir(Path(settings.runtime_dir))
     except service.ServiceError as error:
-        fail(error)
+        fail(error, EXIT_FAILED)
     process.run(settings, stop)
 
 

@@ -11,6 +11,7 @@ import typer
 from smartspec.daemon import config
 from smartspec.daemon.config import ConfigError, Settings
 
+EXIT_FAILED = 1  #: as things are: trying again may help
 EXIT_USAGE = 2
 
 ConfigFile = Annotated[
@@ -26,10 +27,10 @@ RuntimeDir = Annotated[
 ]
 
 
-def fail(text: object) -> NoReturn:
+def fail(text: object, code: int = EXIT_USAGE) -> NoReturn:
     """One line that names the mistake, and out."""
     typer.echo(f"smartspec: {text}", err=True)
-    raise typer.Exit(EXIT_USAGE)
+    raise typer.Exit(code)
 
 
 def assigned(assignments: list[str] | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
 from smartspec.daemon.process import logs, notify
 from smartspec.daemon.process.notify import Notifier
+from smartspec.daemon.process.stuck import StuckExit
 
 if TYPE_CHECKING:
     from smartspec.daemon.admission.curve_keys import DaemonKeys
@@ -340,11 +341,14 @@ def run(
     settings: Settings,
     reload: Callable[[], Settings] | None = None,
     loop_factory: Callable[[Settings, Bus], Loop] = make_loop,
+    exit_when_stuck_s: float = 0.0,
 ) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ServiceError` when it cannot start.
 
-    ``reload`` loads the settings anew at SIGHUP.
+    ``reload`` loads the settings anew at SIGHUP; ``exit_when_stuck_s``: of `StuckExit`.
     """
+    stuck = StuckExit(exit_when_stuck_s)
+    stuck.alive()
     signals = Signals()
     signals.install()
     notifier = Notifier(os.environ)
@@ -384,6 +388,7 @@ def run(
             if reason:
                 log.debug("%s", reason)
             notifier.alive(reason)
+            stuck.alive()
         log.info("stopping")
         notifier.stopping()
     finally:
@@ -399,6 +404,7 @@ def run(
         bus.close()
         lock.release()
         notifier.close()
+        stuck.close()
 
 
 def _apply(

@@ -273,7 +273,7 @@ def test_settings_stay_when_the_reloaded_file_is_wrong(
 
 # A daemon whose loop only waits: what is tested here is everything around the loop.
 _DAEMON = """
-    import pathlib, sys, time
+    import os, pathlib, sys, time
     from smartspec.daemon import config
     from smartspec.daemon.process import logs, service
 
@@ -297,7 +297,8 @@ _DAEMON = """
     settings = load()
     logs.configure(settings.log)
     try:
-        service.run(settings, load, lambda settings, bus: IdleLoop())
+        limit_s = float(os.environ.get("EXIT_WHEN_STUCK_S", "0"))
+        service.run(settings, load, lambda settings, bus: IdleLoop(), limit_s)
     except service.ServiceError as error:
         sys.exit(f"refused: {error}")
 """
@@ -436,6 +437,18 @@ def test_service_manager_is_told_the_life_of_the_daemon(
         eventually(lambda: manager.heard("STOPPING=1"))
     finally:
         manager.close()
+
+
+def test_daemon_ends_by_itself_when_its_loop_is_stuck(
+    daemons: Callable[..., Daemon], runtime_dir: Path
+) -> None:
+    daemon = daemons("[telemetry]\nenabled = false\n", EXIT_WHEN_STUCK_S="1")
+    eventually(lambda: daemon.says("process"))
+    time.sleep(2.0)  # twice the limit, with a loop that turns
+    assert daemon.process.poll() is None
+    (runtime_dir / "stuck").touch()
+    assert daemon.process.wait(10) == 1
+    eventually(lambda: daemon.says("in cycle"))  # the traceback of where it stood
 
 
 class Manager:
