@@ -249,17 +249,19 @@ class Signals:
 
 
 def reload_settings(
-    current: Settings, load: Callable[[], Settings]
+    current: Settings, load: Callable[[], Settings], bus: Bus
 ) -> tuple[Settings, set[config.Applies]]:
     """The settings to go on with, and how those that differ apply ("now", "telemetry").
 
     The log says what has changed, and what waits for a restart. A file that cannot be used changes
-    nothing.
+    nothing, and is told as an error: the daemon would not start with it.
     """
     try:
         new = load()
     except ConfigError as error:
-        log.error("SIGHUP: the settings in force stay: %s", error)
+        text = f"SIGHUP: the settings in force stay, and the next start would fail: {error}"
+        log.error("%s", text, extra={"event": "reload_failed"})
+        bus.publish(NoteEvent(kind="reload_failed", level="error", text=text))
         return current, set()
     changed = config_text.differences(current, new)
     if not changed:
@@ -381,7 +383,7 @@ def run(
                 signals.reload = False
                 if reload is not None:
                     notifier.reloading()
-                    settings = _apply(settings, reload, loop, telemetry)
+                    settings = _apply(settings, reload, loop, telemetry, bus)
                     notifier.ready(f"{settings.mode} mode")
             console.serve(loop.obey)
             reason = loop.cycle(CYCLE_TIMEOUT_S)
@@ -408,9 +410,13 @@ def run(
 
 
 def _apply(
-    settings: Settings, load: Callable[[], Settings], loop: Loop, telemetry: TelemetryChild
+    settings: Settings,
+    load: Callable[[], Settings],
+    loop: Loop,
+    telemetry: TelemetryChild,
+    bus: Bus,
 ) -> Settings:
-    new, how = reload_settings(settings, load)
+    new, how = reload_settings(settings, load, bus)
     logs.configure(new.log)
     loop.apply(new)  # also when no setting has changed: who may connect is in a file of its own
     if "telemetry" in how:

@@ -1,4 +1,4 @@
-"""Ends the process when its loop no longer turns, for supervisors that cannot tell by themselves."""
+"""Ends the process when its loop no longer turns, for supervisors that cannot tell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The address of Redis: a bad one is found when settings are checked, and none shows its secrets."""
+"""The address of Redis: a bad one is refused with the settings, and none shows its secrets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from smartspec.daemon import config, config_text
 from smartspec.daemon.cli import app
 from smartspec.daemon.config import ConfigError
-from smartspec.daemon.redis_url import check_redis_url, redacted
+from smartspec.daemon.redis_url import redacted
 from smartspec.daemon.telemetry.redis_store import connect_as
 
 
@@ -75,13 +75,9 @@ def test_address_is_taken_when_a_client_can_use_it(url: str) -> None:
 )
 def test_secret_is_not_shown_wherever_it_stands(url: str, shown: str) -> None:
     assert redacted(url) == shown
-    try:
-        check_redis_url(url)
-    except ConfigError as error:
-        assert "ter2" not in str(error)
     assert "ter2" not in config_text.change("redis.url", url, url)
     result = CliRunner().invoke(app, ["config", "show", "--set", f"redis.url={url}"])
-    assert "ter2" not in result.output
+    assert "ter2" not in result.output  # accepted or refused
 
 
 def test_other_settings_are_shown_as_they_are() -> None:
