@@ -25,6 +25,7 @@ from smartspec.daemon.cli_options import (
     fail,
     load_settings,
     optional,
+    settings_beside,
 )
 from smartspec.daemon.config import ConfigError, Settings
 
@@ -175,7 +176,7 @@ def inspect(
 
     Exit codes: 2 Redis cannot be read, 3 no such engine.
     """
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
     from smartspec.daemon.views import inspect as inspection
 
     raise typer.Exit(inspection.run(settings, engine, as_json, watch))
@@ -195,7 +196,7 @@ def pause(
 
     Exit codes: 2 no daemon answers, 3 it refuses.
     """
-    _command("pause", engine, load_settings(config_file, set_, runtime_dir=runtime_dir))
+    _command("pause", engine, settings_beside(config_file, set_, runtime_dir=runtime_dir))
 
 
 @app.command()
@@ -209,7 +210,7 @@ def release(
 
     Exit codes: 2 no daemon answers, 3 it refuses.
     """
-    _command("release", engine, load_settings(config_file, set_, runtime_dir=runtime_dir))
+    _command("release", engine, settings_beside(config_file, set_, runtime_dir=runtime_dir))
 
 
 def _command(action: Literal["pause", "release"], engine: str, settings: Settings) -> NoReturn:
@@ -226,8 +227,11 @@ def top(
     redis_url: Annotated[str | None, typer.Option(help="Default: the embedded one.")] = None,
     set_: Assignments = None,
 ) -> None:
-    """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it."""
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it.
+
+    Exit code: 2 there is no terminal.
+    """
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
     raise typer.Exit(optional("smartspec.daemon.views.top", "top").run(settings, interval_s))
 
 
@@ -244,7 +248,7 @@ def record(
 
     Exit code: 2 no daemon is heard, or the file cannot be written.
     """
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir)
     from smartspec.daemon import recording
     from smartspec.daemon.process.stopping import Stop
 
@@ -268,7 +272,7 @@ def doctor(
     """
     if context.invoked_subcommand is not None:
         return
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir)
     from smartspec.daemon.views import doctor as examination
 
     raise typer.Exit(examination.run(settings, engine, as_json))
@@ -300,7 +304,7 @@ def state(
 
     Exit code: 2 the directory cannot be read.
     """
-    settings = load_settings(config_file, set_)
+    settings = settings_beside(config_file, set_)
     from smartspec.daemon.views import stored_state
 
     raise typer.Exit(stored_state.run(settings, as_json))
@@ -389,7 +393,7 @@ def worker(
         follow_parent(parent)
     # With keys it is the address of a daemon elsewhere, which is not ours to listen at.
     listening = None if keys else endpoint
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir, endpoint=listening)
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir, endpoint=listening)
     drafting = proposer in (Proposer.draft, Proposer.draft_tree)
     if drafting and not (draft_model or draft_drop_layers):
         fail(f"--proposer {proposer.value}: give --draft-model or --draft-drop-layers")

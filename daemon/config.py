@@ -453,13 +453,14 @@ def _known(known: Mapping[str, Key], name: str, where: str) -> Key:
 
 
 def _suggestion(name: str, candidates: list[str]) -> str:
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    if not close:
-        # The key may be right and only its section wrong or missing.
-        last = name.rpartition(".")[2]
-        close = [c for c in candidates if c.rpartition(".")[2] == last][:1]
+    # The key may be right and only its section wrong or missing.
+    last = name.rpartition(".")[2]
+    same = [one for one in candidates if one.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(name, same, n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {close[0]}?"
+        where = " (above all sections)" if "." in name and "." not in close[0] else ""
+        return f"; did you mean {close[0]}{where}?"
     return "; `smartspec config defaults` lists them all"
 
 

@@ -120,6 +120,12 @@ def test_user_error_is_one_line_and_exit_code_2(arguments: list[str], part: str)
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_top_without_a_terminal_says_so_and_ends() -> None:
+    result = invoke("top")
+    assert result.exit_code == 2 and not result.stdout
+    assert "smartspec inspect" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def test_daemon_that_cannot_start_now_is_one_line_and_an_exit_code_that_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
