@@ -324,7 +324,7 @@ class EngineLink:
                 case Refused():
                     self._refuse(message.reason)
                 case Heartbeat():
-                    pass
+                    self._tell()  # whoever is refused has none
         if newest is not None:
             self._install(newest)
         if self._hello_due:  # once, however often it was asked for
@@ -352,7 +352,6 @@ class EngineLink:
         if self._program is not None and self._program.policy.daemon_epoch == daemon_epoch:
             self._policy_heard_at = self._heard_at
         self._hello_wait_s = HELLO_S[0]
-        self._tell()
 
     def _is_newer(self, policy: Policy, than: Policy | None) -> bool:
         if policy.epoch != self.hello.epoch:
