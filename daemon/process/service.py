@@ -300,7 +300,7 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
         raise ServiceError(f"curve.directory: {error}") from error
     except (zmq.ZMQError, OSError) as error:
         raise ServiceError(f"endpoint: cannot listen at {settings.endpoint} ({error})") from error
-    # Not in the runtime directory, which a service manager removes between two runs.
+    # Not in the runtime directory, which a service manager may remove between two runs.
     kept = settings.state.directory if settings.state.enabled else settings.runtime_dir
     pauses = Pauses(Path(kept) / "paused.json")
     return ControlLoop(
