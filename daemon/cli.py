@@ -1,6 +1,7 @@
 """The command `smartspec`: the one place where everything meets, each part imported when asked for.
 
-Exit codes: 0 done; 2 a setting, option or file that cannot be used; others as the command says.
+Exit codes: 0 done; 2 a setting, option or file that cannot be used, which trying again would not
+change; others as the command says.
 A mistake of the user is one line that names it; a traceback is a fault of ours.
 """
 
@@ -16,6 +17,7 @@ import typer
 
 from smartspec.daemon import cli_keys, cli_lab, config
 from smartspec.daemon.cli_options import (
+    EXIT_FAILED,
     Assignments,
     ConfigFile,
     RuntimeDir,
@@ -23,6 +25,7 @@ from smartspec.daemon.cli_options import (
     fail,
     load_settings,
     optional,
+    settings_beside,
 )
 from smartspec.daemon.config import ConfigError, Settings
 
@@ -86,9 +89,20 @@ def run(
     redis_url: Annotated[str | None, typer.Option(help="Redis; default: embedded.")] = None,
     prometheus_port: Annotated[int | None, typer.Option(help="To be scraped at; 0: none.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
+    exit_when_stuck: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="End when the loop has not turned for so long, to be started again; 0: never.",
+        ),
+    ] = 0.0,
     set_: Assignments = None,
 ) -> None:
-    """Run the daemon: learn from engines and steer them, until SIGTERM or Ctrl-C."""
+    """Run the daemon: learn from engines and steer them, until SIGTERM or Ctrl-C.
+
+    Exit codes: 1 it cannot start as things are (an address in use, say), 2 a setting is wrong.
+    """
     from smartspec.daemon.process import logs, service
 
     def load() -> Settings:
@@ -106,9 +120,11 @@ def run(
     try:
         settings = load()
         logs.configure(settings.log)
-        service.run(settings, reload=load)
-    except (ConfigError, service.ServiceError) as error:
+        service.run(settings, reload=load, exit_when_stuck_s=exit_when_stuck)
+    except ConfigError as error:
         fail(error)
+    except service.ServiceError as error:
+        fail(error, EXIT_FAILED)
 
 
 @app.command()
@@ -142,7 +158,7 @@ def telemetry(
     try:
         service.prepare_runtime_dir(Path(settings.runtime_dir))
     except service.ServiceError as error:
-        fail(error)
+        fail(error, EXIT_FAILED)
     process.run(settings, stop)
 
 
@@ -160,7 +176,7 @@ def inspect(
 
     Exit codes: 2 Redis cannot be read, 3 no such engine.
     """
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
     from smartspec.daemon.views import inspect as inspection
 
     raise typer.Exit(inspection.run(settings, engine, as_json, watch))
@@ -180,7 +196,7 @@ def pause(
 
     Exit codes: 2 no daemon answers, 3 it refuses.
     """
-    _command("pause", engine, load_settings(config_file, set_, runtime_dir=runtime_dir))
+    _command("pause", engine, settings_beside(config_file, set_, runtime_dir=runtime_dir))
 
 
 @app.command()
@@ -194,7 +210,7 @@ def release(
 
     Exit codes: 2 no daemon answers, 3 it refuses.
     """
-    _command("release", engine, load_settings(config_file, set_, runtime_dir=runtime_dir))
+    _command("release", engine, settings_beside(config_file, set_, runtime_dir=runtime_dir))
 
 
 def _command(action: Literal["pause", "release"], engine: str, settings: Settings) -> NoReturn:
@@ -211,8 +227,11 @@ def top(
     redis_url: Annotated[str | None, typer.Option(help="Default: the embedded one.")] = None,
     set_: Assignments = None,
 ) -> None:
-    """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it."""
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
+    """Watch all engines: load, lengths, gain, acceptance, events. Keys are shown below it.
+
+    Exit code: 2 there is no terminal.
+    """
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir, redis__url=redis_url)
     raise typer.Exit(optional("smartspec.daemon.views.top", "top").run(settings, interval_s))
 
 
@@ -229,7 +248,7 @@ def record(
 
     Exit code: 2 no daemon is heard, or the file cannot be written.
     """
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir)
     from smartspec.daemon import record as command
     from smartspec.daemon.process.stopping import Stop
 
@@ -253,7 +272,7 @@ def doctor(
     """
     if context.invoked_subcommand is not None:
         return
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir)
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir)
     from smartspec.daemon.views import doctor as examination
 
     raise typer.Exit(examination.run(settings, engine, as_json))
@@ -285,7 +304,7 @@ def state(
 
     Exit code: 2 the directory cannot be read.
     """
-    settings = load_settings(config_file, set_)
+    settings = settings_beside(config_file, set_)
     from smartspec.daemon.views import stored_state
 
     raise typer.Exit(stored_state.run(settings, as_json))
@@ -374,7 +393,7 @@ def worker(
         follow_parent(parent)
     # With keys it is the address of a daemon elsewhere, which is not ours to listen at.
     listening = None if keys else endpoint
-    settings = load_settings(config_file, set_, runtime_dir=runtime_dir, endpoint=listening)
+    settings = settings_beside(config_file, set_, runtime_dir=runtime_dir, endpoint=listening)
     drafting = proposer in (Proposer.draft, Proposer.draft_tree)
     if drafting and not (draft_model or draft_drop_layers):
         fail(f"--proposer {proposer.value}: give --draft-model or --draft-drop-layers")

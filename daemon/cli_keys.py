@@ -10,7 +10,13 @@ from typing import Annotated
 import typer
 
 from smartspec.daemon import config_text
-from smartspec.daemon.cli_options import Assignments, ConfigFile, fail, load_settings
+from smartspec.daemon.cli_options import (
+    Assignments,
+    ConfigFile,
+    fail,
+    load_settings,
+    settings_beside,
+)
 
 config_app = typer.Typer(
     help="Show, check and explain settings.", no_args_is_help=True, rich_markup_mode=None
@@ -44,8 +50,11 @@ def config_check(config_file: ConfigFile = None, set_: Assignments = None) -> No
 
 @config_app.command("show")
 def config_show(config_file: ConfigFile = None, set_: Assignments = None) -> None:
-    """Print the settings in force: file, environment and flags together."""
-    typer.echo(config_text.to_toml(load_settings(config_file, set_)), nl=False)
+    """Print the settings in force: file, environment and flags together.
+
+    Without any of them they are those of the daemon that commands look for.
+    """
+    typer.echo(config_text.to_toml(settings_beside(config_file, set_)), nl=False)
 
 
 KeyDirectory = Annotated[

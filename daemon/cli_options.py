@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,6 +13,7 @@ import typer
 from smartspec.daemon import config
 from smartspec.daemon.config import ConfigError, Settings
 
+EXIT_FAILED = 1  #: as things are: trying again may help
 EXIT_USAGE = 2
 
 ConfigFile = Annotated[
@@ -26,10 +29,10 @@ RuntimeDir = Annotated[
 ]
 
 
-def fail(text: object) -> NoReturn:
+def fail(text: object, code: int = EXIT_USAGE) -> NoReturn:
     """One line that names the mistake, and out."""
     typer.echo(f"smartspec: {text}", err=True)
-    raise typer.Exit(EXIT_USAGE)
+    raise typer.Exit(code)
 
 
 def assigned(assignments: list[str] | None) -> dict[str, Any]:
@@ -43,14 +46,30 @@ def assigned(assignments: list[str] | None) -> dict[str, Any]:
     return values
 
 
-def load_settings(path: Path | None, assignments: list[str] | None, **flags: Any) -> Settings:
+def load_settings(
+    path: Path | None,
+    assignments: list[str] | None,
+    env: Mapping[str, str] | None = None,
+    **flags: Any,
+) -> Settings:
     """Settings, or one line on what is wrong with them. ``flags``: ``control__ttl_s=...``."""
     try:
         named = {name.replace("__", "."): value for name, value in flags.items()}
         given = {name: value for name, value in named.items() if value is not None}
-        return config.load(path, overrides={**assigned(assignments), **given})
+        return config.load(path, env, overrides={**assigned(assignments), **given})
     except ConfigError as error:
         fail(error)
+
+
+def settings_beside(path: Path | None, assignments: list[str] | None, **flags: Any) -> Settings:
+    """The same for a command beside a running daemon: the system's, where nothing says which."""
+    from smartspec.daemon import system_service
+
+    settings = load_settings(path, assignments, **flags)
+    if not system_service.is_meant(settings, os.environ):
+        return settings
+    env = system_service.environment(os.environ)
+    return load_settings(path or system_service.file(), assignments, env, **flags)
 
 
 def optional(module: str, extra: str) -> Any:

@@ -21,6 +21,7 @@ from msgspec import Meta, Struct, field
 
 from smartspec.daemon.admission.endpoints import MAX_SOCKET_PATH, check_address, check_endpoint
 from smartspec.daemon.admission.endpoints import ConfigError as ConfigError
+from smartspec.daemon.redis_url import check_redis_url, redacted
 
 ENV_PREFIX = "SMARTSPEC_"
 
@@ -371,15 +372,6 @@ def sections() -> dict[str, str]:
     return found
 
 
-def redacted(url: str) -> str:
-    """``url`` without its password, so that it can be shown.
-
-    >>> redacted("redis://user:secret@db:6379/0")
-    'redis://user:***@db:6379/0'
-    """
-    return re.sub(r"(://[^:@/]*:)[^@/]*@", r"\1***@", url)
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys."""
     flat: dict[str, Any] = {}
@@ -461,13 +453,14 @@ def _known(known: Mapping[str, Key], name: str, where: str) -> Key:
 
 
 def _suggestion(name: str, candidates: list[str]) -> str:
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    if not close:
-        # The key may be right and only its section wrong or missing.
-        last = name.rpartition(".")[2]
-        close = [c for c in candidates if c.rpartition(".")[2] == last][:1]
+    # The key may be right and only its section wrong or missing.
+    last = name.rpartition(".")[2]
+    same = [one for one in candidates if one.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(name, same, n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {close[0]}?"
+        where = " (above all sections)" if "." in name and "." not in close[0] else ""
+        return f"; did you mean {close[0]}{where}?"
     return "; `smartspec config defaults` lists them all"
 
 
@@ -562,11 +555,8 @@ def _check_together(settings: Settings) -> None:
             f"control.ttl_s ({control.ttl_s})"
         )
     url = settings.redis.url
-    if url and not url.startswith(("redis://", "rediss://", "unix://")):
-        raise ConfigError(
-            f"redis.url: got {redacted(url)!r}, expected redis://, rediss:// or unix://, or empty "
-            "for an embedded Valkey"
-        )
+    if url:
+        check_redis_url(url)
     if settings.redis.password_file and "@" in url:
         raise ConfigError(
             f"redis.password_file: got {settings.redis.password_file!r} and redis.url with a user "

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from smartspec.daemon import config
-from smartspec.daemon.config import Settings, flatten, keys, redacted
+from smartspec.daemon.config import Settings, flatten, keys
+from smartspec.daemon.redis_url import redacted
 
 
 def default_toml() -> str:
@@ -37,8 +38,7 @@ def to_toml(settings: Settings) -> str:
         if head != section:
             section = head
             lines += ["", f"[{section}]"]
-        value = redacted(values[key.name]) if key.name == "redis.url" else values[key.name]
-        lines.append(f"{name} = {_toml(value)}")
+        lines.append(f"{name} = {_shown(key.name, values[key.name])}")
     return "\n".join(lines) + "\n"
 
 
@@ -103,8 +103,11 @@ def change(name: str, old: Any, new: Any) -> str:
     >>> change("control.ttl_s", 1.0, 2.5)
     'control.ttl_s: 1.0 -> 2.5'
     """
-    words = (redacted(v) if isinstance(v, str) else v for v in (old, new))
-    return f"{name}: " + " -> ".join(map(_toml, words))
+    return f"{name}: {_shown(name, old)} -> {_shown(name, new)}"
+
+
+def _shown(name: str, value: Any) -> str:
+    return _toml(redacted(value) if name == "redis.url" else value)
 
 
 def _comment(text: str, width: int = 92) -> list[str]:

@@ -10,7 +10,8 @@ Who chooses the lengths, in this order:
 Invariants: `choose` and `report` do no I/O that can wait. A report that cannot be sent at once is
 dropped and counted. While the daemon is silent no report is even encoded; a Hello goes out now and
 then instead (liveness with back-off, after ZeroMQ's Paranoid Pirate pattern). Anything that goes
-wrong in here is counted, logged once, and leaves the engine with its own configuration.
+wrong in here is counted, logged once, and leaves the engine with its own configuration. That the
+daemon has come or gone is logged too, at INFO and seldom, and never from `choose`.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ HELLO_S = (0.1, 1.0)  #: between Hellos to a silent daemon: at first, and at mos
 PREPARED_S = 0.5  #: after so long a prepared choice is none: the engine stood still
 KEEP_ALIVE_S = 5.0  #: an idle engine says that it is still there
 REFUSED_S = 5.0  #: a refused engine asks again after this
+TELL_S = 10.0  #: between two lines in the log on whether the daemon is there, at least
+FIRST_TELL_S = 5.0  #: so long a daemon may take to answer before it is said to be missing
 PING_MS = 1000  #: over tcp, whose other end may vanish without a word; the kernel takes minutes
 PING_TIMEOUT_MS = 5000  #: unanswered, and a new connection is tried, each for as long
 SEND_QUEUE = 64  #: frames that may wait for a slow daemon
@@ -65,6 +68,16 @@ MAX_RECEIVE_S = 0.005  #: nor one that sends large frames; what is left waits fo
 #: Plain numbers: arithmetic with zmq's enumerations takes as long as asking the socket.
 EVENTS, POLLIN, POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 ROSTERS_KEPT = 16  #: a policy lags a few reports at most
+
+
+#: What is logged of the daemon, by how it is.
+TOLD = {
+    "heard": "the daemon at %s is heard: it steers this engine, or leaves it to itself",
+    "fallback": "the daemon at %s is silent: lengths are from the table that it left",
+    "own": "the daemon at %s is silent: this engine runs as configured, and goes on looking for it",
+    "never": "no daemon answers at %s: this engine runs as configured, and goes on looking; is one "
+    "running there, may this user open its socket, is this engine's key on its list?",
+}
 
 
 @dataclass(slots=True)
@@ -103,6 +116,7 @@ class EngineLink:
     clock : monotonic seconds
     keys : of this engine, for a daemon that is reached over tcp://; None: no encryption
     socket : frames to and from the daemon; None: ZeroMQ's, to ``endpoint``
+    logger : where the link says what has changed; an engine's own may be the one that is shown
     """
 
     def __init__(
@@ -114,11 +128,17 @@ class EngineLink:
         keys: EngineKeys | None = None,
         clock: Callable[[], float] = time.monotonic,
         socket: LinkSocket | None = None,
+        logger: logging.Logger = log,
     ) -> None:
         self.hello = hello
         self.stats = LinkStats()
         self._own = own or FixedLength(hello.limits.static_length)
         self._clock = clock
+        self._endpoint = endpoint
+        self._log = logger
+        self._told = ""  #: of `TOLD`
+        self._tell_at = -np.inf
+        self._began_at = clock()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: Any = socket  # zmq's methods have more to them than LinkSocket's
         if socket is None:
@@ -304,7 +324,7 @@ class EngineLink:
                 case Refused():
                     self._refuse(message.reason)
                 case Heartbeat():
-                    pass
+                    self._tell()  # whoever is refused has none
         if newest is not None:
             self._install(newest)
         if self._hello_due:  # once, however often it was asked for
@@ -314,7 +334,9 @@ class EngineLink:
 
     def _refuse(self, reason: str) -> None:
         if reason != self.stats.last_reason:
-            log.warning("the daemon refuses this engine, which runs on as configured: %s", reason)
+            self._log.warning(
+                "the daemon refuses this engine, which runs on as configured: %s", reason
+            )
         self.stats.last_reason = reason
         self._refused_until = self._clock() + REFUSED_S
         self._program = None
@@ -377,6 +399,7 @@ class EngineLink:
         if self._ready() & POLLOUT:
             self._socket.send(messages.encode(self.hello), zmq.NOBLOCK)
             self._sent_at = now
+        self._tell()
 
     def _send_report(self, facts: StepFacts) -> None:
         batch = facts.batch
@@ -453,16 +476,44 @@ class EngineLink:
         self._writable = bool(events & POLLOUT)
         return events
 
+    # -- what is said of it ---------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        """Log whether the daemon is there when that has changed; called now and then, not per step.
+
+        A daemon that refuses this engine has had a line of its own.
+        """
+        now = self._clock()
+        if now < self._tell_at or now < self._refused_until + REFUSED_S:
+            return
+        how = self._daemon_is(now)
+        if how and how != self._told:
+            self._told, self._tell_at = how, now + TELL_S
+            self._log.info(TOLD[how], self._endpoint)
+
+    def _daemon_is(self, now: float) -> str:
+        """Of `TOLD`; empty: there is nothing to say yet."""
+        if self._daemon_heard():
+            return "heard"
+        if self._daemon_epoch is None:
+            return "never" if now - self._began_at > FIRST_TELL_S else ""
+        if self._program is None:
+            return "own"
+        policy, silent_s = self._program.policy, now - self._policy_heard_at
+        if silent_s <= policy.ttl_s:
+            return ""
+        return "fallback" if silent_s <= policy.ttl_s + policy.fallback_s else "own"
+
     # -- trouble --------------------------------------------------------------------------------
 
     def _count_bad_frame(self, what: str) -> None:
         self.stats.num_bad_frames += 1
         if self.stats.num_bad_frames == 1:
-            log.warning(
+            self._log.warning(
                 "bad frame from the daemon, dropped (later ones are only counted): %s", what
             )
 
     def _note_error(self, doing: str) -> None:
         self.stats.num_errors += 1
         if self.stats.num_errors == 1:
-            log.exception("error while %s (later ones are only counted)", doing)
+            self._log.exception("error while %s (later ones are only counted)", doing)

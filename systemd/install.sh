@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install the units, the group and a file of settings; an existing file of settings stays.
+# Install the units, the user, the group and a file of settings; an existing file of settings stays.
 #
 # DESTDIR (default: none) is put before every path. LAYOUT is debian or rhel (default: what this host
 # looks like): where the file of secret variables lies, /etc/default or /etc/sysconfig. BINDIR
@@ -17,7 +17,7 @@ case $LAYOUT in
     *) echo "install.sh: LAYOUT: got '$LAYOUT', expected debian or rhel" >&2; exit 2 ;;
 esac
 units=$DESTDIR/usr/lib/systemd/system
-install -d "$units" "$DESTDIR/usr/lib/sysusers.d" "$DESTDIR/etc/smartspec" "$DESTDIR$variables"
+install -d "$units" "$DESTDIR/usr/lib/sysusers.d" "$DESTDIR/usr/lib/tmpfiles.d" "$DESTDIR/etc/smartspec" "$DESTDIR$variables"
 for unit in smartspec.service smartspec@.service smartspec-telemetry.service \
     smartspec-worker.service; do
     sed -e "s|/usr/bin/smartspec|$BINDIR/smartspec|" -e "s|/etc/default|$variables|" "$unit" \
@@ -25,6 +25,7 @@ for unit in smartspec.service smartspec@.service smartspec-telemetry.service \
     chmod 0644 "$units/$unit"
 done
 install -m 0644 sysusers.conf "$DESTDIR/usr/lib/sysusers.d/smartspec.conf"
+install -m 0644 tmpfiles.conf "$DESTDIR/usr/lib/tmpfiles.d/smartspec.conf"
 settings=$DESTDIR/etc/smartspec/smartspec.toml
 if [ ! -e "$settings" ]; then
     echo "# All keys: smartspec config defaults" > "$settings"
@@ -36,6 +37,7 @@ if [ ! -e "$secrets" ]; then
 fi
 if [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; then
     systemd-sysusers smartspec.conf
+    systemd-tmpfiles --create smartspec.conf
     systemctl daemon-reload
 fi
 echo "installed; next: systemctl enable --now smartspec"

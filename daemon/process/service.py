@@ -25,6 +25,7 @@ from smartspec.daemon.config import ConfigError, Settings
 from smartspec.daemon.event_bus import Bus, CheckpointEvent, EventBus, NoteEvent
 from smartspec.daemon.process import logs, notify
 from smartspec.daemon.process.notify import Notifier
+from smartspec.daemon.process.stuck import StuckExit
 from smartspec.daemon.vitals import Vitals
 
 if TYPE_CHECKING:
@@ -261,17 +262,19 @@ class Signals:
 
 
 def reload_settings(
-    current: Settings, load: Callable[[], Settings]
+    current: Settings, load: Callable[[], Settings], bus: Bus
 ) -> tuple[Settings, set[config.Applies] | None]:
     """The settings to go on with, and how those that differ apply ("now", "telemetry").
 
     The log says what has changed, and what waits for a restart. A file that cannot be used changes
-    nothing, which None says.
+    nothing, which None says, and is told as an error: the daemon would not start with it.
     """
     try:
         new = load()
     except ConfigError as error:
-        log.error("SIGHUP: the settings in force stay: %s", error)
+        text = f"SIGHUP: the settings in force stay, and the next start would fail: {error}"
+        log.error("%s", text, extra={"event": "reload_failed"})
+        bus.publish(NoteEvent(kind="reload_failed", level="error", text=text))
         return current, None
     changed = config_text.differences(current, new)
     if not changed:
@@ -310,7 +313,7 @@ def make_loop(settings: Settings, bus: Bus) -> Loop:
         raise ServiceError(f"curve.directory: {error}") from error
     except (zmq.ZMQError, OSError) as error:
         raise ServiceError(f"endpoint: cannot listen at {settings.endpoint} ({error})") from error
-    # Not in the runtime directory, which a service manager removes between two runs.
+    # Not in the runtime directory, which a service manager may remove between two runs.
     kept = settings.state.directory if settings.state.enabled else settings.runtime_dir
     pauses = Pauses(Path(kept) / "paused.json")
     return ControlLoop(
@@ -353,11 +356,14 @@ def run(
     settings: Settings,
     reload: Callable[[], Settings] | None = None,
     loop_factory: Callable[[Settings, Bus], Loop] = make_loop,
+    exit_when_stuck_s: float = 0.0,
 ) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ServiceError` when it cannot start.
 
-    ``reload`` loads the settings anew at SIGHUP.
+    ``reload`` loads the settings anew at SIGHUP; ``exit_when_stuck_s``: of `StuckExit`.
     """
+    stuck = StuckExit(exit_when_stuck_s)
+    stuck.alive()
     signals = Signals()
     signals.install()
     notifier = Notifier(os.environ)
@@ -391,11 +397,12 @@ def run(
                 signals.reload = False
                 if reload is not None:
                     notifier.reloading()
-                    settings = _apply(settings, reload, loop, telemetry)
+                    settings = _apply(settings, reload, loop, telemetry, bus)
                     notifier.ready(f"{settings.mode} mode")
             console.serve(loop.obey)
             reason = loop.cycle(CYCLE_TIMEOUT_S)
             notifier.alive(reason)
+            stuck.alive()
         log.info("stopping")
         notifier.stopping()
     finally:
@@ -411,12 +418,17 @@ def run(
         bus.close()
         lock.release()
         notifier.close()
+        stuck.close()
 
 
 def _apply(
-    settings: Settings, load: Callable[[], Settings], loop: Loop, telemetry: TelemetryChild
+    settings: Settings,
+    load: Callable[[], Settings],
+    loop: Loop,
+    telemetry: TelemetryChild,
+    bus: Bus,
 ) -> Settings:
-    new, how = reload_settings(settings, load)
+    new, how = reload_settings(settings, load, bus)
     logs.configure(new.log)
     loop.vitals.is_reloaded = how is not None
     loop.apply(new)  # also when no setting has changed: who may connect is in a file of its own

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from smartspec.daemon.config import Settings, redacted
+from smartspec.daemon.config import Settings
+from smartspec.daemon.redis_url import redacted
 from smartspec.daemon.state.learned import RefusedState, check, decode
 from smartspec.daemon.state.library import Library
 from smartspec.daemon.state.state_directory import StateDirectory

@@ -26,8 +26,10 @@ from msgspec import Struct
 
 from smartspec.daemon.admission import curve_keys
 from smartspec.daemon.admission.curve_keys import KeyFileError
-from smartspec.daemon.config import Settings, redacted
+from smartspec.daemon.config import Settings
 from smartspec.daemon.event_bus import LoopEvent, subscribe
+from smartspec.daemon.redis_url import redacted
+from smartspec.daemon.system_service import listens
 from smartspec.daemon.telemetry.metric_ids import STARTED
 from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 from smartspec.daemon.views import inspect
@@ -130,21 +132,11 @@ def check_endpoint(settings: Settings) -> Iterator[Finding]:
         advice = "add the engine's user to its group (`usermod --append --groups GROUP USER`)"
         text = f"{path} belongs to user {found.st_uid} and group {found.st_gid}: not open to us"
         yield failed("endpoint", text, advice)
-    elif not _listens(path):
+    elif not listens(path):
         text = f"{path} is left over: nobody listens"
         yield failed("endpoint", text, start)
     else:
         yield good("endpoint", f"{path}, mode {found.st_mode & 0o777:03o}, somebody listens")
-
-
-def _listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(2.0)
-        try:
-            connection.connect(str(path))
-        except OSError:
-            return False
-        return True
 
 
 def check_keys(settings: Settings) -> Iterator[Finding]:

@@ -14,7 +14,8 @@ import msgspec
 import redis
 from msgspec import Struct
 
-from smartspec.daemon.config import Settings, redacted
+from smartspec.daemon.config import Settings
+from smartspec.daemon.redis_url import redacted
 from smartspec.daemon.telemetry.engine_state import IDLE_S, EngineState, from_fields
 from smartspec.daemon.telemetry.redis_store import Keys, connect_as
 

@@ -6,6 +6,7 @@ Shows what `inspect` reads. Reading has a thread of its own: a slow Redis never 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ from smartspec.daemon.views.inspect import InspectError, PastEvent, View, shown
 INTERVAL_S = 1.0
 NUM_EVENTS = 50  #: kept on the screen, newest first
 BAR_WIDTH = 30  #: characters of a bar that stands for 100%
+EXIT_NO_TERMINAL = 2
 NARROW_ACCEPTANCE = 4  #: depths shown in the table
 
 
@@ -380,6 +382,13 @@ class Top(App[None]):
 
 def run(settings: Settings, interval_s: float = INTERVAL_S) -> int:
     """Show until ``q``; returns the exit code."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print(
+            "smartspec top: needs a terminal (`ssh -t`, `kubectl exec -it`); `smartspec inspect` "
+            "shows the same once",
+            file=sys.stderr,
+        )
+        return EXIT_NO_TERMINAL
     tell = partial(commands.send, commands.endpoint(settings))
     app = Top(partial(look, settings), settings.endpoint, interval_s, tell)
     app.run()

@@ -69,7 +69,7 @@ class Steered:
     def make_source(self, wanted: settings.Settings) -> Source:
         """What decides lengths: a link to the daemon. For tests to replace."""
         hello = facts.hello(self.vllm_config, wanted)  # type: ignore[attr-defined]
-        return EngineLink(wanted.endpoint, hello, keys=settings.keys_of(wanted))
+        return EngineLink(wanted.endpoint, hello, keys=settings.keys_of(wanted), logger=log)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's step, with lengths put in before."""

@@ -8,6 +8,7 @@ What ``additional_config`` says goes before the environment, that before the def
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ ENVIRONMENT = {
 }
 LOOPBACK = ("tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:")  #: may be unencrypted
 SYSTEM_RUNTIME_DIR = "/run/smartspec"  #: of the daemon as a systemd service
+SHARED = "/tmp"  #: has the directory of a user who has none of the session's
 
 
 class SettingsError(ValueError):
@@ -92,11 +94,22 @@ def keys_of(settings: Settings) -> EngineKeys | None:
 
 
 def default_endpoint(environment: Mapping[str, str]) -> str:
-    """Where a default daemon listens: the system's if there is one, else the user's."""
+    """Where a default daemon listens: the system's if there is one, else the user's.
+
+    The system's directory is there from boot on, whether its daemon runs or not. One below /tmp,
+    which any local user can make, is taken only where it is this user's own.
+    """
     folder = environment.get("SMARTSPEC_RUNTIME_DIR", "")
-    if not folder and Path(SYSTEM_RUNTIME_DIR).is_dir():
-        folder = SYSTEM_RUNTIME_DIR
-    if not folder:
+    if not folder and not Path(SYSTEM_RUNTIME_DIR).is_dir():
         own = environment.get("XDG_RUNTIME_DIR", "")
-        folder = f"{own}/smartspec" if own else f"/tmp/smartspec-{os.getuid()}"
-    return f"ipc://{folder}/engines.sock"
+        shared = Path(SHARED, f"smartspec-{os.getuid()}")
+        folder = f"{own}/smartspec" if own else str(shared) if _is_ours(shared) else ""
+    return f"ipc://{folder or SYSTEM_RUNTIME_DIR}/engines.sock"
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022

@@ -13,7 +13,7 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def test_every_mount_has_a_volume(pod: dict[str, Any]) -> None:
     assert mounted == volumes
 
 
-def test_probe_and_scrapes_reach_the_exporter(
+def test_scrapes_reach_the_exporter(
     pod: dict[str, Any], rendered: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     (given,) = (one["data"] for one in rendered if one["kind"] == "ConfigMap")
@@ -106,13 +106,19 @@ def test_probe_and_scrapes_reach_the_exporter(
     sidecar = container(pod, "smartspec")
     (port,) = sidecar["ports"]
     assert port["containerPort"] == settings.telemetry.prometheus_port
-    assert sidecar["livenessProbe"]["httpGet"] == {"path": "/health", "port": port["name"]}
     assert settings.telemetry.prometheus_address == "0.0.0.0"
 
 
-def test_engine_is_ready_without_its_sidecar(pod: dict[str, Any]) -> None:
+def test_engine_is_ready_whatever_becomes_of_the_daemon(pod: dict[str, Any]) -> None:
+    """A probe that fails makes the pod unready, or has the container killed, which does so too."""
+    assert not {name for name in container(pod, "smartspec") if name.endswith("Probe")}
+
+
+def test_commands_in_the_sidecar_read_the_settings_of_its_daemon(pod: dict[str, Any]) -> None:
     sidecar = container(pod, "smartspec")
-    assert "readinessProbe" not in sidecar and "startupProbe" not in sidecar
+    assert "args" not in sidecar
+    (mount,) = (m for m in sidecar["volumeMounts"] if m["name"] == "smartspec-config")
+    assert variables(sidecar)["SMARTSPEC_CONFIG"] == f"{mount['mountPath']}/smartspec.toml"
 
 
 def test_sidecar_may_do_no_more_than_it_must(pod: dict[str, Any]) -> None:
@@ -147,35 +153,57 @@ def test_containerfile_names_files_that_exist_and_are_let_in(repository: Path) -
 FAKE = """#!/bin/sh
 echo "$@" >> "$LOG"
 n=$(wc -l < "$LOG")
-[ "$n" = 1 ] && exit 7
+[ "$n" -le "$FAILURES" ] && exit 2
 trap 'echo stopped >> "$LOG"; exit 0' TERM
 while :; do sleep 0.05; done
 """
+ASKED = "run --exit-when-stuck 60 --set mode=observe"
+
+
+class Script:
+    """The sidecar's script with a `smartspec` that fails at first, as often as ``failures``."""
+
+    def __init__(self, folder: Path, place: Path, failures: int, **env: str) -> None:
+        fake = place / "bin" / "smartspec"
+        fake.parent.mkdir()
+        fake.write_text(FAKE, "utf-8")
+        fake.chmod(0o755)
+        (place / "volume").mkdir(mode=0o777)
+        self.runtime_dir = place / "volume" / "daemon"
+        self.log = place / "log"
+        self.process = subprocess.Popen(
+            ["sh", str(folder / "sidecar.sh"), "--set", "mode=observe"],
+            env={
+                "PATH": f"{fake.parent}:{os.environ['PATH']}",
+                "LOG": str(self.log),
+                "FAILURES": str(failures),
+                "SMARTSPEC_RUNTIME_DIR": str(self.runtime_dir),
+                **env,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def stop(self) -> str:
+        """Stop it as the kubelet does; returns what it said."""
+        self.process.send_signal(signal.SIGTERM)
+        _, said = self.process.communicate(timeout=10)
+        assert self.process.returncode == 0
+        return said
 
 
 @pytest.fixture
-def script(folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """The script with a `smartspec` that fails once, and the file of what that was told."""
-    fake = tmp_path / "bin" / "smartspec"
-    fake.parent.mkdir()
-    fake.write_text(FAKE, "utf-8")
-    fake.chmod(0o755)
-    (tmp_path / "volume").mkdir(mode=0o777)
-    log = tmp_path / "log"
-    process = subprocess.Popen(
-        ["sh", str(folder / "sidecar.sh"), "--config", "x.toml"],
-        env={
-            "PATH": f"{fake.parent}:{os.environ['PATH']}",
-            "LOG": str(log),
-            "SMARTSPEC_RUNTIME_DIR": str(tmp_path / "volume" / "daemon"),
-            "SMARTSPEC_RESTART_S": "0.1",
-        },
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    yield process, log
-    process.kill()
-    process.communicate()
+def sidecar(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Script]]:
+    started: list[Script] = []
+
+    def start(failures: int, **env: str) -> Script:
+        started.append(Script(folder, tmp_path, failures, **env))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
 
 
 def lines_of(log: Path, count: int) -> list[str]:
@@ -189,15 +217,33 @@ def lines_of(log: Path, count: int) -> list[str]:
 
 
 def test_sidecar_starts_a_daemon_again_and_hands_it_the_stop(
-    script: tuple[subprocess.Popen[str], Path], tmp_path: Path
+    sidecar: Callable[..., Script],
 ) -> None:
-    process, log = script
-    assert lines_of(log, 2)[:2] == ["run --config x.toml"] * 2
-    mode = stat.S_IMODE((tmp_path / "volume" / "daemon").stat().st_mode)
+    script = sidecar(1, SMARTSPEC_RESTART_S="0")
+    assert lines_of(script.log, 2)[:2] == [ASKED] * 2
+    mode = stat.S_IMODE(script.runtime_dir.stat().st_mode)
     assert mode == 0o750  # neither refused by the daemon, nor closed to the engine's group
     time.sleep(0.2)  # the fake has set its trap by then
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=10)
-    assert process.returncode == 0
-    assert log.read_text("utf-8").splitlines()[-1] == "stopped"
-    assert re.search(r"code 7", said)
+    assert "code 2" in script.stop()
+    assert script.log.read_text("utf-8").splitlines()[-1] == "stopped"
+
+
+def test_sidecar_stays_up_with_a_daemon_that_cannot_start_and_tries_it_less_and_less(
+    sidecar: Callable[..., Script],
+) -> None:
+    script = sidecar(1000, SMARTSPEC_RESTART_S="1")
+    lines_of(script.log, 3)  # after 0, 1 and 3 seconds
+    assert script.process.poll() is None
+    said = script.stop()
+    assert re.findall(r"again in (\d+) s", said) == ["1", "2", "4"]
+
+
+def test_sidecar_stays_up_where_its_volume_cannot_be_written(
+    sidecar: Callable[..., Script], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    path = str(tmp_path / "file" / "daemon")
+    script = sidecar(0, SMARTSPEC_RESTART_S="1", SMARTSPEC_RUNTIME_DIR=path)
+    time.sleep(0.5)
+    assert script.process.poll() is None
+    assert "code 1" in script.stop()

@@ -48,6 +48,6 @@ StandardOutput=append:/opt/boot/out
 StandardError=inherit
 ExecStopPost=/bin/systemctl --force --force poweroff
 UNIT
-timeout 60 systemd-nspawn --directory="$root" --register=no --keep-unit --boot --console=pipe \
+timeout 120 systemd-nspawn --directory="$root" --register=no --keep-unit --boot --console=pipe \
     --capability=all -- systemd.unit=boot-script.service > "$base/console" 2>&1 || true
 cat "$root/opt/boot/out"

@@ -120,16 +120,22 @@ def test_user_error_is_one_line_and_exit_code_2(arguments: list[str], part: str)
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_daemon_that_cannot_start_is_one_line_and_exit_code_2(
+def test_top_without_a_terminal_says_so_and_ends() -> None:
+    result = invoke("top")
+    assert result.exit_code == 2 and not result.stdout
+    assert "smartspec inspect" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_daemon_that_cannot_start_now_is_one_line_and_an_exit_code_that_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(settings: Settings, reload: Any) -> None:
+    def refuse(settings: Settings, **given: Any) -> None:
         raise service.ServiceError("another daemon (process 7) serves /x")
 
     monkeypatch.setattr(service, "run", refuse)
     result = invoke("run")
     assert (result.exit_code, result.stderr) == (
-        2,
+        1,
         "smartspec: another daemon (process 7) serves /x\n",
     )
 
@@ -141,7 +147,7 @@ def test_flags_of_run_become_settings_again_when_reloaded(
     path.write_text("[control]\nttl_s = 2.0", "utf-8")
     seen: list[Settings] = []
 
-    def capture(settings: Settings, reload: Any) -> None:
+    def capture(settings: Settings, reload: Any, **more: Any) -> None:
         path.write_text("[control]\nttl_s = 4.0", "utf-8")
         seen.extend([settings, reload()])
 

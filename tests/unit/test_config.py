@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def test_environment_is_converted_to_the_type_of_the_key() -> None:
         ("[control]\nttl = 1", ["control.ttl:", "did you mean control.ttl_s?"]),
         ("[contrl]\nttl_s = 1", ["contrl.ttl_s", "did you mean control.ttl_s?"]),
         ("ttl_s = 1", ["ttl_s", "did you mean", ".ttl_s?"]),
+        ("[telemetry]\nmode = 'observe'", ["did you mean mode (above all sections)?"]),
+        ("[log]\nenabled = false", ["did you mean state.enabled?"]),
         ("control = 1", ["control", "expected a section [control]"]),
         ("mode = 'stear'", ["mode", "'stear'", "'observe' or 'canary' or 'control'"]),
         ("mode = ", ["smartspec.toml", "not a TOML file"]),
@@ -191,6 +194,19 @@ def test_paths_follow_the_runtime_directory(env: dict[str, str], expected: str) 
     assert settings.endpoint == f"ipc://{expected}/engines.sock"
     assert settings.bus_endpoint == f"ipc://{expected}/bus.sock"
     assert settings.redis_url == f"unix://{expected}/valkey.sock"
+
+
+@pytest.mark.parametrize("head", ["# a comment\n", "", "mode = 'control'\n"])
+def test_command_of_the_readme_sets_the_mode_whatever_the_file_has(
+    repository: Path, tmp_path: Path, head: str
+) -> None:
+    readme = (repository / "README.md").read_text("utf-8")
+    (line,) = (one for one in readme.splitlines() if one.strip().startswith("sed -i"))
+    path = tmp_path / "smartspec.toml"
+    path.write_text(f"{head}[log]\nlevel = 'error'\n", "utf-8")
+    subprocess.run(line.replace("/etc/smartspec/smartspec.toml", str(path)), shell=True, check=True)
+    settings = config.load(path, env={})
+    assert (settings.mode, settings.log.level) == ("observe", "error")
 
 
 def test_settings_in_force_can_be_read_back(tmp_path: Path) -> None:

@@ -493,3 +493,69 @@ def test_policy_lives_out_its_time_when_only_another_daemon_is_heard(pair: Pair)
         pair.clock.now += 0.2
         pair.deliver(wire.Heartbeat(daemon_epoch=pair.daemon.epoch))
     assert pair.source() == "fallback"
+
+
+# -- what is said of it ---------------------------------------------------------------------------
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged at INFO since the last look."""
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    caplog.clear()
+    return lines
+
+
+def pass_s(pair: Pair, seconds: float, beat: bool = False) -> None:
+    """Steps, ten a second, with or without a daemon that is heard."""
+    for _ in range(round(10 * seconds)):
+        pair.clock.now += 0.1
+        if beat:
+            pair.deliver(wire.Heartbeat(daemon_epoch=pair.daemon.epoch))
+        pair.source()
+        pair.link.report(step_facts(decode_batch()))
+
+
+def test_coming_and_going_of_the_daemon_is_logged_once_each(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    pass_s(pair, 12.0, beat=True)
+    pair.deliver(policy(fallback_s=30.0))
+    caplog.clear()
+    pass_s(pair, 20.0)
+    (line,) = told(caplog)
+    assert pair.endpoint in line and "from the table" in line
+    pass_s(pair, 30.0)
+    (line,) = told(caplog)
+    assert "runs as configured" in line
+    pass_s(pair, 5.0, beat=True)
+    (line,) = told(caplog)
+    assert "is heard" in line
+
+
+def test_daemon_that_comes_and_goes_all_the_time_is_logged_seldom(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    pass_s(pair, 12.0, beat=True)
+    caplog.clear()
+    for _ in range(10):
+        pass_s(pair, 2.0)
+        pass_s(pair, 0.5, beat=True)
+    assert len(told(caplog)) <= 3  # in 25 seconds
+
+
+def test_daemon_that_never_answers_is_logged_once_with_what_to_look_at(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    with ipc_endpoint() as endpoint:
+        clock = Clock()
+        link = EngineLink(endpoint, hello(), clock=clock)
+        for _ in range(300):
+            clock.now += 0.1
+            link.choose(decode_batch())
+            link.report(step_facts(decode_batch()))
+        link.close()
+    (line,) = told(caplog)
+    assert endpoint in line and "is this engine's key on its list?" in line

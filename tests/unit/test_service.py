@@ -20,12 +20,13 @@ from typing import Any
 
 import psutil
 import pytest
+from fakes import RecordingBus
 from typer.main import get_command
 
 from smartspec.daemon import config
 from smartspec.daemon.cli import app
 from smartspec.daemon.config import ConfigError, Settings
-from smartspec.daemon.event_bus import BusEvent, NoteEvent
+from smartspec.daemon.event_bus import BusEvent, NoteEvent, NullBus
 from smartspec.daemon.process import service
 from smartspec.daemon.process.service import InstanceLock, ServiceError, TelemetryChild
 
@@ -181,7 +182,7 @@ def test_reload_takes_what_can_change_and_names_what_needs_a_restart(
     old = settings_for(runtime_dir)
     caplog.set_level("INFO")
     new = settings_for(runtime_dir, control__ttl_s=3.0, redis__ttl_s=60, state__max_kept=5)
-    in_force, how = service.reload_settings(old, lambda: new)
+    in_force, how = service.reload_settings(old, lambda: new, NullBus())
     assert (in_force.control.ttl_s, in_force.redis.ttl_s) == (3.0, 60)
     assert in_force.state.max_kept == old.state.max_kept
     assert how == {"now", "telemetry"}
@@ -194,7 +195,10 @@ def test_reload_says_so_when_nothing_has_changed(
 ) -> None:
     caplog.set_level("INFO")
     old = settings_for(runtime_dir)
-    assert service.reload_settings(old, lambda: settings_for(runtime_dir)) == (old, set())
+    assert service.reload_settings(old, lambda: settings_for(runtime_dir), NullBus()) == (
+        old,
+        set(),
+    )
     assert "no setting has changed" in caplog.text
 
 
@@ -266,15 +270,19 @@ def test_settings_stay_when_the_reloaded_file_is_wrong(
     def load() -> Settings:
         raise ConfigError("control.ttl_s: got -1")
 
-    assert service.reload_settings(old, load) == (old, None)
+    bus = RecordingBus()
+    assert service.reload_settings(old, load, bus) == (old, None)
     assert "control.ttl_s: got -1" in caplog.text
+    (note,) = bus.of(NoteEvent)
+    assert (note.kind, note.level) == ("reload_failed", "error")
+    assert "control.ttl_s: got -1" in note.text
 
 
 # -- the process --------------------------------------------------------------------------------
 
 # A daemon whose loop only waits: what is tested here is everything around the loop.
 _DAEMON = """
-    import pathlib, sys, time
+    import os, pathlib, sys, time
     from smartspec.daemon import config
     from smartspec.daemon.process import logs, service
     from smartspec.daemon.vitals import Vitals
@@ -300,7 +308,8 @@ _DAEMON = """
     settings = load()
     logs.configure(settings.log)
     try:
-        service.run(settings, load, lambda settings, bus: IdleLoop())
+        limit_s = float(os.environ.get("EXIT_WHEN_STUCK_S", "0"))
+        service.run(settings, load, lambda settings, bus: IdleLoop(), limit_s)
     except service.ServiceError as error:
         sys.exit(f"refused: {error}")
 """
@@ -448,6 +457,18 @@ def test_service_manager_is_told_the_life_of_the_daemon(
         manager.close()
 
 
+def test_daemon_ends_by_itself_when_its_loop_is_stuck(
+    daemons: Callable[..., Daemon], runtime_dir: Path
+) -> None:
+    daemon = daemons("[telemetry]\nenabled = false\n", EXIT_WHEN_STUCK_S="1")
+    eventually(lambda: daemon.says("process"))
+    time.sleep(2.0)  # twice the limit, with a loop that turns
+    assert daemon.process.poll() is None
+    (runtime_dir / "stuck").touch()
+    assert daemon.process.wait(10) == 1
+    eventually(lambda: daemon.says("in cycle"))  # the traceback of where it stood
+
+
 class Manager:
     """A service manager's end of the notify socket."""
 
@@ -528,8 +549,17 @@ def test_unit_gives_the_directory_that_the_settings_expect() -> None:
     assert section["Type"] == "notify"
     state = config.load(env={"STATE_DIRECTORY": f"/var/lib/{section['StateDirectory']}"}).state
     assert state.enabled and state.directory == "/var/lib/smartspec"
-    for hardening in ("NoNewPrivileges", "DynamicUser", "ProtectHome", "PrivateTmp"):
+    for hardening in ("NoNewPrivileges", "ProtectHome", "PrivateTmp"):
         assert section[hardening] == "yes"
+
+
+def test_directory_is_the_same_whether_boot_or_the_unit_makes_it() -> None:
+    section = unit()["Service"]
+    line = UNIT.with_name("tmpfiles.conf").read_text("utf-8").splitlines()[-1]
+    path, mode = f"/run/{section['RuntimeDirectory']}", section["RuntimeDirectoryMode"]
+    assert line.split() == ["d", path, mode, section["User"], section["Group"]]
+    made = UNIT.with_name("sysusers.conf").read_text("utf-8")
+    assert f"u {section['User']} " in made and f"g {section['Group']} " in made
 
 
 def test_worker_s_unit_may_connect_to_the_daemon_and_looks_where_it_is() -> None:

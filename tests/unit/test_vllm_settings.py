@@ -64,7 +64,33 @@ def test_default_endpoint_is_the_users_own_without_a_system_daemon(
     monkeypatch.setattr("smartspec.engine_adapter.vllm.settings.SYSTEM_RUNTIME_DIR", "/none")
     found = default_endpoint({"XDG_RUNTIME_DIR": "/run/user/7"})
     assert found == "ipc:///run/user/7/smartspec/engines.sock"
-    assert default_endpoint({}) == f"ipc:///tmp/smartspec-{os.getuid()}/engines.sock"
+
+
+def test_default_endpoint_is_the_systems_while_its_daemon_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "smartspec.engine_adapter.vllm.settings.SYSTEM_RUNTIME_DIR", str(tmp_path)
+    )  # which is there, and empty
+    found = default_endpoint({"XDG_RUNTIME_DIR": "/run/user/7"})
+    assert found == f"ipc://{tmp_path}/engines.sock"
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "taken"), [(0o700, 0, True), (0o770, 0, False), (0o700, 1, False)]
+)
+def test_directory_in_tmp_is_taken_only_where_it_is_our_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int, owner: int, taken: bool
+) -> None:
+    monkeypatch.setattr("smartspec.engine_adapter.vllm.settings.SYSTEM_RUNTIME_DIR", "/none")
+    monkeypatch.setattr("smartspec.engine_adapter.vllm.settings.SHARED", str(tmp_path))
+    user = os.getuid() + owner
+    monkeypatch.setattr(os, "getuid", lambda: user)
+    assert default_endpoint({}) == "ipc:///none/engines.sock"
+    folder = tmp_path / f"smartspec-{user}"
+    folder.mkdir()
+    folder.chmod(mode)
+    assert default_endpoint({}) == f"ipc://{folder if taken else '/none'}/engines.sock"
 
 
 def configuration(**changes: Any) -> Any:
