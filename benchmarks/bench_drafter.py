@@ -5,8 +5,10 @@
   the head by itself, and its chains; beside them chains of the target without five of its thirty
   layers.
 * *forward*: a pass of the drafter over one token, and of the target, in turns, after 300 tokens.
-* *goodput* at batch 1: each prompt is answered without speculation and with trees, one run after
-  the other; tokens per second of the steps after the prompt.
+* *goodput* at batch 1: each prompt is answered without speculation, with chains and trees of fixed
+  sizes, and as the product does it: trees with copies, of sizes that the daemon chooses (in this
+  process, between the steps); beside it, prompt lookup steered so. One run after the other; tokens
+  per second of the steps after the prompt.
 
 Without times, nothing depends on what else the machine does.
 
@@ -24,25 +26,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from bench_tree_replay import daemon_for
 from figures import record
 from record_acceptance import MODEL_LEN, ask
 from rich.console import Console
 from rich.table import Table
 from spec_bench import TASKS, Prompt, prompts
 
-from smartspec.engine_adapter.base import FixedLength
+from smartspec.engine_adapter.base import FixedLength, LengthSource
 from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadRunner
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
+from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import Proposer
 from smartspec.engine_adapter.reference.service import DEFAULT_DRAFTER
 from smartspec.engine_adapter.reference.worker import Worker
 
 DRAFTS = 5
 ROWS = 8
+MOST = 8  #: drafts, as the worker has them
+WARM_UP = 6
 CONTEXT_TOKENS = 300
 
 
@@ -58,20 +64,24 @@ class Decoded(NamedTuple):
         return Decoded(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def decode(
-    target: models.LoadedModel, proposer: Proposer | None, asked: Sequence[Prompt], length: int
-) -> dict[int, Decoded]:
-    """Answer prompts together; of each, by its place, the steps in which it was drafted for."""
-    rows = min(ROWS, len(asked))
-    worker = Worker(
+def worker_for(
+    target: models.LoadedModel, proposer: Proposer | None, source: LengthSource, rows: int
+) -> Worker:
+    return Worker(
         target.model,
         proposer=proposer,
-        length_source=FixedLength(length),
+        length_source=source,
         max_num_running=rows,
         max_model_len=MODEL_LEN,
         max_prefill_tokens=MODEL_LEN,
         eos_token_ids=target.eos_token_ids,
     )
+
+
+def decode(
+    worker: Worker, target: models.LoadedModel, asked: Sequence[Prompt]
+) -> dict[int, Decoded]:
+    """Answer prompts together; of each, by its place, the steps in which it was drafted for."""
     ids = [worker.add_request(ask(prompt, target.tokenizer, 0.0)) for prompt in asked]
     found = dict.fromkeys(ids, Decoded())
     while worker.has_work:
@@ -114,7 +124,8 @@ def acceptance(
     # Those of like lengths together: rows are read up to the longest.
     asked = sorted(asked, key=lambda prompt: len(prompt.text))
     for name, proposer in proposers.items():
-        for task, sums in by_task(asked, decode(target, proposer, asked, DRAFTS)).items():
+        worker = worker_for(target, proposer, FixedLength(DRAFTS), min(ROWS, len(asked)))
+        for task, sums in by_task(asked, decode(worker, target, asked)).items():
             figures[f"{name}_{task}_accepted_per_step"] = sums.accepted / sums.steps
     return figures
 
@@ -149,23 +160,35 @@ def forward_share(
 def goodput(
     target: models.LoadedModel, head: FeatureHead, asked: list[Prompt], lengths: list[int]
 ) -> dict[str, float]:
-    """At batch 1, over no speculation, in turns prompt by prompt."""
-    sums: dict[int, dict[str, Decoded]] = {}
-    for prompt in asked:
-        for length in (0, *lengths):
-            drafts = FeatureDraft(head, 1, MODEL_LEN, length) if length else None
-            one = by_task([prompt], decode(target, drafts, [prompt], length))
-            before = sums.get(length)
-            sums[length] = {
-                task: decoded.plus(before[task]) if before else decoded
-                for task, decoded in one.items()
-            }
+    """At batch 1, over no speculation, in turns prompt by prompt.
+
+    The daemon starts knowing nothing, and has the answers of `WARM_UP` other prompts to learn from.
+    """
+    arms = {"none": worker_for(target, None, FixedLength(0), 1)}
+    for length in lengths:
+        tree, chain = FeatureDraft(head, 1, MODEL_LEN, length), FeatureChain(head, 1, MODEL_LEN)
+        arms[f"tree_{length}"] = worker_for(target, tree, FixedLength(length), 1)
+        arms[f"chain_{length}"] = worker_for(target, chain, FixedLength(length), 1)
+    shipped = FeatureDraft(head, 1, MODEL_LEN, MOST)
+    steered = {"copies_daemon": PromptLookup(MOST), "daemon": shipped}
+    others = [prompt for prompt in prompts() if prompt not in asked]
+    for arm, proposer in steered.items():
+        arms[arm] = worker_for(target, proposer, daemon_for(proposer, 1), 1)
+        decode(arms[arm], target, others[:: len(others) // WARM_UP][:WARM_UP])
+    sums = {arm: dict.fromkeys((*TASKS, "all"), Decoded()) for arm in arms}
+    for number, prompt in enumerate(asked):
+        order = list(arms)
+        # Each arm's turn comes first, last and between as often as others'.
+        for arm in order[number % len(order) :] + order[: number % len(order)]:
+            one = by_task([prompt], decode(arms[arm], target, [prompt]))
+            sums[arm] = {task: s.plus(one[task]) for task, s in sums[arm].items()}
     figures = {}
-    for task in sums[0]:
-        pace = {length: s[task].tokens / s[task].seconds for length, s in sums.items()}
-        figures[f"none_{task}_tokens_per_s"] = pace[0]
-        for length in lengths:
-            figures[f"tree_{length}_{task}_goodput_ratio"] = pace[length] / pace[0]
+    for task in sums["none"]:
+        pace = {arm: s[task].tokens / s[task].seconds for arm, s in sums.items()}
+        figures[f"none_{task}_tokens_per_s"] = pace.pop("none")
+        for arm, tokens_per_s in pace.items():
+            ratio = tokens_per_s / figures[f"none_{task}_tokens_per_s"]
+            figures[f"{arm}_{task}_goodput_ratio"] = ratio
     return figures
 
 
@@ -188,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts-per-task", type=int, default=12, help="for acceptance; 0: none")
     parser.add_argument("--timed-per-task", type=int, default=3, help="0: no times")
-    parser.add_argument("--lengths", default="3,5")
+    parser.add_argument("--lengths", default="3,5", help="fixed ones that are timed")
     parser.add_argument("--drafter", type=Path, default=DEFAULT_DRAFTER)
     parser.add_argument("--without-copy", action="store_true", help="leave the truncated copy out")
     parser.add_argument("--threads", type=int)
@@ -211,7 +234,7 @@ def main() -> None:
         show(f"accepted per step, {DRAFTS} drafts", figures, "accepted_per_step")
     if arguments.timed_per_task:
         figures |= forward_share(target, head, repetitions=60)
-        lengths = [int(part) for part in arguments.lengths.split(",")]
+        lengths = [int(part) for part in arguments.lengths.split(",") if part]
         figures |= goodput(target, head, first_of_each(arguments.timed_per_task), lengths)
         show("goodput over no speculation, batch 1", figures, "goodput_ratio")
     record("drafter", figures)

@@ -3,8 +3,8 @@
 * openai/grade-school-math @ 3101c7d, `data/train.jsonl`, MIT;
 * yizhongw/self-instruct @ 0b26cca, Apache-2.0: `data/seed_tasks.jsonl`, which people wrote,
   `human_eval/user_oriented_instructions.jsonl`, and of `data/finetuning/t0_train_50k`, which is
-  taken from T0's training data, CNN/DailyMail (Apache-2.0), CommonGen and Gigaword (MIT), Quoref,
-  ROPES, CosmosQA and QASC (CC BY 4.0);
+  taken from T0's training data, CNN/DailyMail (Apache-2.0), CommonGen, CommonsenseQA, DuoRC and
+  Gigaword (MIT), Quoref, ROPES, CosmosQA and QASC (CC BY 4.0);
 * sentences of our own: tasks over subjects, and German to translate.
 
 What has 8 words in a row with a Spec-Bench prompt is left out. The order is shuffled, so that any
@@ -32,7 +32,8 @@ from smartspec.lab.public_data import data_folder
 
 T0 = "data/finetuning/t0_train_50k/data_per_template"
 WORDS = 8  #: in a row, that no prompt may share with Spec-Bench
-MAX_CHARACTERS = 2600
+MAX_CHARACTERS = 2000
+MAX_PASSAGE = 1500  #: characters of an article or passage
 
 TASKS = (
     "Write a short blog post about {}.",
@@ -47,6 +48,22 @@ TASKS = (
     "Compare {} with what it replaced.",
     "Who was important in the history of {}?",
     "Give step-by-step advice to somebody who is new to {}.",
+    "Write a polite email to your manager that asks for an afternoon off because of {}.",
+    "Which five questions should one ask an expert on {}?",
+    "Pretend that you are a grumpy old sailor and tell me what you think of {}.",
+    "Write a poem about {}.",
+    "Describe {} in two sentences.",
+    "What is a common misunderstanding about {}, and what is true?",
+    "Draft the introduction of a talk on {} for an audience of students.",
+    "Suggest three titles for a book about {}, and say why each is good.",
+    "Write an SQL table and two queries for a shop that deals with {}.",
+    "Tell me a joke about {} and explain why it is funny.",
+    "Summarize what is known about {} in one paragraph.",
+    "Write a dialogue between two friends who disagree about {}.",
+    "How does {} work?",
+    "What does one have to know about {} before an exam?",
+    "Write a review of a museum about {}.",
+    "What would the world be like without {}?",
 )
 SUBJECTS = (
     "bicycles",
@@ -89,6 +106,46 @@ SUBJECTS = (
     "the stock market",
     "dinosaurs",
     "poetry",
+    "airships",
+    "climate change",
+    "the water cycle",
+    "democracy",
+    "knitting",
+    "the immune system",
+    "satellites",
+    "coffee",
+    "lighthouses",
+    "the silk road",
+    "machine learning",
+    "yoga",
+    "plate tectonics",
+    "the calendar",
+    "cameras",
+    "public speaking",
+    "opera",
+    "the food chain",
+    "glass",
+    "insurance",
+    "wind turbines",
+    "the French Revolution",
+    "antibiotics",
+    "board games",
+    "the solar system",
+    "marathon running",
+    "batteries",
+    "rice",
+    "sleep",
+    "the alphabet",
+    "supply and demand",
+    "penguins",
+    "paper",
+    "the internet",
+    "comets",
+    "cooking for a family",
+    "the atom",
+    "trains",
+    "migration of birds",
+    "remote work",
 )
 WHO = (
     "Die Regierung",
@@ -135,6 +192,18 @@ CLOSED_BOOK = (
     "What is the national dish of {}?",
     "How many people live in {}?",
     "What is the highest mountain in {}?",
+    "what is the currency of {}",
+    "who won the last election in {}",
+    "where is {} on the map?",
+    "which countries border {}",
+)
+OF_SUBJECTS = (
+    "who invented {}",
+    "when did people first hear of {}?",
+    "where do {} come from",
+    "what is the meaning of {}",
+    "who wrote the best-known book about {}?",
+    "what is another word for {}?",
 )
 COUNTRIES = (
     "Norway",
@@ -163,6 +232,16 @@ COUNTRIES = (
     "Colombia",
     "Nepal",
 )
+SUMMARIES = (
+    "Summarize: {}",
+    "{}\n\nSummarize this article in two or three sentences.",
+    "Summarize: {}",
+    "Write the key points of this article as a list.\n\n{}",
+)
+PASSAGES = (
+    "{}\n\n{}",
+    "Answer the question with the help of the passage.\n\nPassage: {}\n\nQuestion: {}",
+)
 
 
 class Source(NamedTuple):
@@ -187,45 +266,49 @@ def of_self_instruct(source: Source) -> Iterator[str]:
             for instance in row["instances"]:
                 yield "\n\n".join(filter(None, (row["instruction"], instance["input"])))
     templates = {
-        "cnn_dailymail_3_0_0_2_or_3_sentences": 90,
-        "cnn_dailymail_3_0_0_news_summary": 60,
-        "quoref_Given_Context_Answer_Question": 60,
-        "quoref_Found_Context_Online": 90,
-        "quoref_Guess_Title_For_Context": 30,
-        "ropes_prompt_beginning": 90,
-        "ropes_plain_no_background": 60,
-        "cosmos_qa_context_description_question_text": 200,
-        "cosmos_qa_context_answer_to_question": 80,
-        "qasc_qa_with_combined_facts_1": 120,
-        "common_gen_topic_to_sentence": 60,
-        "common_gen_Given_concepts_type_2": 60,
-        "gigaword_write_an_article": 150,
-        "gigaword_generate_summary_for_this": 60,
+        "ropes_prompt_beginning": 60,
+        "cosmos_qa_context_description_question_text": 110,
+        "cosmos_qa_context_answer_to_question": 50,
+        "qasc_qa_with_combined_facts_1": 60,
+        "common_gen_topic_to_sentence": 40,
+        "common_gen_Given_concepts_type_2": 40,
+        "commonsense_qa_answer_given_question_without_options": 100,
+        "gigaword_write_an_article": 100,
+        "gigaword_generate_summary_for_this": 50,
     }
     for name, count in templates.items():
         rows = source.rows(f"{T0}/{name}.jsonl")
         # The templates of a set share its rows: each takes another part of them.
-        rows = rows[-count:] if name.endswith(("news_summary", "Online", "background")) else rows
+        rows = rows[-count:] if name.endswith(("to_question", "for_this", "type_2")) else rows
         yield from (row["prompt"].strip() for row in rows[:count])
     articles = source.rows(f"{T0}/cnn_dailymail_3_0_0_news_summary.jsonl")
-    for row in articles[90:140]:
-        yield "Summarize: " + max(row["prompt"].split("\n"), key=len)
+    for number, row in enumerate(articles):
+        article = max(row["prompt"].split("\n"), key=len)[:MAX_PASSAGE]
+        yield SUMMARIES[number % len(SUMMARIES)].format(article)
     contexts = source.rows(f"{T0}/quoref_Given_Context_Answer_Question.jsonl")
-    for row in contexts[60:110]:
+    for number, row in enumerate(contexts):
         question, *_, context = [part for part in row["prompt"].split("\n") if part.strip()]
-        yield f"{context}\n\n{question}"
-    for row in contexts:  # the question alone, from memory
-        yield row["prompt"].split("\n")[0]
+        yield PASSAGES[number % len(PASSAGES)].format(context[:MAX_PASSAGE], question)
+        yield question  # alone, from memory
+    plots = source.rows(f"{T0}/duorc_SelfRC_answer_question.jsonl")
+    for number, row in enumerate(plots[:150]):
+        told = row["prompt"]
+        question = told.split("Question: ")[1].split("\nMovie plot title:")[0]
+        plot = told.split("Movie plot: ")[1]
+        yield PASSAGES[number % len(PASSAGES)].format(plot[:MAX_PASSAGE], question)
 
 
 def of_our_own(rng: random.Random) -> Iterator[str]:
     pairs = list(itertools.product(TASKS, SUBJECTS))
-    yield from (task.format(subject) for task, subject in rng.sample(pairs, 360))
+    yield from (task.format(subject) for task, subject in rng.sample(pairs, 1100))
     german = list(itertools.product(WHO, WHEN, WHAT))
-    for words in rng.sample(german, 240):
+    for words in rng.sample(german, 400):
         yield "Translate German to English: " + " ".join(words)
-    questions = list(itertools.product(CLOSED_BOOK, COUNTRIES))
-    yield from (question.format(country) for question, country in rng.sample(questions, 150))
+    questions = [
+        *itertools.product(CLOSED_BOOK, COUNTRIES),
+        *itertools.product(OF_SUBJECTS, SUBJECTS),
+    ]
+    yield from (question.format(about) for question, about in rng.sample(questions, 350))
 
 
 def runs_of_words(text: str) -> set[tuple[str, ...]]:
@@ -238,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("grade_school_math", type=Path)
     parser.add_argument("self_instruct", type=Path)
-    parser.add_argument("--num-math", type=int, default=1200)
+    parser.add_argument("--num-math", type=int, default=750)
     arguments = parser.parse_args()
     rng = random.Random(1)
     found = [

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from smartspec.engine_adapter.reference import attention
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
+from smartspec.engine_adapter.reference.packed_linear import PackedLinear, can_pack
 
 FORMAT = "smartspec-feature-head-1"
 PROBED_VALUES = 1024  #: of each of the target's parameters, that its fingerprint looks at
@@ -103,6 +104,7 @@ class FeatureHead(nn.Module):
         self._turns: Tensor
         self._embedding: Tensor
         self.unembedding: Tensor
+        self._packed: PackedLinear | None = None
 
     @property
     def device(self) -> torch.device:
@@ -144,8 +146,20 @@ class FeatureHead(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """Of the token after next, [..., num_draft_tokens]."""
-        normed = (_scaled(states) * self.norm_output).to(self.unembedding.dtype)
-        return functional.linear(normed, self.unembedding)
+        read = self.normed(states).to(self.unembedding.dtype)
+        if self._packed is not None:
+            packed: Tensor = self._packed(read)
+            return packed
+        return functional.linear(read, self.unembedding)
+
+    def pack(self) -> None:
+        """Keep the output matrix in the order that suits few tokens (packed_linear.py)."""
+        if self._packed is None and can_pack(self.unembedding):
+            self._packed = PackedLinear(self.unembedding)
+
+    def normed(self, states: Tensor) -> Tensor:
+        """What the output matrix reads of them."""
+        return _scaled(states) * self.norm_output
 
     def forward(
         self,
@@ -223,6 +237,7 @@ class HeadRunner(ModelRunner):
     model: Any
 
     def __init__(self, head: FeatureHead, num_rows: int, max_model_len: int) -> None:
+        head.pack()
         unread: Any = head
         super().__init__(unread, num_rows, max_model_len)
 

@@ -19,6 +19,7 @@ from smartspec.engine_adapter.reference import attention
 from smartspec.engine_adapter.reference.attention import Group, ModelNotSupported, Trees
 from smartspec.engine_adapter.reference.draft_tree import lineage
 from smartspec.engine_adapter.reference.kv_cache import KvCache
+from smartspec.engine_adapter.reference.packed_linear import pack
 
 #: Segments up to this long share a padded group; longer ones (prompt chunks) are a group each.
 MAX_PADDED_TOKENS = 16
@@ -74,6 +75,7 @@ class ModelRunner:
             raise ModelNotSupported(f"rope_type {rope['rope_type']!r} depends on the whole batch")
         self.model = model
         self.model.train(False)
+        pack(self.model)
         self.device = model.device
         self.cache = KvCache(num_rows, max_model_len)
         self._install()

@@ -26,6 +26,9 @@ from smartspec.engine_adapter.reference.feature_head import fingerprint
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 
 SHARD_ANSWERS = 128
+POOL_PROMPTS = 512  #: of which those of like lengths are answered together
+PASS_PROMPT_TOKENS = 256  #: of new prompts in one pass, about
+FORMAT = "answers-2"
 #: An answer that goes round in circles of up to so many tokens, for so many, has no more to teach.
 LONGEST_LOOP = 32
 LOOP_TOKENS = 96
@@ -45,7 +48,7 @@ class Answer(NamedTuple):
     num_prompt: int
     temperature: float
     features: Tensor  #: [T - 1, layers * hidden_size] fp16, after each token but the last
-    log_mass: Tensor  #: [T - num_prompt], log of sum of exp(logits), where each was drawn
+    log_mass: Tensor  #: [T - 1], log of the sum of exp(logits) after each token but the last
 
 
 @dataclass
@@ -56,7 +59,7 @@ class _Row:
     asked: Asked
     tokens: list[int]
     features: list[Tensor] = field(default_factory=list)
-    log_mass: list[float] = field(default_factory=list)
+    log_mass: list[Tensor] = field(default_factory=list)
 
     @property
     def said(self) -> list[int]:
@@ -69,7 +72,7 @@ class _Row:
         return len(late) == LOOP_TOKENS and any(late[n:] == late[:-n] for n in periods)
 
     def done(self) -> Answer:
-        features, log_mass = torch.cat(self.features), torch.tensor(self.log_mass)
+        features, log_mass = torch.cat(self.features), torch.cat(self.log_mass)
         num_prompt = len(self.asked.tokens)
         tokens = torch.tensor(self.tokens)
         return Answer(tokens, num_prompt, self.asked.temperature, features, log_mass)
@@ -88,34 +91,44 @@ def answer(
     As many are decoded together as the runner has rows.
     """
     generator = torch.Generator().manual_seed(seed)
-    waiting = list(reversed(list(enumerate(asked))))
+    # Rows are read as far as the longest of them: those of like lengths run together.
+    order = [
+        place
+        for begin in range(0, len(asked), POOL_PROMPTS)
+        for place in sorted(
+            range(begin, min(begin + POOL_PROMPTS, len(asked))), key=lambda i: len(asked[i].tokens)
+        )
+    ]
+    waiting = [(place, asked[place]) for place in reversed(order)]
     rows: dict[int, _Row] = {}
     free = list(range(runner.cache.num_rows))
     while waiting or rows:
         segments = [
             Segment(row, len(known.tokens) - 1, known.tokens[-1:], 1) for row, known in rows.items()
         ]
-        # One prompt a pass, so that passes are of one size, about.
-        if waiting and free:
+        room = PASS_PROMPT_TOKENS  # so that passes are of one size, about
+        while waiting and free and room > 0:
             place, prompt = waiting.pop()
             rows[free[-1]] = _Row(place, prompt, list(prompt.tokens))
-            segments.append(Segment(free.pop(), 0, prompt.tokens, 1))
+            segments.append(Segment(free.pop(), 0, prompt.tokens, len(prompt.tokens)))
+            room -= len(prompt.tokens)
         logits, features = runner.forward_with_features(segments, layers)
-        logits = logits.float().cpu()
         sizes = [len(segment.tokens) for segment in segments]
         states = torch.split(features.half().cpu(), sizes)
-        masses = logits.logsumexp(-1).tolist()
-        for segment, line, state, log_mass in zip(segments, logits, states, masses, strict=True):
+        masses = torch.split(logits.float().logsumexp(-1).cpu(), sizes)
+        last = logits[torch.tensor(sizes, device=logits.device).cumsum(0) - 1].float().cpu()
+        for segment, line, state, log_mass in zip(segments, last, states, masses, strict=True):
             known = rows[segment.row]
             if known.asked.temperature > 0:
-                chances = (line / known.asked.temperature).softmax(-1)
-                token = int(torch.multinomial(chances, 1, generator=generator))
+                chances = (line / known.asked.temperature).softmax(-1).cumsum(-1)
+                drawn = chances[-1] * torch.rand(1, generator=generator)
+                token = min(int(torch.searchsorted(chances, drawn)), len(chances) - 1)
             else:
                 token = int(line.argmax())
             known.features.append(state.clone())
             known.log_mass.append(log_mass)
             known.tokens.append(token)
-            enough = len(known.log_mass) >= max_answer_tokens
+            enough = len(known.said) >= max_answer_tokens
             if token in eos_token_ids or enough or known.loops:
                 yield known.place, known.done()
                 free.append(segment.row)
@@ -124,7 +137,8 @@ def answer(
 
 def origin(target: PreTrainedModel, layers: Sequence[int]) -> dict[str, str]:
     """What all answers that a drafter learns from must share; written into each shard."""
-    return {"target": fingerprint(target), "layers": ",".join(map(str, layers))}
+    layers_read = ",".join(map(str, layers))
+    return {"format": FORMAT, "target": fingerprint(target), "layers": layers_read}
 
 
 def record(
@@ -203,7 +217,7 @@ def read(path: Path) -> list[Answer]:
             num_prompt.tolist(),
             file.get_tensor("temperature").tolist(),
             file.get_tensor("features").split((num_tokens - 1).tolist()),
-            file.get_tensor("log_mass").split((num_tokens - num_prompt).tolist()),
+            file.get_tensor("log_mass").split((num_tokens - 1).tolist()),
         )
     return [Answer(*row) for row in zip(*columns, strict=True)]
 

@@ -17,7 +17,7 @@ from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.lab.distill import answers as data
 from smartspec.lab.distill import training
 
-NUM_ROWS = 64  #: answers that are decoded together
+NUM_ROWS = 128  #: answers that are decoded together
 MIN_ANSWER_TOKENS = 8  #: shorter answers are left out
 
 
@@ -50,7 +50,7 @@ class Recipe:
     loss: training.Loss = "kl"
     epochs: int = 3
     learning_rate: float = 1e-3
-    batch_tokens: int = 1024
+    batch_tokens: int = 2048
     seed: int = 0
 
 
@@ -146,7 +146,7 @@ def _answer(
     begin = time.monotonic()
     for shard in shards:
         num_answers += len(shard)
-        num_tokens += sum(len(answer.log_mass) for answer in shard)
+        num_tokens += sum(len(answer.tokens) - answer.num_prompt for answer in shard)
         pace = num_tokens / (time.monotonic() - begin)
         _say(f"{num_answers} of {len(asked)} prompts answered, {pace:.0f} answer tokens/s")
     return {"num_answers": num_answers, "num_answer_tokens": num_tokens}
@@ -167,7 +167,8 @@ def _train(
     found = [a for file in _shards(work, target, layers) for a in data.read(file)]
     # The same answers are held out whatever the number of rounds, or training on from a drafter
     # would be scored on what it was shown before.
-    found = [a for a in found if len(a.log_mass) > max(MIN_ANSWER_TOKENS, recipe.num_rounds)]
+    shortest = max(MIN_ANSWER_TOKENS, recipe.num_rounds)
+    found = [a for a in found if len(a.tokens) - a.num_prompt > shortest]
     greedy = [i for i, answer in enumerate(found) if answer.temperature == 0]
     kept = set(greedy[:: max(1, len(greedy) // recipe.held_out)][: recipe.held_out])
     held_out = [found[i] for i in sorted(kept)]
@@ -188,8 +189,8 @@ def _train(
         head = feature_head.load(start, target)
     size = head.config.hidden_size
     batches = [training.batch_of(held_out[i : i + 8], size) for i in range(0, len(held_out), 8)]
-    num_tokens = sum(len(answer.log_mass) for answer in answers)
-    _say(f"training on {len(answers)} answers of {num_tokens} tokens")
+    num_tokens = sum(len(answer.tokens) - answer.num_prompt for answer in answers)
+    _say(f"training on {len(answers)} answers of {num_tokens} tokens, and on their prompts")
     progress = training.train(
         head,
         answers,

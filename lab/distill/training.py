@@ -10,7 +10,6 @@ up to p - r, and of each later round j the one at p - r + j: what the cache hold
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -25,8 +24,12 @@ from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadCon
 from smartspec.lab.distill.answers import Answer
 
 Loss: TypeAlias = Literal["kl", "reverse-kl", "tv"]
-MAX_PROMPT_TOKENS = 128  #: the last of a prompt, that training shows the head
+MAX_PROMPT_TOKENS = 256  #: the last of a prompt, that training shows the head
+FIRST_ROUND_SHARE = 0.6  #: of all steps, that train for the first draft alone
+PROMPT_LOSS = 0.5  #: weight of a token in a prompt over one in an answer
 ROUND_WEIGHT = 0.9  #: of each round over the one before
+POOL_ANSWERS = 512  #: of which those of like lengths are trained on together
+CHUNK_TOKENS = 256  #: whose distributions are looked at together
 PROMPT_WEIGHT = 0.3  #: of a token in a prompt over one in an answer, when the frequent are chosen
 
 
@@ -37,8 +40,8 @@ class Batch(NamedTuple):
     features: Tensor  #: [B, P + A, layers * hidden], the target's one position before
     num_prompt: int  #: P
     present: Tensor  #: [B, P + A] bool
-    final: Tensor  #: [B, A, hidden], the target's own, from which its distribution follows
-    log_mass: Tensor  #: [B, A], log of the sum of exp of all its logits; infinite: no token
+    final: Tensor  #: [B, P + A, hidden], the target's own, from which its distribution follows
+    log_mass: Tensor  #: [B, P + A], log of the sum of exp of all its logits; infinite: no token
     said: Tensor  #: [B, A], the token that the answer goes on with; -1: none
 
     def to(self, device: torch.device) -> Batch:
@@ -62,8 +65,8 @@ def batch_of(answers: Sequence[Answer], hidden_size: int) -> Batch:
     tokens = torch.zeros(len(answers), P + A, dtype=torch.long)
     features = torch.zeros(len(answers), P + A, width, dtype=torch.float16)
     present = torch.zeros(len(answers), P + A, dtype=torch.bool)
-    final = torch.zeros(len(answers), A, hidden_size)
-    log_mass = torch.full((len(answers), A), torch.inf)
+    final = torch.zeros(len(answers), P + A, hidden_size, dtype=torch.float16)
+    log_mass = torch.full((len(answers), P + A), torch.inf)
     said = torch.full((len(answers), A), -1)
     for i, (answer, before, length) in enumerate(zip(answers, shown, lengths, strict=True)):
         begin = answer.num_prompt - before
@@ -75,14 +78,17 @@ def batch_of(answers: Sequence[Answer], hidden_size: int) -> Batch:
         else:
             features[i, P - before + 1 : P + length] = answer.features[: end - 1]
         present[i, here] = True
-        final[i, :length] = answer.features[answer.num_prompt : end, -hidden_size:].float()
-        log_mass[i, :length] = answer.log_mass[1:]
+        final[i, here] = answer.features[begin:end, -hidden_size:]
+        log_mass[i, here] = answer.log_mass[begin:end]
         said[i, :length] = answer.tokens[answer.num_prompt + 1 :]
     return Batch(tokens, features, P, present, final, log_mass, said)
 
 
 def rounds(head: FeatureHead, batch: Batch, num_rounds: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each round: states [B, A, hidden] after the answer's tokens, and which of them count."""
+    """Of each round: states after the tokens, and which of them count.
+
+    [B, P + A, hidden] in the first round, [B, A, hidden] in those after, of answers alone.
+    """
     P = batch.num_prompt
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
     causal = positions[0][:, None] >= positions[0]
@@ -96,9 +102,9 @@ def rounds(head: FeatureHead, batch: Batch, num_rounds: int) -> Iterator[tuple[T
         )
 
     states = head.advance(head.state(batch.features), batch.tokens, positions, attend_first)
-    states = states[:, P:]
     counts = batch.log_mass.isfinite()
     yield states, counts
+    states, counts = states[:, P:], counts[:, P:]
     for number in range(1, num_rounds):
 
         def attend_later(query: Tensor, key: Tensor, value: Tensor, number: int = number) -> Tensor:
@@ -137,22 +143,78 @@ def _moved(values: Tensor, by: int) -> Tensor:
     return functional.pad(values, (0, 0, by, 0))[:, :, : values.shape[2]] if by else values
 
 
-def loss_of(kind: Loss, target_log: Tensor, logits: Tensor) -> Tensor:
-    """[N], of the target's log-probabilities of the draft's tokens and the draft's logits.
+class Divergence(torch.autograd.Function):
+    """Sum over tokens of the divergence of a head's distribution from the target's.
 
     With p the target's distribution over the draft's tokens and q the draft's: kl is
     sum p log(p / q), reverse-kl sum q log(q / p), tv sum |p - q| / 2; times the probability that
     the target says one of these tokens at all, since nothing can be drafted where it does not.
+
+    Gradients are made on the way, some tokens at a time: what is as large as tokens by vocabulary
+    is never kept, and stays in a processor's cache.
     """
-    mass = target_log.logsumexp(-1, keepdim=True)
-    log_p, log_q = target_log - mass, logits.log_softmax(-1)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        read: Tensor,
+        final: Tensor,
+        log_mass: Tensor,
+        weight: Tensor,
+        matrix: Tensor,
+        kind: Loss,
+    ) -> Tensor:
+        """The sum, of ``read``'s gradient too.
+
+        Parameters
+        ----------
+        read, final : [N, hidden], what the output matrix reads of the head and of the target
+        log_mass, weight : [N], of the target's tokens; of each token in the sum
+        matrix : [num_draft_tokens, hidden]
+        """
+        total = torch.zeros((), device=read.device)
+        gradient = torch.empty_like(read)
+        for begin in range(0, len(read), CHUNK_TOKENS):
+            here = slice(begin, begin + CHUNK_TOKENS)
+            aim = functional.linear(final[here], matrix).float() - log_mass[here, None]
+            logits = functional.linear(read[here], matrix).float()
+            loss, slope = divergence(kind, aim, logits)
+            total += (loss * weight[here]).sum()
+            gradient[here] = slope.mul_(weight[here, None]).to(matrix.dtype) @ matrix
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * above.to(gradient.dtype), None, None, None, None, None
+
+
+def divergence(kind: Loss, aim: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `Divergence`, [N], and its slopes by the logits, [N, num_draft_tokens].
+
+    ``aim`` : the target's log-probabilities of the draft's tokens; overwritten, as the logits are
+    """
+    mass = aim.logsumexp(-1)
+    log_p = aim.sub_(mass[:, None])
+    log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
     if kind == "kl":
-        distance = (log_p.exp() * (log_p - log_q)).sum(-1)
+        p = log_p.exp()
+        distance = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        slope = log_q.exp_().sub_(p)
     elif kind == "reverse-kl":
-        distance = (log_q.exp() * (log_q - log_p)).sum(-1)
+        ratio = log_q - log_p
+        q = log_q.exp_()
+        distance = torch.linalg.vecdot(q, ratio)
+        slope = ratio.sub_(distance[:, None]).mul_(q)
     else:
-        distance = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
-    return distance * mass[..., 0].exp()
+        q = log_q.exp_()
+        apart = q - log_p.exp_()
+        distance = apart.abs().sum(-1) / 2
+        sign = apart.sign_()
+        slope = sign.sub_(torch.linalg.vecdot(q, sign)[:, None]).mul_(q).div_(2)
+    told = mass.exp()
+    return distance * told, slope.mul_(told[:, None])
 
 
 class Score(NamedTuple):
@@ -188,7 +250,9 @@ def runs(head: FeatureHead, batch: Batch, depth: int) -> Tensor:
     batch = batch.to(head.device)
     found = torch.zeros_like(batch.said)
     alive = torch.ones_like(batch.said, dtype=torch.bool)
+    A = batch.said.shape[1]
     for number, (states, counts) in enumerate(rounds(head, batch, depth)):
+        states, counts = states[:, -A:], counts[:, -A:]
         drafts = head.token_ids[head.logits(states).argmax(-1)]
         agrees = (drafts == batch.said) & counts
         # Place a of this round is the draft of a chain that began ``number`` places before.
@@ -199,10 +263,28 @@ def runs(head: FeatureHead, batch: Batch, depth: int) -> Tensor:
     return found
 
 
-def target_log(head: FeatureHead, batch: Batch) -> Tensor:
-    """The target's log-probabilities of the draft's tokens, [B, A, num_draft_tokens]."""
-    logits = functional.linear(batch.final.to(head.unembedding.dtype), head.unembedding).float()
-    return logits - batch.log_mass[..., None]
+def mean_loss(head: FeatureHead, batch: Batch, num_rounds: int, loss: Loss) -> Tensor:
+    """Mean loss per token of the rounds, those of prompts and of later rounds weighing less."""
+    matrix = head.unembedding.to(torch.bfloat16)
+    found: list[Tensor] = []
+    weights: list[float] = []
+    for number, (states, counts) in enumerate(rounds(head, batch, num_rounds)):
+        width = counts.shape[1]
+        weight = torch.ones_like(batch.log_mass[:, -width:])
+        weight[:, : width - batch.said.shape[1]] = PROMPT_LOSS
+        weight = weight[counts]
+        if len(weight):
+            told: Tensor = Divergence.apply(  # type: ignore[no-untyped-call]
+                head.normed(states[counts]).to(matrix.dtype),
+                batch.final[:, -width:][counts].to(matrix.dtype),
+                batch.log_mass[:, -width:][counts],
+                weight / weight.sum(),
+                matrix,
+                loss,
+            )
+            weights.append(ROUND_WEIGHT**number)
+            found.append(weights[-1] * told)
+    return torch.stack(found).sum() / sum(weights)
 
 
 class Progress(NamedTuple):
@@ -221,18 +303,18 @@ def train(
     num_rounds: int = 5,
     epochs: int = 3,
     learning_rate: float = 1e-3,
-    batch_tokens: int = 1024,
+    batch_tokens: int = 2048,
     seed: int = 0,
     every: int = 20,
 ) -> Iterator[Progress]:
     """Train in place; tells how it goes every so many steps, and at the end.
 
-    AdamW, with a learning rate that rises over a twentieth of the steps and falls by a cosine.
+    AdamW, with a learning rate that rises over a twentieth of the steps and falls to zero.
 
     Parameters
     ----------
-    num_rounds : as long a chain as is to be drafted well
-    batch_tokens : answer tokens of one step, about
+    num_rounds : as long a chain as is to be drafted well; trained for late, see `rounds_at`
+    batch_tokens : tokens of one step, about
     """
     size = head.config.hidden_size
     rng = random.Random(seed)
@@ -241,28 +323,18 @@ def train(
     warm_up = max(1, len(plan) // 20)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(
-            (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / len(plan))) + 0.02
-        ),
+        lambda step: min((step + 1) / warm_up, (len(plan) - step) / (len(plan) - warm_up + 1)),
     )
-    weights = [ROUND_WEIGHT**number for number in range(num_rounds)]
     since: list[float] = []
     for step, chosen in enumerate(plan, 1):
         batch = batch_of([answers[i] for i in chosen], size).to(head.device)
-        found: list[Tensor] = []
         with torch.autocast(head.device.type, torch.bfloat16):
-            aim = target_log(head, batch)
-            for weight, (states, counts) in zip(
-                weights, rounds(head, batch, num_rounds), strict=True
-            ):
-                if counts.any():
-                    logits = head.logits(states[counts]).float()
-                    found.append(weight * loss_of(loss, aim[counts], logits).mean())
-        total = torch.stack(found).sum() / sum(weights)
-        optimizer.zero_grad()
+            now = rounds_at(step / len(plan), num_rounds)
+            total = mean_loss(head, batch, now, loss)
         total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         rate.step()
         since.append(total.item())
         if step % every == 0 or step == len(plan):
@@ -270,23 +342,29 @@ def train(
             since = []
 
 
+def rounds_at(share: float, num_rounds: int) -> int:
+    """Rounds of a step, when that ``share`` of all steps is done: few at first, which is cheap."""
+    late = (share - FIRST_ROUND_SHARE) / (1 - FIRST_ROUND_SHARE)
+    return 1 if late <= 0 else min(num_rounds, 2 + int(late * (num_rounds - 1)))
+
+
 def _batches(answers: Sequence[Answer], batch_tokens: int, rng: random.Random) -> list[list[int]]:
     """All answers in random order, those of like lengths together, by their places."""
 
     def shape(i: int) -> tuple[int, int]:
         before = min(answers[i].num_prompt, MAX_PROMPT_TOKENS)
-        return before // 16, len(answers[i].tokens) - answers[i].num_prompt
+        return (before + len(answers[i].tokens) - answers[i].num_prompt) // 16, before
 
     order = list(range(len(answers)))
     rng.shuffle(order)
     found: list[list[int]] = []
-    for begin in range(0, len(order), 256):
-        pool = sorted(order[begin : begin + 256], key=shape)
+    for begin in range(0, len(order), POOL_ANSWERS):
+        pool = sorted(order[begin : begin + POOL_ANSWERS], key=shape)
         batch: list[int] = []
         tokens = 0
         for i in pool:
             batch.append(i)
-            tokens += len(answers[i].tokens) - answers[i].num_prompt
+            tokens += len(answers[i].tokens) - max(0, answers[i].num_prompt - MAX_PROMPT_TOKENS)
             if tokens >= batch_tokens:
                 found.append(batch)
                 batch, tokens = [], 0

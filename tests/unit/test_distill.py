@@ -59,8 +59,7 @@ def test_states_and_masses_are_those_of_the_whole_text() -> None:
         text = answer.tokens.tolist()[:size]
         logits, features = runner.forward_with_features([Segment(0, 0, text, size)], LAYERS)
         torch.testing.assert_close(answer.features.float(), features, atol=0.01, rtol=0.01)
-        masses = logits.logsumexp(-1)[answer.num_prompt - 1 :]
-        torch.testing.assert_close(answer.log_mass, masses, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(answer.log_mass, logits.logsumexp(-1), atol=1e-4, rtol=1e-4)
 
 
 def test_an_answer_that_goes_round_in_circles_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +125,10 @@ def test_training_lowers_the_loss_and_the_file_can_be_loaded(tmp_path: Path) -> 
     target = tiny_model("llama").float()
     head = training.new_head(target, found, LAYERS, 24, torch.arange(40))
     losses = [
-        step.loss for step in training.train(head, found, epochs=40, batch_tokens=60, every=10)
+        step.loss
+        for step in training.train(
+            head, found, epochs=40, learning_rate=1e-2, batch_tokens=60, every=10
+        )
     ]
     assert losses[-1] < 0.7 * losses[0]
     head.save(tmp_path / "head.safetensors")
@@ -135,17 +137,67 @@ def test_training_lowers_the_loss_and_the_file_can_be_loaded(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["kl", "reverse-kl", "tv"])
-def test_loss_is_least_where_the_draft_says_what_the_target_says(kind: training.Loss) -> None:
+def test_divergence_is_least_where_the_draft_says_what_the_target_says(
+    kind: training.Loss,
+) -> None:
     torch.manual_seed(0)
     whole = torch.randn(3, 9).log_softmax(-1)
     aim = whole[:, :6]  # the target says three more tokens, which cannot be drafted
 
     def loss(logits: Tensor) -> Tensor:
-        return training.loss_of(kind, aim, logits)
+        return training.divergence(kind, aim.clone(), logits)[0]
 
-    assert loss(aim).abs().max() < 1e-6
+    assert loss(aim.clone()).abs().max() < 1e-6
     for _ in range(20):
         assert (loss(aim + 0.3 * torch.randn(3, 6)) > 0).all()
+
+
+def test_prompts_teach_the_first_draft_and_later_rounds_come_late() -> None:
+    found = answered()
+    head = tiny_head(tiny_model("llama")).float()
+    batch = training.batch_of(found, 32)
+    rounds = list(training.rounds(head, batch, 3))
+    in_prompts = [int(counts[:, : -batch.said.shape[1]].sum()) for _, counts in rounds]
+    assert in_prompts == [sum(len(prompt) for prompt in PROMPTS), 0, 0]
+    for i, answer in enumerate(found):
+        masses = batch.log_mass[i][batch.log_mass[i].isfinite()]
+        torch.testing.assert_close(masses, answer.log_mass)
+    assert [training.rounds_at(i / 10, 3) for i in (1, 6, 7, 8, 9, 10)] == [1, 1, 2, 3, 3, 3]
+    assert training.rounds_at(1.0, 1) == 1
+
+
+def test_answers_of_like_lengths_run_together_and_keep_their_places(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data, "POOL_PROMPTS", 4)
+    asked = [Asked(list(range(size)), 0.0) for size in (9, 2, 7, 3, 5, 1)]
+    runner = ModelRunner(tiny_model("llama").float(), 2, 64)
+    found = list(data.answer(runner, asked, LAYERS, frozenset(), 4))
+    assert [place for place, _ in found] == [1, 3, 2, 0, 5, 4]
+    assert all(answer.num_prompt == len(asked[place].tokens) for place, answer in found)
+
+
+@pytest.mark.parametrize("kind", ["kl", "reverse-kl", "tv"])
+def test_gradient_is_the_slope_of_the_divergence(
+    kind: training.Loss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHUNK_TOKENS", 2)
+    torch.manual_seed(0)
+    matrix, final = torch.randn(6, 4, dtype=torch.double), torch.randn(5, 4, dtype=torch.double)
+    log_mass, weight = torch.full((5,), 4.0), torch.rand(5)
+    read = torch.randn(5, 4, dtype=torch.double, requires_grad=True)
+
+    def total(read: Tensor) -> Tensor:
+        return training.Divergence.apply(read, final, log_mass, weight, matrix, kind)
+
+    total(read).backward()
+    for i in range(5):
+        for j in range(4):
+            step = torch.zeros_like(read)
+            step[i, j] = 1e-2
+            slope = (total(read.detach() + step) - total(read.detach() - step)) / 2e-2
+            assert read.grad is not None
+            assert float(read.grad[i, j]) == pytest.approx(float(slope), abs=2e-3)
 
 
 def test_prompts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
