@@ -1,8 +1,9 @@
 """What being steered adds to vLLM's scheduler: ``schedule()`` plus ``update_from_output()``.
 
 No model: vLLM's own scheduler with a worker that counts (tests/vllm/scheduler_only.py), with our
-class and without it, step by step in turns on a core of their own, the daemon on another. Between
-the two calls the engine waits, as it would for a GPU. Then the daemon is stopped (lengths come from
+class and without it, step by step in turns on a core of their own, the daemon on another. A turn is
+what an engine does between two launches: it waits, as it would for a GPU, takes in the results, and
+schedules the next step right after that. Then the daemon is stopped (lengths come from
 the learned fallback, then from the engine's configuration), and last killed. Loads: *steady*, a
 draft model's lengths and a batch that stays; *churn*, the same with requests that come and go at
 most steps; *lookup*, drafts that are not known before ``schedule()``.
@@ -64,6 +65,7 @@ def inside(endpoint: str, load: str, size: int, daemon: int, step_s: float) -> d
         scheduler = make_scheduler(kind, config, 128 * size + 1)
         rigs[name] = Rig(scheduler, 1, np.random.default_rng(size), is_lookup=method == "ngram")
         fill(rigs[name])
+        rigs[name].begin()
     spent = dict.fromkeys([*rigs, *OURS], 0.0)
     for name, rig in rigs.items():
         for method in ("schedule", "update_from_output"):
@@ -79,19 +81,12 @@ def inside(endpoint: str, load: str, size: int, daemon: int, step_s: float) -> d
             spent.update(dict.fromkeys(OURS, 0.0))
             for name in sorted(rigs, reverse=bool(i % 2)):
                 rig = rigs[name]
-                run = rig.worker.run
                 spent[name] = 0.0
-
-                def waited(output: Any, run: Any = run) -> Any:
-                    result = run(output)
-                    time.sleep(step_s)
-                    return result
-
-                rig.worker.run = waited
+                time.sleep(step_s)
+                rig.end()
                 if load == "churn":
                     fill(rig)
-                rig.step()
-                rig.worker.run = run
+                rig.begin()
                 times[name].append(spent[name])
             for name in OURS:
                 times[name].append(spent[name])

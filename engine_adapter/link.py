@@ -21,13 +21,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import zmq
 
 from smartspec.engine_adapter import messages
 from smartspec.engine_adapter.base import (
+    F32,
     U64,
     DecodeBatch,
     FixedLength,
@@ -36,6 +37,7 @@ from smartspec.engine_adapter.base import (
 )
 from smartspec.engine_adapter.curve import EngineKeys
 from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.levels import Levels
 from smartspec.engine_adapter.messages import (
     Goodbye,
     Heartbeat,
@@ -50,6 +52,7 @@ from smartspec.engine_adapter.messages import (
     require,
 )
 from smartspec.engine_adapter.program import Program
+from smartspec.engine_adapter.ranking import Ranking
 
 log = logging.getLogger("smartspec.link")
 
@@ -68,6 +71,7 @@ MAX_RECEIVE_S = 0.005  #: nor one that sends large frames; what is left waits fo
 #: Plain numbers: arithmetic with zmq's enumerations takes as long as asking the socket.
 EVENTS, POLLIN, POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 ROSTERS_KEPT = 16  #: a policy lags a few reports at most
+NO_LENGTHS = np.empty(0, np.int64)
 
 
 #: What is logged of the daemon, by how it is.
@@ -93,6 +97,13 @@ class LinkStats:
     num_errors: int = 0
     num_connections: int = 0
     last_reason: str = ""
+
+
+class Ready(NamedTuple):
+    """A choice that was prepared, but for what only the step itself will tell."""
+
+    by: Choice  #: who chooses; it has no lengths yet
+    lengths: Ranking | Levels  #: of a batch that is known, or is yet to find its drafts
 
 
 class LinkSocket(Protocol):
@@ -162,6 +173,8 @@ class EngineLink:
         self._hello_due = False
         self._looked = False  #: whether `choose` has received in this step
         self._prepared_at = -np.inf  #: when `prepare` has, for the next `choose`
+        self._prepared: Ready | None = None  #: for the next step,
+        self._ready_until = -np.inf  #: if that comes before
         self._writable = False  #: whether the socket took frames when last asked: asking is dear
         self._closed = False
 
@@ -172,7 +185,7 @@ class EngineLink:
         try:
             if self._clock() - self._prepared_at > PREPARED_S:
                 self._receive()
-            self._prepared_at, self._looked = -np.inf, True
+            self._prepared_at, self._looked, self._prepared = -np.inf, True, None
             choice = self._steer(batch)
             if self._probe_pending and choice is not None and choice.source == "policy":
                 self._probe_pending = False
@@ -199,21 +212,35 @@ class EngineLink:
         program = self._program
         return program is not None and now - self._policy_heard_at <= program.policy.ttl_s
 
-    def prepare(self, batch: DecodeBatch | None) -> None:
+    def prepare(self, batch: DecodeBatch, features: F32 | None = None) -> None:
         """Do now what the next `choose` would: for an engine that waits for its device.
 
-        Takes in what has arrived, and chooses for ``batch``; where `choose` is then asked for an
-        equal one, the lengths are at hand. It does not look again for what arrives in between,
-        unless the engine has stood still since.
+        Takes in what has arrived, which the next `choose` then does not, unless the engine has
+        stood still since. Where a policy decides, `ready` has the lengths of ``batch`` then; with
+        ``features``, [F, V], those of one that is yet to find its drafts, each request with one of
+        these values.
         """
+        self._prepared = None
         try:
             self._receive()
             self._prepared_at = self._clock()
-            if batch is not None:
-                self._steer(batch, ahead=True)
+            self._prepared = self._prepare(batch, features)
         except Exception:
             self._note_error("preparing a choice")
             self._program = None
+
+    def ready(self) -> Ready | None:
+        """What was prepared for the step to be scheduled; None: it is `choose` that knows.
+
+        In place of `choose`: once, and where it would be a policy that chooses.
+        """
+        ready, self._prepared = self._prepared, None
+        if ready is None or self._probe_pending or self._clock() > self._ready_until:
+            return None
+        self._prepared_at, self._looked = -np.inf, True
+        self._chosen_by = ready.by.policy_seq, ready.by.source
+        self.stats.state = ready.by.source
+        return ready
 
     def report(self, facts: StepFacts) -> None:
         """Tell the daemon what a step did, if it can be told at once."""
@@ -283,13 +310,30 @@ class EngineLink:
 
     # -- choosing -------------------------------------------------------------------------------
 
-    def _steer(self, batch: DecodeBatch, ahead: bool = False) -> Choice | None:
+    def _prepare(self, batch: DecodeBatch, features: F32 | None) -> Ready | None:
+        program = self._program
+        if program is None or self._clock() - self._policy_heard_at > program.policy.ttl_s:
+            self._steer(batch)  # the fallback keeps what it chose
+            return None
+        lengths = program.rank(batch) if features is None else program.level(batch, features)
+        if lengths is None:
+            return None
+        # As it will be unless prompts come.
+        if isinstance(lengths, Ranking):
+            lengths.choose(batch.num_prefill_tokens)
+        else:
+            lengths.prepare(batch.num_prefill_tokens)
+        policy_until = self._policy_heard_at + program.policy.ttl_s
+        self._ready_until = min(self._prepared_at + PREPARED_S, policy_until)
+        return Ready(Choice(NO_LENGTHS, policy_seq=program.policy.seq), lengths)
+
+    def _steer(self, batch: DecodeBatch) -> Choice | None:
         program = self._program
         if program is None:
             return None
         silent_s = self._clock() - self._policy_heard_at
         if silent_s <= program.policy.ttl_s:
-            return program.prepare(batch) if ahead else program.choose(batch)
+            return program.choose(batch)
         if silent_s <= program.policy.ttl_s + program.policy.fallback_s:
             return program.fallback(batch)
         self._program = None
@@ -339,7 +383,7 @@ class EngineLink:
             )
         self.stats.last_reason = reason
         self._refused_until = self._clock() + REFUSED_S
-        self._program = None
+        self._program = self._prepared = None
 
     def _hear(self, daemon_epoch: int) -> None:
         if daemon_epoch != self._daemon_epoch:
@@ -367,6 +411,7 @@ class EngineLink:
             known = limits.confidences or not policy.by_confidence
             require(known, "by_confidence: this engine has no confidences")
             self._program = Program(policy, limits.features, roster, self._program)
+            self._prepared = None
         except MessageError as error:
             self._count_bad_frame(f"policy: {error}")
             return

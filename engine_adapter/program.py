@@ -16,7 +16,8 @@ import numpy as np
 
 from smartspec.engine_adapter import lengths
 from smartspec.engine_adapter.base import F32, U64, DecodeBatch
-from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost, Ladder
+from smartspec.engine_adapter.lengths import UNIFORM, Choice, CostCurve, DraftCost, Ladder
+from smartspec.engine_adapter.levels import Levels
 from smartspec.engine_adapter.messages import (
     FEATURE_DRAFT_CONFIDENCE,
     LARGEST,
@@ -36,6 +37,7 @@ MAX_BREAKPOINTS = 4096
 MAX_CURVES = 8
 MAX_AXES = 16
 MAX_BATCH_SIZE = 1 << 31  #: in the fallback table
+MAX_POSSIBLE = 1 << 14  #: requests times buckets, to make ready for each while a step runs
 
 
 def _curve(curve: Curve) -> CostCurve:
@@ -44,18 +46,6 @@ def _curve(curve: Curve) -> CostCurve:
     require(len(tokens) == len(seconds), "curves: seconds must be as many as num_tokens")
     require(all(map(operator.lt, tokens, tokens[1:])), "curves: num_tokens must rise")
     return CostCurve(curve.mode, tokens, seconds)
-
-
-def _columns(batch: DecodeBatch) -> list[Any]:
-    """All but the prompts in the pass."""
-    return [
-        batch.request_ids,
-        batch.ceiling,
-        batch.features,
-        batch.weight,
-        batch.floor,
-        batch.token_time_target_s,
-    ]
 
 
 class Program:
@@ -124,10 +114,10 @@ class Program:
             )
             self.roster = roster
         self._roster_bytes = self.roster.tobytes()
-        self._prepared: list[Any] = []  #: columns of the batch to come
         self._columns: list[bytes | None] = []  #: of the last batch
         self._ladder: Ladder | None = None  #: of the same
         self._ranking: Ranking | None = None  #: of the same, if it was prepared
+        self._levels: Levels | None = None  #: of the same, if its drafts have yet to be found
         self._made: tuple[str, int] | None = None  #: what chose, and prompt tokens that it minded
         self._chosen: Choice | None = None
 
@@ -173,15 +163,18 @@ class Program:
 
     def survivals(self, batch: DecodeBatch) -> F32:
         """Survivals [max_length, B] of the present batch."""
-        buckets: Any = np.zeros(batch.size, np.int64)
-        if self.rows:
-            absent = buckets  # an unknown feature reads 0
-            columns = [absent if row is None else batch.features[row] for row in self.rows]
-            buckets = lengths.bucket_index(self.edges, columns)
         survivals: F32 = lengths.request_survivals(
-            self.log_survival, buckets, self._corrections(batch)
+            self.log_survival, self._buckets(batch.features), self._corrections(batch)
         )
         return survivals
+
+    def _buckets(self, features: F32) -> Any:
+        """Buckets [B] of requests of these ``features`` [F, B]."""
+        absent = np.zeros(features.shape[1], np.int64)  # an unknown feature reads 0
+        if not self.rows:
+            return absent
+        columns = [absent if row is None else features[row] for row in self.rows]
+        return lengths.bucket_index(self.edges, columns)
 
     def _corrections(self, batch: DecodeBatch) -> F32:
         ids = batch.request_ids
@@ -192,17 +185,41 @@ class Program:
         correction[at >= 0] = self.correction[at[at >= 0]]
         return correction
 
-    def prepare(self, batch: DecodeBatch) -> Choice:
-        """What `choose` would choose, and soon will where other prompts share the pass by then.
+    def rank(self, batch: DecodeBatch) -> Ranking | None:
+        """The lengths of a batch for any prompts in its pass; None where a ladder does not do."""
+        self._look_at(batch)
+        if self._is_special(batch) or self._is_nimble(batch):
+            self.choose(batch)  # while there is time: it is found again if nothing changes
+            return None
+        if self._ranking is None:
+            self._ranking = Ranking(self._ladder_of(batch), *self._terms(batch))
+        return self._ranking
 
-        Until then the batch's arrays are to stay as they are.
+    def level(self, batch: DecodeBatch, features: F32) -> Levels | None:
+        """The lengths of a batch that is yet to find its drafts; None where `choose` is to do it.
+
+        ``features`` : [F, V], values one of which each request will have
         """
         self._look_at(batch)
-        if self._ranking is None and not self._is_special(batch) and not self._is_nimble(batch):
-            self._ranking = Ranking(self._ladder_of(batch), *self._terms(batch))
-        choice = self.choose(batch)
-        self._prepared = _columns(batch)
-        return choice
+        if self._levels is None:
+            value_of_time, depth, curves, draft = self._terms(batch)
+            is_plain = len(curves) == 1 and curves[0].mode != UNIFORM and batch.floor is None
+            is_small = batch.size * self.num_buckets <= MAX_POSSIBLE
+            takes_more = self._is_special(batch) or self._is_nimble(batch)
+            if not is_plain or not is_small or takes_more:
+                return None
+            self._levels = Levels(
+                self.log_survival,
+                self._corrections(batch),
+                batch.weight,
+                int(batch.ceiling.max(initial=0)),
+                value_of_time,
+                depth,
+                curves[0],
+                draft,
+            )
+        self._levels.expect(self._buckets(features))
+        return self._levels
 
     def choose(self, batch: DecodeBatch) -> Choice:
         """The lengths of greatest ``gain - value_of_time * T`` for the present batch."""
@@ -230,14 +247,19 @@ class Program:
 
     def _look_at(self, batch: DecodeBatch) -> None:
         """Forget what was found for the last batch, unless this one is equal."""
-        columns = _columns(batch)
-        prepared, self._prepared = self._prepared, []
-        if prepared and all(map(operator.is_, columns, prepared)):
-            return
         # As bytes: compared at once, and an engine may use the same arrays for its next batch.
+        columns = (
+            batch.request_ids,
+            batch.ceiling,
+            batch.features,
+            batch.weight,
+            batch.floor,
+            batch.token_time_target_s,
+        )
         values = [column if column is None else column.tobytes() for column in columns]
         if values != self._columns:
-            self._columns, self._ladder, self._ranking, self._made = values, None, None, None
+            self._columns, self._made = values, None
+            self._ladder, self._ranking, self._levels = None, None, None
 
     def _is_nimble(self, batch: DecodeBatch) -> bool:
         """Whether it is drafted for to the depth that is best for itself."""
@@ -263,8 +285,6 @@ class Program:
             )
         elif self.policy.by_confidence:
             choice = self._by_confidence(batch)
-        elif self._ranking is not None:
-            choice = self._ranking.choose(batch.num_prefill_tokens)
         else:
             choice = steered(
                 self._ladder_of(batch),

@@ -14,8 +14,9 @@ first steered step and taken out with the first that is not: else vLLM runs as i
 
 What can wait is done while the device runs (`Steering.while_running`): reports of earlier steps go
 out, policies come in, and lengths are chosen for the batch as it is then. They are those of the
-next ``schedule()``, also when requests have left by then. Only where other prompts share its pass
-than was expected, and for a lookup, whose drafts are not there before, are they chosen in it.
+next ``schedule()``, also when requests have left by then. How many of the best drafts are taken is
+found in it, if other prompts share its pass than was expected, and for a lookup, whose drafts are
+not there before.
 
 A step's time is what lies between ``schedule()``'s end (or the end of the step before, where steps
 overlap) and ``update_from_output()``: verification of this step, drafting for the next.
@@ -33,9 +34,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from smartspec.engine_adapter.base import DecodeBatch, LengthSource
+from smartspec.engine_adapter.base import F32, DecodeBatch, LengthSource
 from smartspec.engine_adapter.lengths import Choice
-from smartspec.engine_adapter.vllm.copies import Copies, Found
+from smartspec.engine_adapter.levels import Levels
+from smartspec.engine_adapter.link import Ready
+from smartspec.engine_adapter.vllm.copies import Copies, Found, cut
 from smartspec.engine_adapter.vllm.facts import Method
 from smartspec.engine_adapter.vllm.step import Group, Step, sizes
 
@@ -55,8 +58,11 @@ class Source(LengthSource, Protocol):
     def may_steer(self) -> bool:
         """Whether a policy may decide the next `choose`; if not, ids and ceilings will do."""
 
-    def prepare(self, batch: DecodeBatch | None) -> None:
-        """Do now what `choose` would have to do, for ``batch`` if it is known."""
+    def prepare(self, batch: DecodeBatch, features: F32 | None = None) -> None:
+        """Do now what the next `choose` for ``batch`` would; with ``features``: as of the link."""
+
+    def ready(self) -> Ready | None:
+        """What was prepared for the next step; None: it is `choose` that knows."""
 
 
 @dataclass(slots=True)
@@ -152,20 +158,35 @@ class Steering:
         """Choose lengths for the requests that will decode, and put them into force."""
         self._pending = None  # a step that failed in between leaves nothing behind
         plan, self._plan = self._plan, None
+        ready = None
         if plan is None:
             self._follow()
             plan = self._make_plan()
+        else:
+            ready = self.source.ready()
+        if ready is None:
+            self._pending = self._choose(plan)
+        elif isinstance(ready.lengths, Levels):
+            found = self._cut_found(plan, ready.lengths)
+            self._pending = plan.group, plan.batch, ready.by, found
+        else:
+            lengths = ready.lengths.choose(self._expected_prefill()).lengths.copy()
+            choice = self._put_in(plan, ready.by, lengths)
+            self._pending = plan.group, plan.batch, choice, None
+
+    def _choose(self, plan: Plan) -> tuple[Group, DecodeBatch, Choice, Found | None]:
+        """By the source, for a batch that it was not asked to prepare, or does not steer."""
         found = None
         if self._method.is_lookup and self.source.may_steer:
             found = Found.of(plan.group.requests)
         batch = self._as_it_is_now(plan, found)
         choice = self.source.choose(batch)
         if choice.source in STEERED:
-            choice = self._put_in(plan, choice)
+            choice = self._put_in(plan, choice, choice.lengths.tolist())
         else:
             self._probed = {}
             self._scheduler.dynamic_sd_lookup = self._original
-        self._pending = plan.group, batch, choice, found
+        return plan.group, batch, choice, found
 
     def _make_plan(self) -> Plan:
         """What lengths are to be chosen for in the next step, as far as it is known now."""
@@ -236,14 +257,18 @@ class Steering:
             tokens += scheduler.waiting.peek_request().num_tokens
         return int(min(tokens, scheduler.max_num_scheduled_tokens))
 
-    def _put_in(self, plan: Plan, choice: Choice) -> Choice:
+    def _room(self, request: Any, most: int) -> int:
+        """Drafts that still fit into a request's answer, ``most`` into all of it."""
+        room = most - len(_answer(request))
+        if self._is_async:  # of a step in flight, all drafts may still be accepted
+            room -= _in_flight(request)
+        return max(room, 0)
+
+    def _put_in(self, plan: Plan, choice: Choice, lengths: list[int]) -> Choice:
         """Cut drafts to what is chosen, and set what is drafted next."""
-        group, lengths = plan.group, choice.lengths.tolist()
+        group = plan.group
         for i, request, most in plan.near:
-            room = most - len(_answer(request))
-            if self._is_async:  # of a step in flight, all drafts may still be accepted
-                room -= _in_flight(request)
-            lengths[i] = min(lengths[i], max(room, 0))
+            lengths[i] = min(lengths[i], self._room(request, most))
         if not self._method.is_lookup:
             if lengths:  # else the length of the last batch stands for the next
                 self._live.length = max(lengths)
@@ -254,13 +279,27 @@ class Steering:
             if probed:
                 lengths = list(map(max, lengths, map(probed.get, group.names, repeat(0))))
                 choice = choice._replace(source="probe")
+        longest = self._max_length
         for request, length in zip(group.requests, lengths, strict=True):
-            drafts = request.spec_token_ids
-            if len(drafts) > length:
+            if length < longest and len(drafts := request.spec_token_ids) > length:
                 # A new list: under the async scheduler all requests share one.
                 request.spec_token_ids = drafts[:length]
         self._scheduler.dynamic_sd_lookup = self._live
         return choice
+
+    def _cut_found(self, plan: Plan, levels: Levels) -> Found:
+        """Cut what a lookup has found to what is worth its verification."""
+        requests = plan.group.requests
+        for _, request, most in plan.near:
+            room = self._room(request, most)
+            if len(request.spec_token_ids) > room:
+                request.spec_token_ids = request.spec_token_ids[:room]
+        found = Found.of(requests)
+        theirs = self._copies.levels(found, levels)
+        split = levels.split(theirs, self._expected_prefill())
+        cut(requests, found, theirs, *split)
+        self._scheduler.dynamic_sd_lookup = self._live
+        return found
 
     def after_schedule(self, output: Any) -> None:
         """Remember what the step holds, until its results come."""
@@ -285,15 +324,19 @@ class Steering:
         self._follow(step.group if step is not None else None)
         # Until the next step requests may leave, or wait to join; nobody else will decode in it.
         self._plan = self._make_plan()
-        # What a lookup finds is not known yet.
-        self.source.prepare(None if self._method.is_lookup else self._plan.batch)
+        features = self._copies.rates() if self._method.is_lookup else None
+        self.source.prepare(self._plan.batch, features)
 
     def _weigh(self, step: Step) -> None:
         """Note who is in the pass and what it reads; idempotent. Before the next ``schedule()``."""
+        if step.ceiling is not None:
+            return
         step.weigh()
-        if self._method.is_lookup and step.found is None:
-            step.found = Found.scheduled(step.group.requests, step.output)
-            step.ceiling = sizes(step.found.drafts, len(step.found.drafts)).astype(np.uint8)
+        if self._method.is_lookup:
+            if step.found is None:
+                step.found = Found.scheduled(step.group.requests, step.output)
+            step.bound()
+            step.features = self._copies.features(step.found)
 
     def _report(self) -> None:
         """Tell what the steps did that have ended."""
@@ -302,8 +345,6 @@ class Steering:
         kv_usage = min(max(self._scheduler.kv_cache_manager.usage, 0.0), 1.0)
         for step in ended:
             if step.found is not None:
-                if not len(step.features):  # nobody needed them to choose
-                    step.features = self._copies.features(step.found)
                 self._copies.learn(step.found, step.came())
             facts = step.facts(self._method, num_waiting, kv_usage)
             self.stats.num_steps += 1
@@ -332,7 +373,6 @@ class Steering:
         """Note a step's end, after vLLM has taken it in."""
         if step is None:
             return
-        step.take_emitted()
         self._ended.append(step)
         if not self._scheduler.running:
             self._report()  # there may be no step that masks are asked for

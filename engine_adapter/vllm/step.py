@@ -69,7 +69,7 @@ class Step:
     choice: Choice
     running: list[Any]  #: whoever runs, decoding or not
     scheduled_s: float
-    found: Found | None = None  #: of the group, by a lookup; None: not looked at yet
+    found: Found | None = None  #: of the group, by a lookup; None: not noted yet
     ceiling: Any = None  #: [B], of the group; None: not weighed yet
     features: Any = None  #: [F, B], of the group
     context_tokens: int = 0
@@ -77,14 +77,11 @@ class Step:
     step_s: float = 0.0
     _places: dict[str, int] = field(default_factory=dict)  #: of requests, in `_num_sampled`
     _sampled: list[list[int]] = field(default_factory=list)  #: what the worker brought
-    _num_sampled: list[int] = field(default_factory=list)
-    _num_emitted: list[int] = field(default_factory=list)  #: of them, in the answers
+    _num_sampled: list[int] = field(default_factory=list)  #: of these, before vLLM took them in
     _counts: npt.NDArray[np.bool_] | None = None  #: [B], what vLLM takes in; None: everything
 
     def weigh(self) -> None:
-        """Note who is in the pass and what it reads; idempotent."""
-        if self.ceiling is not None:
-            return
+        """Note who is in the pass and what it reads."""
         self.ceiling, self.features = self.batch.ceiling, self.batch.features
         scheduled = self.output.num_scheduled_tokens
         if not all(map(scheduled.__contains__, self.group.names)):  # no KV room, or token budget
@@ -95,6 +92,12 @@ class Step:
         self.num_decode_tokens = sum(map(scheduled.__getitem__, self.group.names))
         computed = sum(map(_computed, self.group.requests))  # this step is counted in
         self.context_tokens = max(computed - self.num_decode_tokens, 0)
+
+    def bound(self) -> None:
+        """Let ceilings be no higher than what was found."""
+        assert self.found is not None
+        num_found = sizes(self.found.drafts, len(self.found.drafts))
+        self.ceiling = np.minimum(self.ceiling, num_found).astype(np.uint8)
 
     def take_results(self, result: Any, is_last: bool) -> None:
         """Note what the worker brought, before vLLM takes it in, and cuts it where answers end.
@@ -110,10 +113,6 @@ class Step:
                 bool,
             )
 
-    def take_emitted(self) -> None:
-        """Note what is left of it once vLLM has taken it in: it cuts these very lists."""
-        self._num_emitted = list(map(len, self._sampled))
-
     def came(self) -> list[list[int]]:
         """Tokens that the step brought, [B] of the group."""
         sampled = [*self._sampled, []]
@@ -126,7 +125,8 @@ class Step:
         # A request without a result is at the last place, which brings nothing.
         places = np.fromiter(map(self._places.get, names, repeat(-1)), np.int64, size)
         num_sampled = np.array([*self._num_sampled, 0])[places]
-        num_emitted = np.array([*self._num_emitted, 0])[places]
+        # vLLM has cut these very lists to what went into the answers.
+        num_emitted = np.array([*map(len, self._sampled), 0])[places]
         output = self.output
         drafts = output.scheduled_spec_decode_tokens
         num_drafted = sizes(map(drafts.get, names, repeat(())), size)

@@ -15,7 +15,9 @@ from smartspec.engine_adapter import link as link_module
 from smartspec.engine_adapter import messages as wire
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength
 from smartspec.engine_adapter.lengths import Choice
+from smartspec.engine_adapter.levels import Levels
 from smartspec.engine_adapter.link import EngineLink
+from smartspec.engine_adapter.ranking import Ranking
 
 OWN_LENGTH = 3  # what `hello` announces as the engine's own
 
@@ -203,19 +205,52 @@ def test_probe_is_run_once_per_policy(pair: Pair) -> None:
     assert second.source == "policy" and second.lengths.tolist() == [0, 0, 0]
 
 
-def test_choice_is_at_hand_and_nothing_is_received_when_it_was_prepared(pair: Pair) -> None:
+def test_choice_is_ready_and_nothing_is_received_when_it_was_prepared(pair: Pair) -> None:
     pair.deliver(policy())
     pair.daemon.send(policy(seq=2))
     until(lambda: pair.link.stats.num_policies == 2, lambda: pair.link.prepare(decode_batch()))
-    assert pair.link._program is not None
-    prepared = pair.link._program.choose(decode_batch())
+    expected = pair.link._program.choose(decode_batch()) if pair.link._program else None
     pair.daemon.send(policy(seq=3))
     time.sleep(0.1)
-    choice = pair.link.choose(decode_batch())
-    assert choice.lengths is prepared.lengths and choice.policy_seq == 2
-    assert pair.link.stats.num_policies == 2
-    pair.link.choose(decode_batch())  # it was prepared for one step only
+    ready = pair.link.ready()
+    assert ready is not None and ready.by.policy_seq == 2 and ready.by.source == "policy"
+    assert isinstance(ready.lengths, Ranking) and expected is not None
+    assert ready.lengths.choose(0).lengths == expected.lengths.tolist()
+    assert pair.link.stats.num_policies == 2 and pair.link.stats.state == "policy"
+    report = pair.report(decode_batch())
+    assert (report.source, report.policy_seq) == ("policy", 2)
+    assert pair.link.ready() is None  # it was prepared for one step only
+    pair.link.choose(decode_batch())
     assert pair.link.stats.num_policies == 3
+
+
+def test_choice_is_ready_for_drafts_that_are_yet_to_be_found(pair: Pair) -> None:
+    pair.deliver(policy())
+    batch = decode_batch()
+    pair.link.prepare(batch, np.zeros((len(batch.features), 4), np.float32))
+    ready = pair.link.ready()
+    assert ready is not None and isinstance(ready.lengths, Levels)
+
+
+def test_nothing_is_ready_when_it_is_not_the_prepared_policy_that_chooses(pair: Pair) -> None:
+    pair.link.prepare(decode_batch())
+    assert pair.link.ready() is None  # nobody steers
+    pair.deliver(policy(ttl_s=1.0))
+    pair.link.prepare(decode_batch())
+    pair.clock.now += 0.6
+    assert pair.link.ready() is None  # the engine stood still
+    pair.link.prepare(decode_batch())
+    pair.clock.now += 0.45
+    assert pair.link.ready() is None  # the policy has run out
+    pair.deliver(policy(2, value_of_time=1e9, probe_length=4, num_probes=1))
+    pair.link.prepare(decode_batch())
+    assert pair.link.ready() is None  # a probe is due
+    assert pair.source() == "probe"
+    pair.link.prepare(decode_batch())
+    pair.deliver(policy(3))
+    assert pair.link.ready() is None  # another policy has come
+    pair.link.prepare(decode_batch())
+    assert pair.link.ready() is not None
 
 
 def test_policy_is_in_force_when_the_engine_stood_still_after_preparing(pair: Pair) -> None:
@@ -228,15 +263,15 @@ def test_policy_is_in_force_when_the_engine_stood_still_after_preparing(pair: Pa
 
 
 def test_features_are_read_while_a_policy_holds_or_one_may_come_first(pair: Pair) -> None:
-    pair.link.prepare(None)
+    pair.link.prepare(decode_batch())
     assert not pair.link.may_steer  # nobody steers
     pair.clock.now += 1.0
     assert pair.link.may_steer  # `choose` will look whether somebody does
     pair.deliver(policy(ttl_s=1.0))
-    pair.link.prepare(None)
+    pair.link.prepare(decode_batch())
     assert pair.link.may_steer
     pair.clock.now += 1.1
-    pair.link.prepare(None)
+    pair.link.prepare(decode_batch())
     assert not pair.link.may_steer and pair.source() == "fallback"
 
 

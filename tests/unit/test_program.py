@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +28,8 @@ def program(roster: Any = None, features: tuple[str, ...] = FEATURES, **more: An
     return Program(received, features, ids)
 
 
-def curve(num_tokens: list[float], seconds: list[float]) -> wire.Curve:
-    return wire.Curve(mode="ragged", num_tokens=tuple(num_tokens), seconds=tuple(seconds))
+def curve(num_tokens: list[float], seconds: list[float], mode: str = "ragged") -> wire.Curve:
+    return wire.Curve(mode=mode, num_tokens=tuple(num_tokens), seconds=tuple(seconds))
 
 
 def axis(*edges: float, feature: str = "match_length") -> wire.BucketAxis:
@@ -252,37 +253,65 @@ def test_lengths_are_chosen_anew_when_anything_about_the_batch_has_changed() -> 
     assert ready.fallback(batch) is not ready.choose(batch)
 
 
-def test_lengths_of_a_prepared_batch_are_those_of_one_that_was_not() -> None:
+def test_lengths_of_a_ranked_batch_are_those_of_one_that_was_not() -> None:
     curves = (curve([1, 20, 40, 1000], [0.02, 0.02, 0.26, 9.0]),)
     terms: dict[str, Any] = {"curves": curves, "value_of_time": 60.0}
     ready, batch = program(**terms), decode_batch(range(1, 7))
-    prepared = ready.prepare(batch)
-    assert ready.choose(batch) is prepared
+    ranking = ready.rank(batch)
+    assert ranking is not None and ready.rank(batch) is ranking  # nothing has changed
     seen = set()
     for num_prompt_tokens in range(0, 60, 4):
-        ready.prepare(batch)
         with_prompts = replace(batch, num_prefill_tokens=num_prompt_tokens)
-        alone = program(**terms).choose(with_prompts)
-        assert ready.choose(with_prompts).lengths.tolist() == alone.lengths.tolist()
-        seen.add(tuple(alone.lengths.tolist()))
+        alone = program(**terms).choose(with_prompts).lengths.tolist()
+        assert ranking.choose(num_prompt_tokens).lengths == alone
+        seen.add(tuple(alone))
     assert len(seen) > 1
-
-
-def test_batch_stays_as_it_was_prepared_for_one_choice_only() -> None:
-    ready, batch = program(), decode_batch()
-    ready.prepare(batch)
-    ready.choose(batch)
     batch.ceiling[:] = 1
-    assert ready.choose(batch).lengths.tolist() == [1, 1, 1]
+    assert ready.rank(batch) is not ranking
 
 
-@pytest.mark.parametrize("special", ["by_confidence", "meet_targets"])
-def test_preparing_changes_nothing_when_lengths_take_more_than_a_ladder(special: str) -> None:
-    values: dict[str, Any] = {special: True}
-    batch = decode_batch(token_time_target_s=np.array([0.1, 0.0, 0.0], np.float32))
-    prepared, alone = program(**values).prepare(batch), program(**values).choose(batch)
-    assert prepared.lengths.tolist() == alone.lengths.tolist()
-    assert (prepared.prices is None) == (alone.prices is None)
+def test_lengths_of_what_is_yet_to_be_found_are_those_of_what_was() -> None:
+    rises = table([-0.1, -0.2, -0.3, -0.4, -0.5], [-1.0, -1.2, -1.4, -1.6, -1.8])
+    terms: dict[str, Any] = {
+        "axes": (axis(0.5),),
+        "log_survival": rises,
+        "curves": (curve([1, 6, 12, 40], [0.02, 0.02, 0.05, 0.9]),),
+        "value_of_time": 60.0,
+        "correction": wire.pack([0.5, 1.0, 1.5], "f32"),
+    }
+    ready, batch = program(**terms), decode_batch([1, 2, 3])
+    values = np.repeat(np.array([[0.2, 0.7]], np.float32), len(batch.features), axis=0)
+    levels = ready.level(batch, values)
+    assert levels is not None and ready.level(batch, values) is levels
+    drafts, seen = [5, 2, 4], set()
+    for turn in range(2):
+        found = [levels.of(row, (row + turn) % 2, count) for row, count in enumerate(drafts)]
+        features = values[:, [(row + turn) % 2 for row in range(3)]]
+        batch_found = replace(batch, features=features, ceiling=np.array(drafts, np.uint8))
+        for num_prompt_tokens in range(0, 30, 3):
+            split, surplus = levels.split(found, num_prompt_tokens)
+            alone = program(**terms).choose(
+                replace(batch_found, num_prefill_tokens=num_prompt_tokens)
+            )
+            assert sum(bisect_left(one, split) for one in found) + surplus == alone.lengths.sum()
+            if not surplus:
+                assert [bisect_left(one, split) for one in found] == alone.lengths.tolist()
+            seen.add(tuple(alone.lengths.tolist()))
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("special", ["by_confidence", "meet_targets", "floor", "uniform"])
+def test_nothing_is_prepared_when_lengths_take_more_than_that(special: str) -> None:
+    values: dict[str, Any] = {special: True} if special in ("by_confidence", "meet_targets") else {}
+    if special == "uniform":
+        values["curves"] = (curve([1, 9], [0.02, 0.03]), curve([1, 9], [0.02, 0.03], "uniform"))
+    batch = decode_batch(
+        token_time_target_s=np.array([0.1, 0.0, 0.0], np.float32),
+        floor=np.ones(3, np.uint8) if special == "floor" else None,
+    )
+    ready = program(**values)
+    assert ready.level(batch, np.zeros((len(batch.features), 2), np.float32)) is None
+    assert (ready.rank(batch) is None) == (special in ("by_confidence", "meet_targets"))
 
 
 def test_lengths_are_zero_when_the_engine_cannot_speculate() -> None:
@@ -346,7 +375,7 @@ def test_depth_is_found_without_failing_when_costs_are_extreme() -> None:
 def test_preparing_changes_nothing_when_the_batch_is_small() -> None:
     prepared, plain = (program(**DEEP, depth=1, deepest=5) for _ in range(2))
     batch = decode_batch(range(1, 3))
-    prepared.prepare(batch)
+    assert prepared.rank(batch) is None
     assert (prepared.choose(batch).lengths == plain.choose(batch).lengths).all()
 
 

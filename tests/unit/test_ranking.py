@@ -58,10 +58,10 @@ def test_lengths_are_those_of_choose_lengths_for_any_prompts(seed: int) -> None:
         for prompts in (0, *rng.integers(0, 120, 4).tolist(), 100_000):
             expected = choose_lengths(ladder, *terms, prompts)
             choice = ranking.choose(prompts)
-            assert choice.lengths.tolist() == expected.lengths.tolist()
+            assert choice.lengths == expected.lengths.tolist()
             assert choice.mode == expected.mode
             assert choice.gain == pytest.approx(expected.gain, rel=1e-9)
-            assert choice.seconds == pytest.approx(expected.seconds, rel=1e-9)
+            assert choice.price == pytest.approx(terms[0] * expected.seconds, rel=1e-9)
             modes.add(choice.mode)
     assert modes == {RAGGED, UNIFORM}
 
@@ -69,4 +69,4 @@ def test_lengths_are_those_of_choose_lengths_for_any_prompts(seed: int) -> None:
 def test_fewest_drafts_are_chosen_when_they_neither_bring_nor_cost() -> None:
     flat = CostCurve(RAGGED, [1.0, 9.0], [1.0, 1.0])
     ladder = Ladder(np.array([[0.5], [0.0], [0.0]]))
-    assert Ranking(ladder, 1.0, 3, [flat], DraftCost()).choose(0).lengths.tolist() == [1]
+    assert Ranking(ladder, 1.0, 3, [flat], DraftCost()).choose(0).lengths == [1]

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from smartspec.engine_adapter.vllm.copies import Copies, Found
+from smartspec.engine_adapter.lengths import CostCurve, DraftCost, bucket_index
+from smartspec.engine_adapter.levels import Levels
+from smartspec.engine_adapter.vllm.copies import Copies, Found, cut
 
 EASY, HARD, AFTER = 7, 8, 9
 
@@ -57,3 +59,37 @@ def test_drafts_are_read_from_requests_and_taken_along_by_rows() -> None:
     found = Found.of(requests)
     assert found == Found([3, 5], [[4], []])
     assert found.take(np.array([1])) == Found([5], [[]])
+
+
+def _request(*drafts: int, last: int = 3) -> SimpleNamespace:
+    return SimpleNamespace(_all_token_ids=[last], spec_token_ids=list(drafts))
+
+
+def test_levels_are_those_of_the_bucket_of_what_was_found() -> None:
+    copies = Copies()
+    for _ in range(50):
+        copies.learn(Found([EASY, HARD], [[AFTER], [AFTER]]), [[AFTER], [EASY]])
+    edges = [np.array([0.3, 0.7], np.float32)]
+    table = np.log([[0.2, 0.5, 0.9], [0.1, 0.3, 0.8]])
+    curve = CostCurve("ragged", [1.0], [1.0])
+    levels = Levels(table, np.array([1.0, 2.0, 1.0, 0.5]), None, 2, 1.0, 2, curve, DraftCost())
+    levels.expect(bucket_index(edges, copies.rates()))
+    unseen = 70_000
+    requests = [_request(AFTER, 1, last=EASY), _request(), _request(AFTER, last=HARD)]
+    found = Found.of([*requests, _request(unseen, unseen, last=unseen)])
+    assert copies.features(found)[0].tolist()[0] > 0.7 > 0.3 > copies.features(found)[0].tolist()[2]
+    expected = [levels.of(0, 2 * 255, 2), b"", levels.of(2, 0, 1), levels.of(3, 256, 2)]
+    assert copies.levels(found, levels) == expected
+    assert Copies().levels(found, levels)[3] == levels.of(3, 256, 2)  # nothing was learned yet
+
+
+def test_drafts_are_cut_to_the_best_levels_and_a_part_of_the_next() -> None:
+    requests = [_request(1, 2, 3), _request(4, 5), _request(), _request(6, 7), _request(8)]
+    levels = [bytes([0, 1, 1]), bytes([1, 2]), b"", bytes([1, 1]), bytes([0])]
+    found = Found.of(requests)
+    cut(requests, found, levels, 1, 3)
+    assert [r.spec_token_ids for r in requests] == [[1, 2, 3], [4], [], [], [8]]
+    assert found.drafts == [[1, 2, 3], [4, 5], [], [6, 7], [8]]  # what it learns from
+    requests = [_request(1, 2, 3), _request(4, 5)]
+    cut(requests, Found.of(requests), levels[:2], 2, 0)
+    assert [r.spec_token_ids for r in requests] == [[1, 2, 3], [4]]

@@ -60,10 +60,10 @@ def _classes(steered: bool) -> tuple[type, type]:
         def choose(self, batch: Any) -> Any:
             return Choice(batch.ceiling.astype("int64"), source="policy")
 
-        def prepare(self, batch: Any) -> None:
+        def prepare(self, batch: Any, features: Any = None) -> None:
             pass
 
-        report = idle = close = lambda self, *_: None
+        ready = report = idle = close = lambda self, *_: None
 
     def make(base: Any) -> Any:
         class Substitute(base):  # type: ignore[misc]

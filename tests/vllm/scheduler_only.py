@@ -30,7 +30,7 @@ MAX_LENGTH = 5
 #: whose drafts the scheduler knows as little as a draft model's.
 PLAYS = (("draft_model", 1), ("ngram", 1), ("draft_model", 2), ("draft_model", 3), ("ngram_gpu", 2))
 COMPARED = (("draft_model", 2), ("ngram", 1))
-FAILING = ("choose", "prepare", "report")
+FAILING = ("choose", "prepare", "ready", "report")
 ADAPTERS = 3  #: LoRA, of which a step may hold `MAX_ADAPTERS`
 MAX_ADAPTERS = 2
 
@@ -228,20 +228,26 @@ class Rig:
 
     def step(self) -> Any:
         """Begin a step if there is room for one, end the oldest if there is none."""
-        begun = None
-        if self.scheduler.has_requests():
-            self.answered = {n: r.num_output_tokens for n, r in self.requests.items()}
-            begun = self.scheduler.schedule()
-            if self.asks_for_masks():
-                self.scheduler.get_grammar_bitmask(begun)
-            self._in_flight.append((begun, self.worker.run(begun)))
+        begun = self.begin()
         if self._in_flight and (
             len(self._in_flight) >= self._depth or not begun or not begun.num_scheduled_tokens
         ):
             self.end()
         return begun
 
+    def begin(self) -> Any:
+        """Schedule a step, if there is anything to schedule, and run it."""
+        if not self.scheduler.has_requests():
+            return None
+        self.answered = {n: r.num_output_tokens for n, r in self.requests.items()}
+        begun = self.scheduler.schedule()
+        if self.asks_for_masks():
+            self.scheduler.get_grammar_bitmask(begun)
+        self._in_flight.append((begun, self.worker.run(begun)))
+        return begun
+
     def end(self) -> None:
+        """Take in the results of the oldest step."""
         from vllm.v1.outputs import DraftTokenIds
 
         output, result = self._in_flight.popleft()
@@ -362,8 +368,11 @@ class Failing:
         self._called("choose")
         return Choice.fixed(batch.ceiling.astype(np.int64), "own")
 
-    def prepare(self, batch: Any) -> None:
+    def prepare(self, batch: Any, features: Any = None) -> None:
         self._called("prepare")
+
+    def ready(self) -> None:
+        self._called("ready")
 
     def report(self, facts: Any) -> None:
         self._called("report")

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.update(
@@ -94,6 +95,7 @@ class RandomLengths:
         self.chosen: dict[int, tuple[int, int]] = {}  #: length and ceiling, by request
         self.steered = False
         self.may_steer = True
+        self.prepared: Any = None
 
     def choose(self, batch: Any) -> Any:
         from smartspec.engine_adapter.lengths import Choice
@@ -107,8 +109,49 @@ class RandomLengths:
         self.chosen = dict(zip(batch.request_ids.tolist(), pairs, strict=True))
         return Choice(lengths, "ragged", source="policy")
 
-    def prepare(self, batch: Any) -> None:
-        pass
+    def prepare(self, batch: Any, features: Any = None) -> None:
+        self.prepared = batch, features
+
+    def ready(self) -> Any:
+        """Every other time, lengths as a link has them ready: drawn, or of a drawn table."""
+        from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost
+        from smartspec.engine_adapter.levels import Levels
+        from smartspec.engine_adapter.link import Ready
+        from smartspec.engine_adapter.ranking import Ranked
+
+        batch, features = self.prepared
+        if not self.may_steer or self.rng.random() < 0.5:
+            return None
+        self.steered = True
+        by = Choice(np.zeros(0, np.int64), source="policy")
+        ceiling = batch.ceiling.tolist()
+
+        def note(lengths: list[int]) -> None:
+            pairs = zip(lengths, ceiling, strict=True)
+            self.chosen = dict(zip(batch.request_ids.tolist(), pairs, strict=True))
+
+        if features is None:
+            lengths = self.rng.integers(0, batch.ceiling.astype(np.int64) + 1).tolist()
+            note(lengths)
+            return Ready(by, SimpleNamespace(choose=lambda _: Ranked(lengths, "ragged", 0.0, 0.0)))
+
+        class Noted(Levels):
+            def split(self, found: Any, num_other_tokens: int) -> tuple[int, int]:
+                split, surplus = best = super().split(found, num_other_tokens)
+                lengths = []
+                for levels in found:
+                    more = min(levels.count(split), surplus)
+                    lengths.append(sum(level < split for level in levels) + more)
+                    surplus -= more
+                note(lengths)
+                return best
+
+        table = np.log(np.cumprod(self.rng.uniform(0.1, 1.0, (5, 3)), axis=0))
+        curve = CostCurve("ragged", [1.0, 16.0, 40.0], np.sort(self.rng.uniform(0, 9, 3)))
+        given = self.rng.uniform(0.5, 2.0, batch.size), None, int(batch.ceiling.max(initial=0))
+        levels = Noted(table, *given, float(self.rng.uniform(0, 3)), 5, curve, DraftCost())
+        levels.expect((features[0] > 0.3).astype(np.int64) + (features[0] > 0.6))
+        return Ready(by, levels)
 
     def report(self, facts: Any) -> None:
         pass

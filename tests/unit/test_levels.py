@@ -1,0 +1,118 @@
+"""engine_adapter.levels: lengths for drafts that have yet to be found, beside the exact ones."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from smartspec.engine_adapter.lengths import (
+    RAGGED,
+    CostCurve,
+    DraftCost,
+    Ladder,
+    choose_lengths,
+    request_survivals,
+    step_seconds,
+)
+from smartspec.engine_adapter.levels import Levels
+
+
+class Batch(NamedTuple):
+    """What a policy and a lookup bring together."""
+
+    log_survival: np.ndarray  #: [K, num_buckets]
+    correction: np.ndarray  #: [B]
+    weight: np.ndarray | None
+    buckets: np.ndarray  #: [B], as they turn out
+    found: np.ndarray  #: [B], drafts
+    price: float
+    depth: int
+    curve: CostCurve
+    draft: DraftCost
+
+    @property
+    def survival(self) -> np.ndarray:
+        return request_survivals(self.log_survival, self.buckets, self.correction)
+
+    def levels(self, longest: int) -> Levels:
+        return Levels(self.log_survival, self.correction, self.weight, longest, *self[5:])
+
+    def lengths(self, levels: Levels, prompts: int) -> np.ndarray:
+        drafts = zip(
+            range(len(self.found)), self.buckets.tolist(), self.found.tolist(), strict=True
+        )
+        found = [levels.of(*of) for of in drafts]
+        split, surplus = levels.split(found, prompts)
+        lengths = np.array([bisect_left(one, split) for one in found], np.int64)
+        for row, one in enumerate(found):
+            more = min(one.count(split), surplus)
+            lengths[row] += more
+            surplus -= more
+        return lengths
+
+    def value(self, lengths: np.ndarray, prompts: int) -> float:
+        gain = Ladder(self.survival, self.weight).at(lengths)[1]
+        drafts = np.array(float(lengths.sum()))
+        tokens = len(lengths) + prompts + drafts
+        return gain - self.price * float(
+            step_seconds(self.curve, self.draft, tokens, drafts, self.depth)
+        )
+
+    def exact(self, prompts: int) -> np.ndarray:
+        ladder = Ladder(self.survival, self.weight, None, self.found)
+        return choose_lengths(
+            ladder, self.price, self.depth, [self.curve], self.draft, prompts
+        ).lengths
+
+
+def _batch(rng: np.random.Generator, size: int, longest: int, num_buckets: int) -> Batch:
+    rates = rng.uniform(0.05, 0.98, (longest, num_buckets))
+    table = np.log(np.cumprod(rates, axis=0)).astype(np.float32)
+    tokens = np.sort(rng.choice((size + 2) * (longest + 2), int(rng.integers(1, 9)), replace=False))
+    seconds = rng.uniform(0.5, 3.0, len(tokens))  # with jumps, flat parts, and parts that fall
+    if rng.random() < 0.6:
+        seconds = np.sort(seconds)
+    return Batch(
+        table,
+        rng.gamma(4.0, 0.25, size).astype(np.float32) if rng.random() < 0.8 else np.ones(size),
+        rng.uniform(0.5, 2.0, size) if rng.random() < 0.3 else None,
+        rng.integers(0, num_buckets, size),
+        rng.integers(0, longest + 1, size),
+        float(rng.uniform(0, 2 * size)),
+        int(rng.integers(1, longest + 2)),
+        CostCurve(RAGGED, tokens.astype(float), seconds),
+        DraftCost(*(rng.uniform(0, 0.3, 3) * rng.integers(0, 2, 3))),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lengths_are_the_best_when_there_are_no_more_worths_than_levels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cut = 0
+    for _ in range(150):
+        batch = _batch(rng, int(rng.integers(0, 4)), 5, int(rng.integers(1, 3)))
+        levels = batch.levels(5)
+        for prompts in (0, *rng.integers(0, 60, 3).tolist(), 100_000):
+            lengths = batch.lengths(levels, prompts)
+            best = batch.value(batch.exact(prompts), prompts)
+            assert batch.value(lengths, prompts) == pytest.approx(best, rel=1e-6, abs=1e-6)
+            cut += int(lengths.sum()) < int(batch.found.sum())
+    assert cut > 50
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_little_is_lost_to_the_exact_lengths_when_levels_hold_many_worths(size: int) -> None:
+    rng = np.random.default_rng(size)
+    losses = []
+    for _ in range(60):
+        batch = _batch(rng, size, 5, 6)
+        levels = batch.levels(5)
+        for prompts in (0, int(rng.integers(3 * size))):
+            best = batch.exact(prompts)
+            lost = batch.value(best, prompts) - batch.value(batch.lengths(levels, prompts), prompts)
+            losses.append(lost / Ladder(batch.survival, batch.weight).at(best)[1])
+    assert min(losses) > -1e-5  # single precision: nothing is better than the best
+    assert np.mean(losses) < 1e-4 and max(losses) < 1e-2
