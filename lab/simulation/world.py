@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from smartspec.daemon import config
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import Bus, NullBus
@@ -81,10 +83,13 @@ class Cell:
 def rival(name: str, cell: Cell) -> LengthSource:
     """A policy by name; "static3" is length 3 for all.
 
-    Raises ValueError for others, and for those of `OF_CHAINS` where drafts are trees.
+    Raises ValueError for others, for those of `OF_CHAINS` where drafts are trees, and for
+    *informed* where probabilities are not known.
     """
     if cell.outcomes.trees is not None and name in OF_CHAINS:
         raise ValueError(f"{name} is a policy for chains, and drafts are trees")
+    if name == "informed" and np.isnan(cell.outcomes.probability).any():
+        raise ValueError("informed is told true probabilities, and recorded drafts have none")
     if name.startswith("static") and name[6:].isdigit():
         length = int(name[6:])
         if length > cell.max_length:

@@ -17,6 +17,7 @@ from smartspec.lab.simulation import experiment, page, plots, report
 from smartspec.lab.simulation.experiment import Experiment, Run, interval
 from smartspec.lab.simulation.timeline import NUM_BINS
 
+TRACES = str(Path(__file__).parents[2] / "benchmarks" / "data" / "acceptance.npz")
 SMALL = Experiment(
     policies=("none", "static3", "smartspec"), loads=(0.1, 0.4), num_seeds=3, duration_s=4.0
 )
@@ -114,6 +115,20 @@ def test_simulate_writes_a_report_and_prints_json(tmp_path: Path) -> None:
     assert all(
         "timeline" in r for r in json.loads((tmp_path / "o/results.json").read_text())["runs"]
     )
+
+
+def test_simulate_tells_how_well_recorded_drafts_cover_what_is_asked() -> None:
+    asked = ["simulate", "--draft", "lookup", "--drafts", TRACES, "--policies", "none,static3"]
+    done = CliRunner().invoke(
+        app, [*asked, "--loads", "0.1", "--duration-s", "3", "--num-workers", "1"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "as in acceptance.npz" in " ".join(done.stdout.split())
+    assert "of 960 recorded answers of 5 to 96 tokens" in done.stdout
+    wanted = Experiment(draft="lookup", drafts=TRACES, loads=(0.1,), duration_s=3.0)
+    share = (wanted.traffic(0.1, seed=0).num_output > 96).mean()
+    assert 0 < share < 1
+    assert f"{share:.0%} of the requests are longer than any" in done.stdout
 
 
 def test_simulate_refuses_in_one_line(tmp_path: Path) -> None:
