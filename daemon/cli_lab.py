@@ -90,6 +90,9 @@ def simulate(
     trees: Annotated[
         bool | None, typer.Option("--trees", help="Draft trees; lengths are numbers of nodes.")
     ] = None,
+    copies: Annotated[
+        str | None, typer.Option(help="File of recorded lookups, as branches of the trees.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.html, plots and results.json.")
     ] = None,
@@ -118,6 +121,7 @@ def simulate(
             max_length=max_length,
             max_num_running=max_num_running,
             trees=trees,
+            copies=copies,
         )
         report.show(wanted, num_workers, json, out)
     except (ValueError, OSError) as error:

@@ -39,8 +39,10 @@ MOST_OPEN = 0.2
 LOOKUP_COLUMNS = ("lookup_run", "match_length", "match_agreement")
 
 
-def load(path: Path, *, is_lookup: bool, max_length: int) -> Recorded:
-    """Whole answers of a file whose drafts are lookups, or a draft model's; up to ``max_length``.
+def load(path: Path, *, is_lookup: bool, max_length: int | None = None) -> Recorded:
+    """Whole answers of a file whose drafts are lookups, or a draft model's.
+
+    ``max_length`` : drafts that are to be told; None: as many as were recorded
 
     Raises ValueError saying what is wrong with the file, or why it cannot serve for that.
     """
@@ -67,7 +69,7 @@ def load(path: Path, *, is_lookup: bool, max_length: int) -> Recorded:
     return Recorded(answers, parts[0].feature_names)
 
 
-def _check(seen: Observed, path: Path, is_lookup: bool, max_length: int) -> None:
+def _check(seen: Observed, path: Path, is_lookup: bool, max_length: int | None) -> None:
     limits, name = seen.hello.limits, f"{path}, engine {seen.hello.engine}"
     if limits.trees:
         raise ValueError(f"{name}: drafts trees, and only chains can be played as recorded")
@@ -75,6 +77,7 @@ def _check(seen: Observed, path: Path, is_lookup: bool, max_length: int) -> None
         kinds = ("a draft model's", "lookups")
         its, wanted = kinds[limits.drafts_known_first], kinds[is_lookup]
         raise ValueError(f"{name}: its drafts are {its}, and `draft` asks for {wanted}")
+    max_length = max_length or limits.max_length
     if limits.max_length < max_length:
         raise ValueError(f"{name}: drafts at most {limits.max_length}; max_length: {max_length}")
     share = open_share(seen, max_length)
@@ -93,7 +96,7 @@ def open_share(seen: Observed, max_length: int) -> float:
     return held / max(len(able), 1)
 
 
-def _of_traces(path: Path, is_lookup: bool, max_length: int) -> Recorded:
+def _of_traces(path: Path, is_lookup: bool, max_length: int | None) -> Recorded:
     names = LOOKUP_COLUMNS if is_lookup else ("draft_run",)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -104,7 +107,7 @@ def _of_traces(path: Path, is_lookup: bool, max_length: int) -> Recorded:
     if any(len(columns[name]) != sizes.sum() for name in names):
         raise ValueError(f"{path}: not traces of drafts: columns differ in size")
     run = columns[names[0]].astype(np.uint8)
-    if run.max(initial=0) < max_length:
+    if run.max(initial=0) < (max_length or 0):
         raise ValueError(
             f"{path}: drafts were recorded up to {run.max(initial=0)}; max_length: {max_length}"
         )

@@ -21,8 +21,8 @@ from smartspec.lab.simulation.world import rival, simulate
 class Experiment(Workload, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to try."""
 
-    #: compared with the first; empty: none, lengths 1, 3 and 5, SmartSpec, and, where drafts are
-    #: drawn from probabilities, informed
+    #: compared with the first; empty: none, lengths 1, 3 and 5, SmartSpec, and, where it can be
+    #: told all that is to be known of drafts, informed
     policies: tuple[str, ...] = ()
     loads: tuple[Positive, ...] = (0.1, 0.5, 0.8)  #: of what is served without speculation
     num_seeds: Count = 3
@@ -31,7 +31,7 @@ class Experiment(Workload, frozen=True, forbid_unknown_fields=True, kw_only=True
         if not self.policies:
             lengths = dict.fromkeys(min(length, self.max_length) for length in (1, 3, 5))
             fixed = (f"static{length}" for length in lengths)
-            told = () if self.drafts else ("informed",)
+            told = () if self.drafts or self.copies else ("informed",)
             policies = ("none", *fixed, *told, "smartspec")
             msgspec.structs.force_setattr(self, "policies", policies)
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
+from smartspec.engine_adapter.simulator import acceptance, arrivals, copies, profile
 from smartspec.engine_adapter.simulator.engine import Served
 from smartspec.engine_adapter.simulator.profile import Profile
 from smartspec.engine_adapter.simulator.recorded import Recorded
@@ -51,6 +51,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     trees: bool = False  #: drafts are trees, of a drafter's five best guesses for each token
     #: a file of recorded drafts, in place of acceptance, concentration and presence
     drafts: str = ""
+    copies: str = ""  #: a file of recorded lookups, which trees have among their branches
 
     def load_profile(self) -> Profile:
         return profile.load(self.profile)
@@ -69,8 +70,12 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError("trees are of a drafter's guesses: name a draft other than lookup")
         if self.trees and self.drafts:
             raise ValueError("recorded drafts are chains: leave out trees, or drafts")
+        if self.copies and not self.trees:
+            raise ValueError("copies are branches of trees: set trees, or name draft lookup")
         if self.drafts:
             self.drafts_seen()
+        if self.copies:
+            _drafts(self.copies, True, None)
         if self.trace:
             _recorded(self)
 
@@ -119,7 +124,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             recorded = self.recorded_drafts()
             which = recorded.nearest(num_output, seed)
             return recorded.outcomes(which, num_output, max_length=self.max_length)
-        return acceptance.draw(
+        drawn = acceptance.draw(
             acceptance.BetaOverRequests(self.acceptance, self.concentration),
             num_output,
             max_length=self.max_length,
@@ -127,6 +132,9 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             presence=self.presence if self.draft == "lookup" else None,
             trees=self.trees,
         )
+        if self.copies:
+            drawn = copies.among(drawn, _drafts(self.copies, True, None), num_output, seed=seed)
+        return drawn
 
     def traffic(self, load: float, seed: int) -> Traffic:
         """Requests of ``duration_s``. A trace is sped up to the load: its seed changes nothing.
@@ -226,7 +234,7 @@ def _capacity(workload: Workload) -> float:
 
 
 @lru_cache(maxsize=4)
-def _drafts(path: str, is_lookup: bool, max_length: int) -> Recorded:
+def _drafts(path: str, is_lookup: bool, max_length: int | None) -> Recorded:
     return answers.load(Path(path), is_lookup=is_lookup, max_length=max_length)
 
 
