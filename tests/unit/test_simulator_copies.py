@@ -156,7 +156,8 @@ def test_runs_with_copies_serve_everyone_and_repeat_bit_for_bit(policy: str) -> 
 
 def test_the_daemon_leaves_the_kind_to_prices_and_all_kinds_are_run() -> None:
     seen: list[StepFacts] = []
-    cell = replace(JOINED.cell(0.5, seed=1), watch=lambda now_s, facts: seen.append(facts))
+    longer = msgspec.structs.replace(JOINED, duration_s=6.0, mean_output=60)
+    cell = replace(longer.cell(0.5, seed=1), watch=lambda now_s, facts: seen.append(facts))
     fleet = Fleet([cell])
     [engine] = fleet.run()
     limits, stats = fleet.links[0].hello.limits, fleet.links[0].stats
