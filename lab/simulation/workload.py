@@ -74,8 +74,6 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError("copies are branches of trees: set trees, or name draft lookup")
         if self.drafts:
             self.drafts_seen()
-        if self.copies:
-            _drafts(self.copies, True, None)
         if self.trace:
             _recorded(self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -175,7 +176,7 @@ def test_the_daemon_leaves_the_kind_to_prices_and_all_kinds_are_run() -> None:
 
 def test_copies_want_trees_and_lookups(tmp_path: Path) -> None:
     for change, words in (
-        ({"trees": False}, "copies are branches of trees"),
+        ({"trees": False}, "copies are branches of trees: set trees, or name draft lookup"),
         ({"copies": str(tmp_path / "none.rec")}, "none.rec: No such file"),
     ):
         options = {"draft": "eagle", "trees": True, "copies": str(TRACES)} | change
@@ -188,11 +189,39 @@ def test_copies_want_trees_and_lookups(tmp_path: Path) -> None:
 
 
 def test_simulate_plays_trees_with_copies() -> None:
-    asked = ["simulate", "--trees", "--copies", str(TRACES), "--policies", "none,static4,smartspec"]
+    asked = ["simulate", "--trees", "--copies", str(TRACES), "--policies", "none,static4", "--json"]
     done = CliRunner().invoke(
         app, [*asked, "--loads", "0.1", "--duration-s", "2", "--num-workers", "1"]
     )
     assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["experiment"]["copies"] == str(TRACES)
+    wanted = msgspec.convert(told["experiment"], experiment.Experiment)
+    alone = msgspec.structs.replace(wanted, copies="")
+    with_copies, without = (experiment.play(one, "static4", 0.1, 0) for one in (wanted, alone))
+    assert with_copies.num_accepted != without.num_accepted
+    [played] = [run for run in told["runs"] if (run["policy"], run["seed"]) == ("static4", 0)]
+    assert played["num_accepted"] == with_copies.num_accepted
+
+
+def test_what_is_told_of_nodes_that_were_cut_is_drawn_by_the_seed() -> None:
+    guess = guesses(np.random.default_rng(0).random(90), np.full(90, 0.6))
+
+    def told(seed: int) -> list[int]:
+        # The drafter runs for nothing; what a verification costs cuts its less certain guesses.
+        drafter, request = outcomes(guess.tolist()).drafter(seed), np.zeros(1, np.int64)
+        curve = CostCurve("ragged", [0.0, 100.0], [1.0, 101.0])
+        choice = Choice(np.array([MOST]), prices=Prices(0.45, (curve,), DraftCost()))
+        most, cut = np.array([MOST], np.uint8), []
+        for place in range(90):
+            step = drafter.draft(request, np.array([place]), choice, most)
+            assert step.num_cut is not None and step.num_cut_accepted is not None
+            assert step.num_cut_accepted[0] <= step.num_cut[0]
+            cut.append(int(step.num_cut_accepted[0]))
+        assert any(cut)
+        return cut
+
+    assert told(1) == told(1) != told(2)
 
 
 def test_simulated_trees_grow_where_there_is_no_torch() -> None:
