@@ -72,11 +72,9 @@ def _json(wanted: Experiment, lines: list[Line], runs: list[Run]) -> bytes:
 
 
 def _table(wanted: Experiment, lines: list[Line]) -> Table:
-    of = f"acceptance {wanted.acceptance:g}"
-    if wanted.drafts:
-        of = f"as in {Path(wanted.drafts).name}"
     table = Table(
-        title=f"mean request latency: {wanted.profile}, draft {wanted.draft}, {of}",
+        title=f"mean request latency: {wanted.profile}, draft {wanted.draft}, "
+        f"{wanted.source_of_drafts}",
         title_justify="left",
     )
     table.add_column("policy")

@@ -25,6 +25,7 @@ W = TypeVar("W", bound="Workload")
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 Chance = Annotated[float, Meta(gt=0, lt=1)]
+DRAWN_BY = ("acceptance", "concentration", "presence")  #: recorded drafts stand in their place
 
 
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -76,6 +77,13 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             self.drafts_seen()
         if self.trace:
             _recorded(self)
+
+    @property
+    def source_of_drafts(self) -> str:
+        """In words, what decides whether drafts are right."""
+        if self.drafts:
+            return f"drafts as in {Path(self.drafts).name}"
+        return f"mean acceptance {self.acceptance:g}"
 
     def recorded_drafts(self) -> Recorded:
         """Of the file ``drafts``. Raises ValueError saying why it cannot be used."""
@@ -172,7 +180,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 def made(kind: type[W], given: Mapping[str, object]) -> W:
     """Options of ``kind``. Raises ValueError naming what is wrong."""
-    replaced = [name for name in ("acceptance", "concentration", "presence") if name in given]
+    replaced = [name for name in DRAWN_BY if name in given]
     if given.get("drafts") and replaced:
         raise ValueError(f"drafts: stand in place of {', '.join(replaced)}")
     return msgspec.convert(given, kind)

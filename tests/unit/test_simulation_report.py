@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from smartspec.daemon.cli import app
@@ -86,6 +87,18 @@ def test_what_a_user_names_is_text_in_the_page(runs: list[Run], tmp_path: Path) 
     named = msgspec.structs.replace(SMALL, trace=str(path))
     text = page.render(named, lines, {"latency": plots.latency(SMALL, lines)}, runs)
     assert "<b>&" not in text and "&lt;b&gt;&amp;" in text
+
+
+def test_the_page_names_what_drafts_came_from(runs: list[Run]) -> None:
+    lines = experiment.summarise(runs)
+    figures = {"latency": Figure()}
+    drawn = page.render(SMALL, lines, figures, runs)
+    assert "mean acceptance 0.7" in drawn and "<code>acceptance</code>" in drawn
+    recorded = msgspec.structs.replace(SMALL, drafts="<a>/monday.rec")
+    told = page.render(recorded, lines, figures, runs)
+    assert "drafts as in monday.rec" in told and "monday.rec (set)" in told
+    assert "acceptance 0.7" not in told and "<code>acceptance</code>" not in told
+    assert "<a>" not in told
 
 
 def test_pictures_of_goodput_need_a_daemon(runs: list[Run]) -> None:
