@@ -106,6 +106,8 @@ def _of_traces(path: Path, is_lookup: bool, max_length: int | None) -> Recorded:
     sizes = columns["num_positions"].astype(np.int64)
     if any(len(columns[name]) != sizes.sum() for name in names):
         raise ValueError(f"{path}: not traces of drafts: columns differ in size")
+    if not sizes.sum():
+        raise ValueError(f"{path}: no answers in it")
     run = columns[names[0]].astype(np.uint8)
     if run.max(initial=0) < (max_length or 0):
         raise ValueError(

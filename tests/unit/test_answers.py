@@ -194,7 +194,9 @@ def test_files_that_cannot_serve_are_refused_with_the_reason(
     (tmp_path / "text.rec").write_text("nothing")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     np.savez(tmp_path / "sizes.npz", num_positions=np.array([4]), draft_run=np.zeros(3))
+    np.savez(tmp_path / "empty.npz", num_positions=np.zeros(0, int), draft_run=np.zeros(0))
     for name, is_lookup, max_length, words in (
+        (tmp_path / "empty.npz", False, None, "no answers in it"),
         (tmp_path / "none.rec", True, 3, "No such file"),
         (tmp_path / "text.rec", True, 3, "not a recording .* nor traces"),
         (tmp_path / "other.npz", True, 3, "not traces of drafts: .*num_positions"),
