@@ -11,8 +11,9 @@ profile`), and what drafts brought at each position of each answer (`lab.profile
 serves requests of the arms' times and lengths. `<arm>_err_pct`: mean latency simulated over served,
 less 1; `<arm>_steps_err_pct`: the same of the number of steps; `<arm>_cost_err_pct`: the profile's
 seconds of the very steps that were served over what they took, less 1. Then with less that is
-known: `untold`, the engine tells none of its lookup's features; `others`, each request has the
-drafts of another of them, at random; `drawn`, drafts are drawn as `smartspec simulate` does, with
+known: `untold`, the engine tells none of its lookup's features; `nearest`, each request has the
+drafts of another of them, of the nearest length, as `smartspec simulate --drafts` gives them;
+`others`, of any other, at random; `drawn`, drafts are drawn as the command does without that, with
 the recording's mean, spread and presence.
 
 `--keep FILE` writes what was measured, `--from FILE` simulates that again.
@@ -59,6 +60,7 @@ MAX_LENGTH = 5
 MAX_NUM_RUNNING = 16
 ARMS = ("none", "static3", "smartspec")
 NUM_SEEDS = 8
+KNOWN_LESS = ("untold_", "nearest_", "others_", "drawn_")
 BETWEEN_S = 15.0  #: from one round's last arrival to the next round, simulated
 
 
@@ -254,8 +256,9 @@ def simulated(measured: Measured) -> dict[str, float]:
     at_s = np.array(measured.at_s) + rounds * (max(measured.at_s) + BETWEEN_S)
     # How much of an answer could be drafted: of long ones, and of the others.
     size = np.array([len(answer) for answer in measured.arms["none"].answers])
-    columns = [answers.positions(seen.visits[i])[0] for i in ids] if seen.visits else []
-    share = np.array([(run > 0).mean() for run in columns])
+    recorded = answers.of_visits(seen, ids)
+    own = np.arange(len(ids))
+    share = np.array([(answer.run > 0).mean() for answer in recorded.answers])
     is_long = size > np.median(size)
     figures["copied_share_long"] = float(share[is_long].mean())
     figures["copied_share_short"] = float(share[~is_long].mean())
@@ -266,7 +269,7 @@ def simulated(measured: Measured) -> dict[str, float]:
         served_s = float(np.mean(arm.latency_s))
         step_s = sum(step.step_s for step in arm.steps)
         figures[f"{name}_served_s"] = served_s
-        for kind in ("", "untold_", "others_", "drawn_") if name != "none" else ("",):
+        for kind in ("", *KNOWN_LESS) if name != "none" else ("",):
             ours, steps = [], []
             for seed in range(NUM_SEEDS):
                 if kind == "drawn_":
@@ -278,9 +281,12 @@ def simulated(measured: Measured) -> dict[str, float]:
                         presence=min(drafts.presence, 1.0),
                     )
                 else:
-                    order = np.random.default_rng(seed).permutation(ids)
-                    which = order.tolist() if kind == "others_" else ids
-                    outcomes = answers.outcomes(seen, which, num_output, max_length=MAX_LENGTH)
+                    which = own.tolist()
+                    if kind == "nearest_":
+                        which = recorded.nearest(num_output, seed, own)
+                    elif kind == "others_":
+                        which = np.random.default_rng(seed).permutation(own).tolist()
+                    outcomes = recorded.outcomes(which, num_output, max_length=MAX_LENGTH)
                 if kind == "untold_":
                     outcomes = replace(outcomes, feature_names=(), features=None)
                 cell = Cell(profile, "lookup", traffic, outcomes, max_length=MAX_LENGTH, seed=seed)

@@ -44,6 +44,10 @@ Trace = Annotated[
     str | None, typer.Option(help="File of requests: Azure's, Mooncake's or ServeGen's.")
 ]
 NumWorkers = Annotated[int, typer.Option(min=1, help="Processes.")]
+Drafts = Annotated[
+    str | None,
+    typer.Option(help="File of recorded drafts in place of acceptance: of `smartspec record`."),
+]
 Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
 Options = Annotated[
     Path | None, typer.Argument(help="TOML with any of the options (docs/simulator.md).")
@@ -52,8 +56,7 @@ Options = Annotated[
 
 def _wanted(kind: Any, file: Path | None, loads: str | None, **flags: Any) -> Any:
     """Options from a file, and from flags, which win; raises ValueError for bad ones."""
-    import msgspec
-
+    workload = optional("smartspec.lab.simulation.workload", "daemon")
     given = {name: value for name, value in flags.items() if value is not None}
     if loads is not None:
         try:
@@ -61,9 +64,8 @@ def _wanted(kind: Any, file: Path | None, loads: str | None, **flags: Any) -> An
         except ValueError:
             fail(f"--loads {loads}: expected numbers, e.g. 0.1,0.5,0.8")
     if file is None:
-        return msgspec.convert(given, kind)
-    read = optional("smartspec.lab.simulation.workload", "daemon").read
-    return read(file, kind, given)
+        return workload.made(kind, given)
+    return workload.read(file, kind, given)
 
 
 @app.command()
@@ -78,6 +80,7 @@ def simulate(
         str | None, typer.Option(help="Comma-separated, of what is served without speculation.")
     ] = None,
     acceptance: Acceptance = None,
+    drafts: Drafts = None,
     duration_s: Duration = None,
     arrivals: Arrivals = None,
     trace: Trace = None,
@@ -86,6 +89,9 @@ def simulate(
     max_num_running: MaxNumRunning = None,
     trees: Annotated[
         bool | None, typer.Option("--trees", help="Draft trees; lengths are numbers of nodes.")
+    ] = None,
+    copies: Annotated[
+        str | None, typer.Option(help="File of recorded lookups, as branches of the trees.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.html, plots and results.json.")
@@ -107,6 +113,7 @@ def simulate(
             draft=draft,
             policies=None if policies is None else policies.split(","),
             acceptance=acceptance,
+            drafts=drafts,
             duration_s=duration_s,
             arrivals=arrivals,
             trace=trace,
@@ -114,6 +121,7 @@ def simulate(
             max_length=max_length,
             max_num_running=max_num_running,
             trees=trees,
+            copies=copies,
         )
         report.show(wanted, num_workers, json, out)
     except (ValueError, OSError) as error:
@@ -130,6 +138,7 @@ def tune(
     ] = None,
     draft: Draft = None,
     acceptance: Acceptance = None,
+    drafts: Drafts = None,
     loads: Annotated[
         str | None, typer.Option(help="Comma-separated; where the table is tried.")
     ] = None,
@@ -157,6 +166,7 @@ def tune(
             state=state,
             draft=draft,
             acceptance=acceptance,
+            drafts=drafts,
             duration_s=duration_s,
             arrivals=arrivals,
             trace=trace,

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from smartspec.engine_adapter.reference.calibration import F64, I64, NUM_BANDS, Calibration
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
+
+if TYPE_CHECKING:  # simulated trees grow where there is no torch
+    from torch import Tensor
 
 Bools = npt.NDArray[np.bool_]
 

@@ -6,7 +6,6 @@ does not depend on how many came before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,32 +107,6 @@ def draw(
         match,
         trees=Trees.of(guess, shapes, max_length) if trees else None,
     )
-
-
-def replay(
-    recorded_runs: Sequence[U8],
-    num_output: I64,
-    *,
-    max_length: int,
-    seed: int,
-    recorded_matches: Sequence[U8] | None = None,
-) -> Outcomes:
-    """Recorded answers, drawn at random for each request and repeated to its length.
-
-    ``recorded_runs``: per answer, drafts accepted from each position, as recorded.
-    """
-    sizes = num_output + max_length
-    offset = np.concatenate([[0], np.cumsum(sizes)])
-    run = np.empty(int(offset[-1]), np.uint8)
-    match = None if recorded_matches is None else np.empty(len(run), np.uint8)
-    for i, size in enumerate(sizes.tolist()):
-        which = int(np.random.default_rng((seed, i)).integers(len(recorded_runs)))
-        at = slice(int(offset[i]), int(offset[i + 1]))
-        run[at] = np.resize(recorded_runs[which], size)
-        if match is not None and recorded_matches is not None:
-            match[at] = np.resize(recorded_matches[which], size)
-    unknown = np.full(len(run), np.nan, np.float32)
-    return Outcomes(offset[:-1].astype(np.int64), run, unknown, match)
 
 
 def runs(accepted: np.ndarray) -> U8:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smartspec.engine_adapter.base import DecodeBatch, LengthSource, StepFacts
+from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.simulator.profile import Chunk, Profile
 from smartspec.engine_adapter.simulator.requests import F64, I64, Outcomes, Traffic
 
@@ -98,6 +99,7 @@ class Engine:
         self.num_drafted = self.num_accepted = 0
         self._draft = profile.draft(draft)
         self._is_lookup = draft == "lookup"
+        self._drafter = outcomes.drafter(seed)
         self._rng = np.random.default_rng((seed, 1))
         self._noise = noise
         self._cost_factor = cost_factor
@@ -142,38 +144,42 @@ class Engine:
         batch = self._batch(rows, positions, chunks)
         factor = self._cost_factor(now_s)
         self.present = Present(rows, positions, context, chunks, factor)
-        size, total, forwards = len(rows), 0, 0
-        lengths = np.zeros(0, np.uint8)
+        size, choice = len(rows), Choice(np.zeros(0, np.int64))
         if size:
-            chosen = np.minimum(self.source.choose(batch).lengths, batch.ceiling)
-            lengths = chosen.astype(np.uint8)
-            total, forwards = int(chosen.sum()), self.outcomes.forwards(rows, lengths)
-        accepted = self.outcomes.accepted(rows, positions, lengths)
+            choice = self.source.choose(batch)
+        lengths = np.minimum(choice.lengths, batch.ceiling).astype(np.uint8)
+        drafted = self._drafter.draft(rows, positions, choice, lengths)
         left = self.traffic.num_output[rows] - self._emitted[rows]
-        emitted = np.minimum(accepted.num_accepted.astype(np.int64) + 1, left)
+        emitted = np.minimum(drafted.num_accepted.astype(np.int64) + 1, left)
         luck = 1 + self._noise * self._rng.standard_normal(2)
-        target_s = self.profile.target_seconds(size, size + total, context, chunks)
+        target_s = self.profile.target_seconds(
+            size, size + int(drafted.num_verified.sum()), context, chunks
+        )
         target_s *= factor * max(float(luck[0]), 0.1)
-        draft_s = 0.0
-        if total and not self._is_lookup:
+        draft_s, forwards, tokens = 0.0, drafted.num_forwards, drafted.num_draft_tokens
+        if self._is_lookup:
+            forwards = tokens = 0
+        if forwards:
             d = self._draft
-            draft_s = d.fixed_s + d.per_forward_s * forwards + d.per_token_s * total
+            draft_s = d.fixed_s + d.per_forward_s * forwards + d.per_token_s * tokens
             draft_s *= factor * max(float(luck[1]), 0.1)
         seconds = target_s + draft_s
         facts = StepFacts(
             batch=batch,
-            num_drafted=lengths,
-            num_accepted=accepted.num_accepted,
+            num_drafted=drafted.num_verified,
+            num_accepted=drafted.num_accepted,
             num_emitted=emitted.astype(np.uint8),
             step_s=seconds,
             target_s=target_s,
             draft_s=draft_s,
             context_tokens=context,
-            num_draft_forwards=0 if self._is_lookup else forwards,
-            num_draft_tokens=0 if self._is_lookup else total,
+            num_draft_forwards=forwards,
+            num_draft_tokens=tokens,
             num_waiting=self.num_waiting,
             kv_usage=min(context / self.profile.kv_tokens, 1.0),
-            accepted_ranks=accepted.ranks,
+            accepted_ranks=drafted.ranks,
+            num_cut=drafted.num_cut,
+            num_cut_accepted=drafted.num_cut_accepted,
         )
         self._step = batch, emitted, facts, done
         return seconds
@@ -215,13 +221,14 @@ class Engine:
 
     def _batch(self, rows: I64, positions: I64, chunks: tuple[Chunk, ...]) -> DecodeBatch:
         ceiling = np.full(len(rows), self.max_length, np.uint8)
-        features = self._last_share[rows][None]
+        features, told = self._last_share[rows][None], self.outcomes.features
         if self.outcomes.match_length is not None:
             match = self.outcomes.match_length[positions]
             ceiling[match == 0] = 0
-            told = self.outcomes.features
-            shown = match[None] if told is None else told[:, positions]
-            features = np.concatenate([features, shown.astype(np.float32)])
+            if told is None:
+                features = np.concatenate([features, match[None].astype(np.float32)])
+        if told is not None:
+            features = np.concatenate([features, told[:, positions]])
         return DecodeBatch(
             (rows + 1).astype(np.uint64),
             ceiling,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from smartspec.engine_adapter.lengths import Choice
+
 if TYPE_CHECKING:
+    from smartspec.engine_adapter.simulator.copies import Copies
     from smartspec.engine_adapter.simulator.trees import Trees
 
 F64 = npt.NDArray[np.float64]
@@ -57,6 +60,28 @@ class Accepted(NamedTuple):
     ranks: U64 | None  #: of trees: bit j is set when the node of rank j is accepted
 
 
+class Drafted(NamedTuple):
+    """What was drafted in a step, and what became of it; columns [B]."""
+
+    num_verified: U8
+    num_accepted: U8
+    ranks: U64 | None  #: of trees: bit j is set when the node of rank j is accepted, or would be
+    num_forwards: int  #: passes of the drafter
+    num_draft_tokens: int  #: in these passes
+    num_cut: U8 | None = None  #: drafts behind those verified that were not; None: all 0
+    num_cut_accepted: U8 | None = None  #: of these, those that would be
+
+
+class Drafter(Protocol):
+    """What drafts in an engine."""
+
+    def draft(self, requests: I64, positions: I64, choice: Choice, lengths: U8) -> Drafted:
+        """Up to ``lengths`` [B] at these positions of these requests, both [B].
+
+        ``choice`` : what they were chosen by, with the step's prices where drafts decide
+        """
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What drafts would bring at every position of every answer.
@@ -75,6 +100,7 @@ class Outcomes:
     feature_names: tuple[str, ...] = ()
     features: F32 | None = None  #: [F, P], by ``feature_names``
     trees: Trees | None = None  #: None: drafts are chains
+    copies: Copies | None = None  #: among the branches of trees
 
     def accepted(self, requests: I64, positions: I64, lengths: U8) -> Accepted:
         """Of drafts of ``lengths`` at these positions of these requests; all [B]."""
@@ -87,3 +113,23 @@ class Outcomes:
         if self.trees is None:
             return int(lengths.max(initial=0))
         return self.trees.forwards(requests, lengths)
+
+    def drafter(self, seed: int) -> Drafter:
+        """Who drafts for one engine."""
+        if self.copies is None:
+            return ByLength(self)
+        from smartspec.engine_adapter.simulator.grown import Grown
+
+        return Grown(self, seed)
+
+
+class ByLength:
+    """Drafts as many as it is told to: what they come to is known beforehand."""
+
+    def __init__(self, outcomes: Outcomes) -> None:
+        self._outcomes = outcomes
+
+    def draft(self, requests: I64, positions: I64, choice: Choice, lengths: U8) -> Drafted:
+        accepted = self._outcomes.accepted(requests, positions, lengths)
+        forwards = self._outcomes.forwards(requests, lengths)
+        return Drafted(lengths, *accepted, forwards, int(lengths.sum()))

@@ -8,9 +8,11 @@ from pathlib import Path
 import msgspec
 
 from smartspec.daemon.recording import RecordingError
+from smartspec.engine_adapter.messages import Limits
 from smartspec.engine_adapter.simulator.profile import Profile
-from smartspec.lab.profiles import observed
+from smartspec.lab.profiles import answers, observed
 from smartspec.lab.profiles.observed import AcceptanceSeen, Observed
+from smartspec.lab.simulation.workload import Workload
 
 EXIT_UNUSABLE = 2
 
@@ -43,8 +45,23 @@ def run(recording: Path, engine: str | None, out: Path | None, as_json: bool) ->
         told = acceptance._asdict() if acceptance else None
         print(msgspec.json.encode({"profile": made, "acceptance": told}).decode())
     else:
-        _show(made, acceptance, "lookup" if seen.hello.limits.drafts_known_first else "own", out)
+        draft = "lookup" if seen.hello.limits.drafts_known_first else "own"
+        _show(made, acceptance, draft, out)
+        if out is not None and acceptance is not None:
+            print(_as_recorded(recording, seen.hello.limits))
     return 0
+
+
+def _as_recorded(recording: Path, limits: Limits) -> str:
+    """How drafts are played as recorded, or why they cannot be."""
+    max_length = min(limits.max_length, Workload().max_length)
+    try:
+        answers.load(recording, is_lookup=limits.drafts_known_first, max_length=max_length)
+    except ValueError as error:
+        return f"not with drafts as recorded (--drafts): {error}"
+    return f"with drafts as recorded: --drafts {recording} in place of --acceptance" + (
+        f", and --max-length {max_length}" if max_length < Workload().max_length else ""
+    )
 
 
 def _show(made: Profile, acceptance: AcceptanceSeen | None, draft: str, out: Path | None) -> None:

@@ -7,7 +7,7 @@ has not seen. Reports do not say how long a chunk's prompt was before it: prompt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +58,24 @@ class AcceptanceSeen(NamedTuple):
     concentration: float  #: of the Beta over requests
     presence: float  #: share of requests and steps for which drafts were to be had
 
+    @classmethod
+    def of(cls, tried: Iterable[tuple[int, int]], presence: float) -> AcceptanceSeen | None:
+        """``tried`` : by request, drafts accepted, and these with the first that was not.
+
+        None where no request has tried `LEAST_TRIALS`.
+        """
+        known = [pair for pair in tried if pair[1] >= LEAST_TRIALS]
+        if not known:
+            return None
+        accepted, tries = np.array(known, np.float64).T
+        rate = accepted / tries
+        mean = float(np.clip(rate.mean(), 0.01, 0.99))
+        # The spread of rates is that of the requests and of counting.
+        counting = float((mean * (1 - mean) / tries).mean())
+        spread = max(float(rate.var()) - counting, 1e-4)
+        concentration = float(np.clip(mean * (1 - mean) / spread - 1, 0.5, 200.0))
+        return cls(mean, concentration, presence)
+
 
 class Visit(NamedTuple):
     """What a step did for one request."""
@@ -79,6 +97,7 @@ class Observed:
     kv_tokens: list[float] = field(default_factory=list)
     tried: dict[int, tuple[int, int]] = field(default_factory=dict)  #: by request: accepted, tried
     visits: dict[int, list[Visit]] | None = None  #: by request, in order, where they were asked for
+    partial: set[int] = field(default_factory=set)  #: requests whose answers may not be whole here
     num_decoded: int = 0  #: requests and steps
     num_with_drafts: int = 0
 
@@ -86,23 +105,14 @@ class Observed:
         """None where nothing was drafted, or trees: they say nothing of chains."""
         if self.hello.limits.trees:
             return None
-        known = [pair for pair in self.tried.values() if pair[1] >= LEAST_TRIALS]
-        if not known:
-            return None
-        accepted, tried = np.array(known, np.float64).T
-        rate = accepted / tried
-        mean = float(np.clip(rate.mean(), 0.01, 0.99))
-        # The spread of rates is that of the requests and of counting.
-        counting = float((mean * (1 - mean) / tried).mean())
-        spread = max(float(rate.var()) - counting, 1e-4)
-        concentration = float(np.clip(mean * (1 - mean) / spread - 1, 0.5, 200.0))
-        return AcceptanceSeen(mean, concentration, self.num_with_drafts / max(self.num_decoded, 1))
+        presence = self.num_with_drafts / max(self.num_decoded, 1)
+        return AcceptanceSeen.of(self.tried.values(), presence)
 
 
 def of_recording(path: Path, *, with_visits: bool = False) -> dict[str, Observed]:
     """By engine, from a file of `smartspec record`. Raises RecordingError, OSError.
 
-    ``with_visits``: keep what every step did for every request (`answers.outcomes`)
+    ``with_visits``: keep what every step did for every request (`answers.of_visits`)
     """
     found: dict[str, _Reader] = {}
     with path.open("rb") as file:
@@ -122,6 +132,8 @@ def of_recording(path: Path, *, with_visits: bool = False) -> dict[str, Observed
                             reader.take(message, event)
             except MessageError:
                 continue
+    for reader in found.values():
+        reader.end()
     return {name: reader.seen for name, reader in found.items()}
 
 
@@ -134,7 +146,13 @@ class _Reader:
         self._version = -1
         self._last: tuple[int, float, bool] | None = None
 
+    def end(self) -> None:
+        """Whoever is there at the end may go on."""
+        self.seen.partial.update(self._ids)
+
     def take(self, report: StepReport, event: FrameEvent) -> None:
+        follows = self._last is not None and self._last[0] + 1 == report.seq
+        left = self._ids
         if report.roster is not None:
             size = len(report.roster.request_ids) // 8
             self._ids = unpack(report.roster.request_ids, "u64", (size,), "request_ids").tolist()
@@ -151,6 +169,8 @@ class _Reader:
             )
         )
         seen = self.seen
+        if not follows:  # steps in between, or before, are not known
+            seen.partial.update(left, self._ids)
         apart = report.target_s is not None and report.draft_s is not None
         seen.steps.append(
             Step(
@@ -167,7 +187,7 @@ class _Reader:
         )
         if report.kv_usage > 0.02 and report.context_tokens:
             seen.kv_tokens.append(report.context_tokens / report.kv_usage)
-        if self._last is not None and self._last[0] + 1 == report.seq and self._last[2]:
+        if follows and self._last is not None and self._last[2]:
             gap_s = event.at_s - self._last[1] - report.step_s
             if -0.5 * report.step_s < gap_s < report.step_s:
                 seen.gaps_s.append(gap_s)

@@ -12,17 +12,17 @@ import msgspec
 import numpy as np
 
 from smartspec.daemon.adoption.gain import student_95
-from smartspec.engine_adapter.simulator import acceptance
 from smartspec.engine_adapter.simulator.requests import Traffic
 from smartspec.lab.simulation.timeline import Timeline, Watch
 from smartspec.lab.simulation.workload import Count, Positive, Workload
-from smartspec.lab.simulation.world import Cell, rival, simulate
+from smartspec.lab.simulation.world import rival, simulate
 
 
 class Experiment(Workload, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to try."""
 
-    #: compared with the first; empty: none, lengths 1, 3 and 5, informed and SmartSpec
+    #: compared with the first; empty: none, lengths 1, 3 and 5, SmartSpec, and, where it can be
+    #: told all that is to be known of drafts, informed
     policies: tuple[str, ...] = ()
     loads: tuple[Positive, ...] = (0.1, 0.5, 0.8)  #: of what is served without speculation
     num_seeds: Count = 3
@@ -31,7 +31,8 @@ class Experiment(Workload, frozen=True, forbid_unknown_fields=True, kw_only=True
         if not self.policies:
             lengths = dict.fromkeys(min(length, self.max_length) for length in (1, 3, 5))
             fixed = (f"static{length}" for length in lengths)
-            policies = ("none", *fixed, "informed", "smartspec")
+            told = () if self.drafts or self.copies else ("informed",)
+            policies = ("none", *fixed, *told, "smartspec")
             msgspec.structs.force_setattr(self, "policies", policies)
 
 
@@ -56,18 +57,11 @@ class Run(msgspec.Struct, frozen=True, omit_defaults=True):
 def check(experiment: Experiment) -> None:
     """Raises ValueError for what cannot be played: a profile, draft, policy or load."""
     experiment.check()
-    gpu = experiment.load_profile()
-    empty = Traffic(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
-    drawn = acceptance.draw(
-        acceptance.Constant(0.5),
-        empty.num_output,
-        max_length=experiment.max_length,
-        seed=0,
-        trees=experiment.trees,
-    )
+    one = Traffic(np.zeros(1), np.ones(1, np.int64), np.ones(1, np.int64))
+    cell = experiment.cell_of(one, seed=0)
     for name in experiment.policies:
         if name != "smartspec":
-            rival(name, Cell(gpu, experiment.draft, empty, drawn, max_length=experiment.max_length))
+            rival(name, cell)
     for load in experiment.loads:
         experiment.traffic(load, seed=0)  # what cannot be played is told before anything is
 

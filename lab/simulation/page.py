@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from smartspec.engine_adapter.simulator.profile import Profile
 from smartspec.lab.simulation.experiment import Experiment, Line, Run
 from smartspec.lab.simulation.plots import STYLE, colour, focus
-from smartspec.lab.simulation.workload import Workload
+from smartspec.lab.simulation.workload import DRAWN_BY, Workload
 
 CSS = """
 :root { color-scheme: light; }
@@ -143,6 +143,7 @@ def _workload(wanted: Experiment) -> str:
         f"<tr><td><code>{name}</code></td><td class=text>{html.escape(_value(plain[name]))}"
         f"{'' if plain[name] == default[name] else ' (set)'}</td></tr>"
         for name in (*Workload.__struct_fields__, "policies", "loads", "num_seeds")
+        if not (wanted.drafts and name in DRAWN_BY)
     )
     return f"<section><h2>What was asked</h2><table>{rows}</table></section>"
 
@@ -220,7 +221,7 @@ def render(
         f"<title>SmartSpec: {html.escape(gpu.name)}, {html.escape(wanted.draft)}</title>"
         f"<style>{CSS}</style><main><h1>What would speculation do?</h1><p class=sub>"
         f"{html.escape(gpu.target)} on {html.escape(gpu.accelerator)}, draft "
-        f"{html.escape(wanted.draft)}, mean acceptance {wanted.acceptance:g}; "
+        f"{html.escape(wanted.draft)}, {html.escape(wanted.source_of_drafts)}; "
         f"{html.escape(source)}, {wanted.duration_s:g} s, {requests} requests served in "
         f"{len(runs)} simulated runs.</p><p class=lead>{lead}</p>"
         f"{parts[0]}{_results(wanted, lines)}{''.join(parts[1:])}{_workload(wanted)}{_profile(gpu)}"

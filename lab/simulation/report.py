@@ -39,8 +39,21 @@ def show(wanted: Experiment, num_workers: int, as_json: bool, out: Path | None =
         f"x: of {wanted.policies[0]}, geometric mean (lowest-highest) of {wanted.num_seeds} seeds. "
         "A load of 1 is what is served without speculation."
     )
+    if wanted.drafts:
+        print(_drafts(wanted))
     if out is not None:
         print(f"report: {out / 'report.html'}")
+
+
+def _drafts(wanted: Experiment) -> str:
+    """How well recorded answers cover the lengths of those that are simulated."""
+    sizes = wanted.recorded_drafts().sizes
+    asked = wanted.traffic(wanted.loads[0], seed=0).num_output
+    return (
+        f"Drafts: of {len(sizes)} recorded answers of {sizes.min()} to {sizes.max()} tokens, each "
+        f"request has those of one of the nearest length; {(asked > sizes.max()).mean():.0%} of "
+        "the requests are longer than any, and have theirs repeated."
+    )
 
 
 def write(wanted: Experiment, lines: list[Line], runs: list[Run], out: Path) -> None:
@@ -61,7 +74,7 @@ def _json(wanted: Experiment, lines: list[Line], runs: list[Run]) -> bytes:
 def _table(wanted: Experiment, lines: list[Line]) -> Table:
     table = Table(
         title=f"mean request latency: {wanted.profile}, draft {wanted.draft}, "
-        f"acceptance {wanted.acceptance:g}",
+        f"{wanted.source_of_drafts}",
         title_justify="left",
     )
     table.add_column("policy")

@@ -74,7 +74,8 @@ def ground(tuning: Tuning) -> tuple[Tuning, Ground]:
     """
     if tuning.trees:
         raise ValueError("a table is fitted to chains: leave trees out")
-    survival = beta_survival(tuning.acceptance, tuning.concentration, tuning.max_length)
+    if tuning.state and tuning.drafts:
+        raise ValueError("state tells what drafts brought: leave out drafts, or state")
     if tuning.state:
         models = _learned(tuning.state, tuning.max_num_running)[1]
         found = observed.acceptance_of_learned(models)
@@ -90,8 +91,10 @@ def ground(tuning: Tuning) -> tuple[Tuning, Ground]:
         survival = tuple(learned_survival[: tuning.max_length].tolist())
     else:
         tuning.check()
+        seen = tuning.drafts_seen()
+        survival = beta_survival(seen.acceptance, seen.concentration, tuning.max_length)
     prompt, output = tuning.mean_lengths()
-    presence = tuning.presence if tuning.draft == "lookup" else 1.0
+    presence = tuning.drafts_seen().presence
     on = Ground(tuning.load_profile(), tuning.draft, survival, presence, prompt + output / 2)
     return tuning, on
 

@@ -12,21 +12,25 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from smartspec.engine_adapter.simulator import acceptance, arrivals, profile
+from smartspec.engine_adapter.simulator import acceptance, arrivals, copies, profile
 from smartspec.engine_adapter.simulator.engine import Served
 from smartspec.engine_adapter.simulator.profile import Profile
-from smartspec.engine_adapter.simulator.requests import F64, Traffic
+from smartspec.engine_adapter.simulator.recorded import Recorded
+from smartspec.engine_adapter.simulator.requests import F64, Outcomes, Traffic
+from smartspec.lab.profiles import answers
+from smartspec.lab.profiles.observed import AcceptanceSeen
 from smartspec.lab.simulation.world import Cell, simulate
 
-T = TypeVar("T")
+W = TypeVar("W", bound="Workload")
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 Chance = Annotated[float, Meta(gt=0, lt=1)]
+DRAWN_BY = ("acceptance", "concentration", "presence")  #: recorded drafts stand in their place
 
 
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A GPU and its traffic. Acceptance is Beta over requests; lengths are exponential, or as
-    recorded in a trace. A load of 1 is what is served without speculation.
+    """A GPU and its traffic. Acceptance is Beta over requests, or drafts are as recorded; lengths
+    are exponential, or as in a trace. A load of 1 is what is served without speculation.
     """
 
     profile: str = "h100_8b"  #: a shipped profile, or a file
@@ -46,6 +50,9 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     trace_format: Literal["auto", "azure", "mooncake", "servegen"] = "auto"
     trace_begin_s: Annotated[float, Meta(ge=0)] = 0.0  #: skipped of the trace
     trees: bool = False  #: drafts are trees, of a drafter's five best guesses for each token
+    #: a file of recorded drafts, in place of acceptance, concentration and presence
+    drafts: str = ""
+    copies: str = ""  #: a file of recorded lookups, which trees have among their branches
 
     def load_profile(self) -> Profile:
         return profile.load(self.profile)
@@ -58,12 +65,41 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return float(recorded.num_prompt.mean()), float(recorded.num_output.mean())
 
     def check(self) -> None:
-        """Raises ValueError for a profile, draft or trace that is not, naming what is known."""
+        """Raises ValueError for what is not, or cannot be played, naming what is known."""
         self.load_profile().draft(self.draft)
         if self.trees and self.draft == "lookup":
             raise ValueError("trees are of a drafter's guesses: name a draft other than lookup")
+        if self.trees and self.drafts:
+            raise ValueError("recorded drafts are chains: leave out trees, or drafts")
+        if self.copies and not self.trees:
+            raise ValueError("copies are branches of trees: set trees, or name draft lookup")
+        if self.drafts:
+            self.drafts_seen()
         if self.trace:
             _recorded(self)
+
+    @property
+    def source_of_drafts(self) -> str:
+        """In words, what decides whether drafts are right."""
+        if self.drafts:
+            return f"drafts as in {Path(self.drafts).name}"
+        return f"mean acceptance {self.acceptance:g}"
+
+    def recorded_drafts(self) -> Recorded:
+        """Of the file ``drafts``. Raises ValueError saying why it cannot be used."""
+        return _drafts(self.drafts, self.draft == "lookup", self.max_length)
+
+    def drafts_seen(self) -> AcceptanceSeen:
+        """What an operator has measured of drafts who tunes offline."""
+        if not self.drafts:
+            presence = self.presence if self.draft == "lookup" else 1.0
+            return AcceptanceSeen(self.acceptance, self.concentration, presence)
+        tried = self.recorded_drafts().tried(self.max_length)
+        pairs = zip(tried.accepted.tolist(), tried.tried.tolist(), strict=True)
+        seen = AcceptanceSeen.of(pairs, tried.num_with_drafts / max(tried.num_steps, 1))
+        if seen is None:
+            raise ValueError(f"{self.drafts}: too few drafts in each answer to tell acceptance")
+        return seen
 
     def cell(self, load: float, seed: int) -> Cell:
         """Requests at ``load`` and their luck; the same arguments give the same cell.
@@ -74,27 +110,37 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def cell_of(self, traffic: Traffic, seed: int) -> Cell:
         """Given requests, and their luck."""
-        presence = self.presence if self.draft == "lookup" else None
-        outcomes = acceptance.draw(
-            acceptance.BetaOverRequests(self.acceptance, self.concentration),
-            traffic.num_output,
-            max_length=self.max_length,
-            seed=seed,
-            presence=presence,
-            trees=self.trees,
-        )
+        seen = self.drafts_seen()
         return Cell(
             self.load_profile(),
             self.draft,
             traffic,
-            outcomes,
-            acceptance=self.acceptance,
-            concentration=self.concentration,
-            presence=1.0 if presence is None else presence,
+            self._outcomes(traffic, seed),
+            acceptance=seen.acceptance,
+            concentration=seen.concentration,
+            presence=seen.presence,
             max_length=self.max_length,
             max_num_running=self.max_num_running,
             seed=seed,
         )
+
+    def _outcomes(self, traffic: Traffic, seed: int) -> Outcomes:
+        num_output = traffic.num_output
+        if self.drafts:
+            recorded = self.recorded_drafts()
+            which = recorded.nearest(num_output, seed)
+            return recorded.outcomes(which, num_output, max_length=self.max_length)
+        drawn = acceptance.draw(
+            acceptance.BetaOverRequests(self.acceptance, self.concentration),
+            num_output,
+            max_length=self.max_length,
+            seed=seed,
+            presence=self.presence if self.draft == "lookup" else None,
+            trees=self.trees,
+        )
+        if self.copies:
+            drawn = copies.among(drawn, _drafts(self.copies, True, None), num_output, seed=seed)
+        return drawn
 
     def traffic(self, load: float, seed: int) -> Traffic:
         """Requests of ``duration_s``. A trace is sped up to the load: its seed changes nothing.
@@ -132,7 +178,15 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return load * _capacity(self)
 
 
-def read(path: Path, kind: type[T], over: Mapping[str, object] | None = None) -> T:
+def made(kind: type[W], given: Mapping[str, object]) -> W:
+    """Options of ``kind``. Raises ValueError naming what is wrong."""
+    replaced = [name for name in DRAWN_BY if name in given]
+    if given.get("drafts") and replaced:
+        raise ValueError(f"drafts: stand in place of {', '.join(replaced)}")
+    return msgspec.convert(given, kind)
+
+
+def read(path: Path, kind: type[W], over: Mapping[str, object] | None = None) -> W:
     """Options of ``kind`` from TOML, under those that go ``over`` it.
 
     Raises ValueError naming what is wrong.
@@ -142,7 +196,7 @@ def read(path: Path, kind: type[T], over: Mapping[str, object] | None = None) ->
         msgspec.convert(given, kind)  # what is wrong with the file is the file's
     except (msgspec.DecodeError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return msgspec.convert({**given, **(over or {})}, kind)
+    return made(kind, {**given, **(over or {})})
 
 
 def capacity(
@@ -183,6 +237,11 @@ def _capacity(workload: Workload) -> float:
     rng = np.random.default_rng(2)
     drawn = np.sort(rng.choice(recorded.size, 6 * limit))  # a trace may be shorter than this
     return capacity_of(gpu, limit, recorded.part(drawn))
+
+
+@lru_cache(maxsize=4)
+def _drafts(path: str, is_lookup: bool, max_length: int | None) -> Recorded:
+    return answers.load(Path(path), is_lookup=is_lookup, max_length=max_length)
 
 
 @lru_cache(maxsize=4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from smartspec.daemon import config
 from smartspec.daemon.control_loop import ControlLoop
 from smartspec.daemon.event_bus import Bus, NullBus
@@ -58,7 +60,15 @@ class Cell:
 
     def chains(self, max_length: int) -> Cell:
         """The same, with the same luck, of a drafter that drafts chains of its first guesses."""
-        return replace(self, outcomes=replace(self.outcomes, trees=None), max_length=max_length)
+        outcomes = replace(self.alone().outcomes, trees=None)
+        return replace(self, outcomes=outcomes, max_length=max_length)
+
+    def alone(self) -> Cell:
+        """The same, with the same luck, of a drafter whose trees have no copies in them."""
+        if self.outcomes.copies is None:
+            return self
+        outcomes = replace(self.outcomes, copies=None, feature_names=(), features=None)
+        return replace(self, outcomes=outcomes)
 
     def engine(self, source: LengthSource, hear: Callable[[], None] = lambda: None) -> Engine:
         """The engine, steered by ``source``."""
@@ -81,10 +91,15 @@ class Cell:
 def rival(name: str, cell: Cell) -> LengthSource:
     """A policy by name; "static3" is length 3 for all.
 
-    Raises ValueError for others, and for those of `OF_CHAINS` where drafts are trees.
+    Raises ValueError for others, for those of `OF_CHAINS` where drafts are trees, and for
+    *informed* where probabilities are not known.
     """
     if cell.outcomes.trees is not None and name in OF_CHAINS:
         raise ValueError(f"{name} is a policy for chains, and drafts are trees")
+    if name == "informed" and np.isnan(cell.outcomes.probability).any():
+        raise ValueError("informed is told true probabilities, and recorded drafts have none")
+    if name == "informed" and cell.outcomes.copies is not None:
+        raise ValueError("informed knows of a drafter's guesses, and not of copies beside them")
     if name.startswith("static") and name[6:].isdigit():
         length = int(name[6:])
         if length > cell.max_length:
@@ -197,20 +212,23 @@ class Fleet:
 
 
 def _features(outcomes: Outcomes) -> tuple[str, ...]:
-    if outcomes.match_length is None:
-        return ()
-    return (FEATURE_MATCH_LENGTH,) if outcomes.features is None else outcomes.feature_names
+    if outcomes.features is not None:
+        return outcomes.feature_names
+    return () if outcomes.match_length is None else (FEATURE_MATCH_LENGTH,)
 
 
 def _hello(name: str, cell: Cell) -> Hello:
     is_lookup = cell.draft == "lookup"
+    proposer = "lookup" if is_lookup else "draft_model"
+    if cell.outcomes.copies is not None:
+        proposer += "+lookup"
     profile = cell.profile
     return Hello(
         engine=name,
         epoch=1,
         fingerprint=Fingerprint(
             target=profile.target,
-            proposer="lookup" if is_lookup else "draft_model",
+            proposer=proposer,
             draft=cell.draft,
             engine="simulator",
             accelerator=profile.accelerator,
@@ -223,5 +241,6 @@ def _hello(name: str, cell: Cell) -> Hello:
             graph_sizes=profile.graph_sizes,
             drafts_known_first=is_lookup,
             trees=cell.outcomes.trees is not None,
+            confidences=cell.outcomes.copies is not None,
         ),
     )

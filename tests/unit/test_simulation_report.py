@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from smartspec.daemon.cli import app
@@ -17,6 +18,7 @@ from smartspec.lab.simulation import experiment, page, plots, report
 from smartspec.lab.simulation.experiment import Experiment, Run, interval
 from smartspec.lab.simulation.timeline import NUM_BINS
 
+TRACES = str(Path(__file__).parents[2] / "benchmarks" / "data" / "acceptance.npz")
 SMALL = Experiment(
     policies=("none", "static3", "smartspec"), loads=(0.1, 0.4), num_seeds=3, duration_s=4.0
 )
@@ -87,6 +89,18 @@ def test_what_a_user_names_is_text_in_the_page(runs: list[Run], tmp_path: Path) 
     assert "<b>&" not in text and "&lt;b&gt;&amp;" in text
 
 
+def test_the_page_names_what_drafts_came_from(runs: list[Run]) -> None:
+    lines = experiment.summarise(runs)
+    figures = {"latency": Figure()}
+    drawn = page.render(SMALL, lines, figures, runs)
+    assert "mean acceptance 0.7" in drawn and "<code>acceptance</code>" in drawn
+    recorded = msgspec.structs.replace(SMALL, drafts="<a>/monday.rec")
+    told = page.render(recorded, lines, figures, runs)
+    assert "drafts as in monday.rec" in told and "monday.rec (set)" in told
+    assert "acceptance 0.7" not in told and "<code>acceptance</code>" not in told
+    assert "<a>" not in told
+
+
 def test_pictures_of_goodput_need_a_daemon(runs: list[Run]) -> None:
     fixed = msgspec.structs.replace(SMALL, policies=("none", "static3"))
     some = [run for run in runs if run.policy != "smartspec"]
@@ -114,6 +128,20 @@ def test_simulate_writes_a_report_and_prints_json(tmp_path: Path) -> None:
     assert all(
         "timeline" in r for r in json.loads((tmp_path / "o/results.json").read_text())["runs"]
     )
+
+
+def test_simulate_tells_how_well_recorded_drafts_cover_what_is_asked() -> None:
+    asked = ["simulate", "--draft", "lookup", "--drafts", TRACES, "--policies", "none,static3"]
+    done = CliRunner().invoke(
+        app, [*asked, "--loads", "0.1", "--duration-s", "3", "--num-workers", "1"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "as in acceptance.npz" in " ".join(done.stdout.split())
+    assert "of 960 recorded answers of 5 to 96 tokens" in done.stdout
+    wanted = Experiment(draft="lookup", drafts=TRACES, loads=(0.1,), duration_s=3.0)
+    share = (wanted.traffic(0.1, seed=0).num_output > 96).mean()
+    assert 0 < share < 1
+    assert f"{share:.0%} of the requests are longer than any" in done.stdout
 
 
 def test_simulate_refuses_in_one_line(tmp_path: Path) -> None:

@@ -214,11 +214,6 @@ def test_acceptance_has_its_mean(process: acceptance.Acceptance, mean: float) ->
     assert drawn.probability.mean() == pytest.approx(mean, abs=0.03)
 
 
-def test_replay_repeats_what_was_recorded() -> None:
-    drawn = acceptance.replay([np.array([2, 1, 0], np.uint8)], np.array([4]), max_length=2, seed=0)
-    assert drawn.run.tolist() == [2, 1, 0, 2, 1, 0]
-
-
 def test_arrivals_come_at_their_rate() -> None:
     rng = np.random.default_rng(0)
     assert len(arrivals.poisson(10, 500, rng)) == pytest.approx(5000, rel=0.05)
@@ -401,6 +396,7 @@ def test_unknown_names_are_refused_with_those_that_are_known() -> None:
 
 # -- experiments --------------------------------------------------------------------------------
 
+DRAFTS = str(Path(__file__).parents[2] / "benchmarks" / "data" / "acceptance.npz")
 SMALL = experiment.Experiment(
     policies=("none", "static3", "smartspec"), loads=(0.1,), num_seeds=2, duration_s=5.0
 )
@@ -439,6 +435,9 @@ def test_an_experiment_that_cannot_be_played_says_why(tmp_path: Path) -> None:
         ({"policies": ("none", "static4"), "max_length": 3}, "static4: the longest length is 3"),
         ({"profile": "tpu"}, "no profile"),
         ({"draft": "7b"}, "no draft"),
+        ({"drafts": "none.rec"}, "none.rec: No such file"),
+        ({"drafts": "none.rec", "trees": True}, "recorded drafts are chains"),
+        ({"drafts": DRAFTS, "policies": ("informed",)}, "recorded drafts have none"),
     ):
         with pytest.raises(ValueError, match=words):
             experiment.check(replace_fields(change))
@@ -451,6 +450,23 @@ def test_lengths_compared_by_default_are_those_that_there_are(tmp_path: Path) ->
     (tmp_path / "e.toml").write_text("acceptance = 0.6\n")
     read = workload.read(tmp_path / "e.toml", experiment.Experiment, {"max_length": 2})
     assert (read.policies, read.acceptance) == (short.policies, 0.6)
+
+
+def test_recorded_drafts_stand_in_place_of_acceptance(tmp_path: Path) -> None:
+    (tmp_path / "e.toml").write_text(f"drafts = '{DRAFTS}'\nacceptance = 0.6\n")
+    with pytest.raises(ValueError, match="drafts: stand in place of acceptance"):
+        workload.read(tmp_path / "e.toml", experiment.Experiment)
+    (tmp_path / "e.toml").write_text("presence = 0.6\n")
+    with pytest.raises(ValueError, match="drafts: stand in place of presence"):
+        workload.read(tmp_path / "e.toml", experiment.Experiment, {"drafts": DRAFTS})
+    told = workload.made(experiment.Experiment, {"drafts": DRAFTS, "draft": "lookup"})
+    assert "informed" not in told.policies and "smartspec" in told.policies
+    # Offline tuning is told what the recorded drafts come to.
+    cell, seen = told.cell(0.1, seed=0), told.drafts_seen()
+    assert (cell.acceptance, cell.concentration, cell.presence) == tuple(seen)
+    assert 0.4 < seen.acceptance < 0.8 and 0.1 < seen.presence < 0.5
+    model = workload.made(experiment.Experiment, {"drafts": DRAFTS, "draft": "eagle"})
+    assert model.drafts_seen().presence == 1.0
 
 
 def replace_fields(change: dict[str, object]) -> experiment.Experiment:

@@ -22,8 +22,10 @@ from smartspec.lab.profiles import observed
 from smartspec.lab.simulation import static_table, tune
 from smartspec.lab.simulation.static_table import Entry
 from smartspec.lab.simulation.tune import Tuning
-from smartspec.lab.simulation.workload import Workload
+from smartspec.lab.simulation.workload import Workload, made
 from smartspec.lab.simulation.world import Fleet, simulate
+
+TRACES = str(Path(__file__).parents[2] / "benchmarks" / "data" / "acceptance.npz")
 
 
 def invoke(*arguments: str) -> Result:
@@ -96,6 +98,8 @@ def test_profile_is_written_for_simulate(recording: Path, tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     assert profile.load(out).name == "mine"
     assert f"--profile {out} --draft own" in done.stdout.replace("\n", " ")
+    # SmartSpec has drafted its longest where that is known to pay, and little else is open.
+    assert f"--drafts {recording} in place of --acceptance" in done.stdout
     told = json.loads(invoke("profile", str(recording), "--json").stdout)
     assert told["profile"]["drafts"]["own"]["forward_s"] > 0
     assert 0 < told["acceptance"]["acceptance"] < 1
@@ -182,6 +186,19 @@ def test_tune_tells_what_the_table_gives_up() -> None:
     words = invoke("tune", *flags, "--num-seeds", "1").stdout
     for name in ("num_speculative_tokens_per_batch_size", "draft_len_schedule", "SGLang"):
         assert name in words
+
+
+def test_tune_fits_to_recorded_drafts_and_plays_them() -> None:
+    few = {"profile": "a100_7b", "loads": (0.2,), "num_seeds": 1, "duration_s": 4.0}
+    tuning = made(Tuning, few | {"draft": "lookup", "drafts": TRACES})
+    on = tune.ground(tuning)[1]
+    seen = tuning.drafts_seen()
+    assert on.presence == seen.presence < 1
+    assert on.survival[0] == pytest.approx(seen.acceptance)
+    found = tune.tune(tuning)
+    assert found.comparisons[0].over_none < 0.9
+    with pytest.raises(ValueError, match="leave out drafts, or state"):
+        tune.ground(made(Tuning, {"state": "x", "drafts": TRACES}))
 
 
 def test_tune_reads_learned_state(tmp_path: Path) -> None:
