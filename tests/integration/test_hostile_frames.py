@@ -177,12 +177,15 @@ class Scene:
         )
 
     def cycle(self) -> list[bytes]:
-        """One turn; the policies that the honest engine got, as bytes."""
+        """One turn; the policies that the honest engine got, as bytes but for their numbers.
+
+        Those rise over all engines.
+        """
         self.clock.now += 0.03
         self.loop.cycle(0.0)
         assert not self.transport.inbox
         policies = [
-            wire.encode(message)
+            wire.encode(msgspec.structs.replace(message, seq=0))
             for peer, message in self.transport.sent
             if peer == b"honest" and isinstance(message, wire.Policy)
         ]
