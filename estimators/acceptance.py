@@ -188,11 +188,13 @@ class AcceptanceEstimator:
             if self._tells_apart:
                 new[1] += self._table.due_to_requests(c, bucket, proposed, passed)
                 self._score_frailty(counts, bucket, proposed, passed)
-            before = counts.copy()
-            self._frailty.note(counts, *self._events(c, bucket, proposed, passed))
+            events = self._events(c, bucket, proposed, passed)
+            if self._tells_apart and not self._num_unscored:  # of another strength c is another
+                c = self._frailty.corrections(counts)
+            self._frailty.note(counts, *events)
             self._requests.counts[rows] = counts
             if self._tells_apart:
-                self._follow(*self._frailty.news_of_mean(before, counts))
+                self._follow(*self._frailty.news_of_mean(c, counts))
             self._table.learn(new, fit=self._num_unscored == 0)
 
     @property

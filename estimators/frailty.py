@@ -102,12 +102,12 @@ class Frailty:
         """By how much the mean c has moved with a step, and the share of its memory that is new.
 
         The derivative of a request's log-likelihood by the logarithm of the mean is alpha (c - 1),
-        so that a step is worth what c changes by from the counts ``before`` it, over the requests
-        that the mean is remembered of. A request has its say in it for a hundred steps.
+        so that a step is worth what c changes by from ``before`` [B] it, over the requests that the
+        mean is remembered of. A request has its say in it for a hundred steps.
         """
         memory = POPULATION + len(counts)
         steps = counts[:, _STEPS]
-        change = (self.corrections(counts) - self.corrections(before)) @ (steps <= SCORED_STEPS)
+        change = (self.corrections(counts) - before) @ (steps <= SCORED_STEPS)
         return float(change) / memory, int(np.count_nonzero(steps == 1.0)) / memory
 
     @staticmethod

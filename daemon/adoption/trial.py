@@ -203,7 +203,7 @@ class Trial:
         plan = self._plan_of(self.stance(now))
         if plan != self._plan:
             self._plan = plan
-            self._rests = {other: self._rest() for other in plan.others}
+            self._rests = {other: self._draw_rest() for other in plan.others}
             self._drop_pair()
             self._begin()
         return self._block.arm
@@ -237,7 +237,7 @@ class Trial:
         gain = self.gains.over(Arm.OWN)
         return gain is not None and gain.value < -self._settings.tolerance
 
-    def _rest(self) -> _Rest:
+    def _draw_rest(self) -> _Rest:
         # Uniform about its mean, lest pairs keep step with something periodic.
         return _Rest(luck=float(self._rng.uniform(0.5, 1.5)))
 
@@ -262,7 +262,7 @@ class Trial:
         other = self._due()
         if other is None:
             return []
-        self._rests[other] = self._rest()
+        self._rests[other] = self._draw_rest()
         pair = [self._plan.home, other]
         return pair if self._rng.integers(2) else pair[::-1]
 
