@@ -63,7 +63,7 @@ REGIMES = {
     "changing": (Costs(base_s=0.02, token_s=0.001, draft_forward_s=0.001), (0.4, 0.9), (4, 12, 32)),
 }
 MODES = {
-    "control": {"adoption.check_share": 0.05},
+    "control": {"adoption.check_loss": 0.02},
     "canary": {"mode": "canary", "adoption.canary_share": 0.5},
     "observe": {"mode": "observe"},
 }

@@ -63,7 +63,7 @@ ONLINE = ("tiers", "authors", "bandit", "switch_off")
 TOLD = ("informed", "clairvoyant")
 POLICIES = (*STATIC, "table", *ONLINE, *TOLD, "smartspec")
 FURTHER = ("posterior", "smartspec_unchecked", "smartspec_warm")
-UNCHECKED = config.load(None, {}, {"control.probe_share": 0.0, "adoption.check_share": 0.0})
+UNCHECKED = config.load(None, {}, {"control.probe_share": 0.0, "adoption.check_loss": 0.0})
 MEASURES = {"mean": "mean", "geometric": "geo"}  #: of a run, and how its figures begin
 
 Key = tuple[str, int, int, str]  #: setting, batch limit, seed, policy

@@ -145,7 +145,7 @@ def measure(python: str, load: str, size: int, step_s: float) -> dict[str, float
     for setting in (
         "telemetry.enabled=false",
         "state.enabled=false",
-        "adoption.check_share=0",  # else some steps are the engine's own
+        "adoption.check_loss=0",  # else some steps are the engine's own
         f"control.ttl_s={TTL_S}",
         f"control.fallback_s={FALLBACK_S}",
     ):

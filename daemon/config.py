@@ -140,15 +140,18 @@ class AdoptionSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Meta(gt=0, le=0.5),
         _doc("Share of time (up to 0.5) that canary mode steers.", "now"),
     ] = 0.25
-    check_share: Annotated[
-        Share,
+    check_loss: Annotated[
+        float,
+        Meta(ge=0, le=0.05),
         _doc(
-            "Share of time (0 to 0.5) that control mode gives to the engine's own setting and to "
-            "no speculation, to measure the gain. More is given for a while when SmartSpec seems "
-            "to be worse. 0: never; then nothing is measured and nothing given up.",
+            "Share of goodput (0 to 0.05) that control mode may give up to measure the gain, by "
+            "running the engine's own setting and no speculation: as seldom as they are known to "
+            "lose much, and at most 10 times this share of the time. More is given for a while "
+            "when SmartSpec seems to be worse. 0: never; then nothing is measured and nothing "
+            "given up.",
             "now",
         ),
-    ] = 0.01
+    ] = 0.001
     block_s: Annotated[
         Seconds, _doc("Seconds of steps in one block of a comparison; at least 16 steps.", "now")
     ] = 2.0

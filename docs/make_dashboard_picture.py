@@ -190,7 +190,7 @@ def main() -> None:
                 folder,
                 telemetry__prometheus_port=port,
                 state__directory=f"{folder}/state",
-                adoption__check_share=0.2,
+                adoption__check_loss=0.02,
             )
         )
         url = stack.enter_context(prometheus(port, tsdb))

@@ -42,6 +42,7 @@ STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  #: times the first guess: how alike requ
 STRENGTH_WINDOW = 20_000  #: drafts that they are judged by
 SCORED_STEPS = 100  #: of a request: one that goes on for ever says no more of how others differ
 MAX_SCORE = 1e9
+POPULATION = 32.0  #: requests that their mean c is remembered of, beside those of the step
 
 NUM_COLUMNS = 5  #: of a request's counts
 # Rejections and exposures, in the long and the short memory, and steps, which do not fade.
@@ -96,6 +97,23 @@ class Frailty:
         counts[:, _EXPOSURE:_STEPS] *= self._fade
         counts[:, _EXPOSURE:_STEPS] += exposure[:, None]
         counts[:, _STEPS] += 1.0
+
+    def news_of_mean(self, before: F64, counts: F64) -> tuple[float, float]:
+        """By how much the mean c has moved with a step, and the share of its memory that is new.
+
+        The derivative of a request's log-likelihood by the logarithm of the mean is alpha (c - 1),
+        so that a step is worth what c changes by from ``before`` [B] it, over the requests that the
+        mean is remembered of. A request has its say in it for a hundred steps.
+        """
+        memory = POPULATION + len(counts)
+        steps = counts[:, _STEPS]
+        change = (self.corrections(counts) - before) @ (steps <= SCORED_STEPS)
+        return float(change) / memory, int(np.count_nonzero(steps == 1.0)) / memory
+
+    @staticmethod
+    def rescale(counts: F64, factor: float) -> None:
+        """Follow hazards to this power: exposures of all requests, in place."""
+        counts[:, _EXPOSURE:_STEPS] *= factor
 
     def score(self, counts: F64, passed: F64, exposure: F64, rejected: Flags) -> None:
         """Learn how much requests differ, from what became of their next drafts.

@@ -184,6 +184,13 @@ class SurvivalTable:
         next_one = np.minimum(passed + 1, self.max_length)
         return self.cumulative[bucket, passed], self.cumulative[bucket, next_one]
 
+    def rescale(self, factor: float) -> None:
+        """Raise all hazards to this power, of the same evidence."""
+        reached, accepted = self._counts
+        rate = clipped(accepted / np.maximum(reached, 1e-9), HAZARD_RANGE)
+        np.minimum(reached * rate**factor, reached, out=accepted)
+        self._log_survival = None
+
     def forget(self) -> None:
         """Keep of the counts of each depth what a few observations are worth."""
         self._counts *= np.minimum(1.0, KEPT_AFTER_CHANGE / np.maximum(self._counts[0, -1], 1.0))

@@ -19,7 +19,9 @@ a difference of two measured rates with the model as control variate: an error o
 the same in both cancels, and where a was never run the interval is that of the model.
 
 The bias has a normal-gamma prior: as if one check had shown none, with the deviation that the
-models claim for themselves and `MODEL_ERROR`, worth `PRIOR_CHECKS` degrees of freedom.
+models claim for themselves and `MODEL_ERROR`, worth `PRIOR_CHECKS` degrees of freedom. Checks may
+be rare, and what they showed grows old: one is worth a third of itself after `BIAS_LASTS_S` of
+steps, so that without new ones estimate and interval return to those of the models.
 
 While nothing is steered (observe) no block of SmartSpec exists: gain is then predicted over
 predicted, with the models' own deviation and `MODEL_ERROR`.
@@ -37,6 +39,7 @@ from smartspec.daemon.decision import Arm
 ALTERNATIVES = (Arm.NONE, Arm.OWN)
 MEMORY_BLOCKS = 30.0  #: of what is measured and predicted at every block
 MEMORY_CHECKS = 10.0  #: blocks of an alternative that its bias is remembered from
+BIAS_LASTS_S = 3600.0  #: of steps, after which what a check showed counts exp(-1)
 MODEL_ERROR = 0.05  #: deviation of log goodput that the models do not know of themselves
 PRIOR_CHECKS = 4.0  #: degrees of freedom of that
 COMPARISONS_KEPT = 64
@@ -142,6 +145,12 @@ class Discounted:
         self.mean += off / self._weight
         self.deviations = keep * self.deviations + off * (value - self.mean)
 
+    def fade(self, keep: float) -> None:
+        """Be worth this share of the values that these were worth."""
+        self._weight *= keep
+        self._squares *= keep
+        self.deviations *= keep
+
     @property
     def count(self) -> float:
         """Equally weighted values that these are worth."""
@@ -220,6 +229,7 @@ class GainEstimator:
         for other in ALTERNATIVES:
             self._predicted[other].add(tally.predicted(other))
             self._model_std[other] = model_std[other]
+            self._bias[other].fade(math.exp(-tally.seconds / BIAS_LASTS_S))
             if arm is Arm.SMARTSPEC:
                 self._measured[other].add(tally.index(other))
             elif other in self._runs[arm]:

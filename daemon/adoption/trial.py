@@ -11,9 +11,23 @@ blocks, one of home and one of another arm, so that the others have a *share* of
     stance      home        others       share
     observe     own         -            0
     canary      own         smartspec    adoption.canary_share
-    control     smartspec   own, none    adoption.check_share (half, under suspicion)
+    control     smartspec   own, none    adoption.check_loss over what they lose (below)
     paused      own         -            0
     retreated   own         -            0, until it is time to try again
+
+What comparing costs
+--------------------
+In control each alternative has its own half of `adoption.check_loss`, and rests until a block of
+it is paid for from that: the more it is known to lose, the longer. Known is the low end of the gain
+over it (gain.py), so that what is uncertain is looked at often and what is certain seldom; as it
+grows old it is less certain. Of the own setting nothing is known before the first pair with it, nor
+while pairs speak against SmartSpec: those who may be wrong have no say in when they are checked.
+
+A block is taken to lose `LEAST_LOSS` of its goodput at least, so that comparisons have at most 10
+times `check_loss` of the time. It cannot lose more than all, so that they have at least
+`check_loss` of it, whatever the models are sure of. Under suspicion half of the time goes to pairs
+with the own setting. When a pair begins depends on nothing but what came before, and its order is
+drawn by lot as ever.
 
 Retreat
 -------
@@ -47,6 +61,8 @@ WASHOUT_STEPS = 3  #: after a change of arm: a drafter that catches up, a batch 
 VOID_AFTER = 5.0  #: blocks' time without an end: the engine does not do as it is told
 BETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  #: l, per unit of log goodput
 PAIRS_PER_FALSE_ALARM = 1000.0  #: at least, on average
+LEAST_LOSS = 0.1  #: of a block's goodput, that an alternative is taken to lose
+NO_EVIDENCE = 1.0
 SUSPICIOUS = 2.0  #: evidence from which on half of the time is spent on pairs
 PROBATION_PAIRS = 20  #: in a row, after a retreat
 LONGEST_RETRY_S = 86_400.0
@@ -91,7 +107,20 @@ class Plan(NamedTuple):
 
     home: Arm
     others: tuple[Arm, ...] = ()
-    share: float = 0.0
+    share: float = 0.0  #: of all others together, at most
+
+    @property
+    def is_control(self) -> bool:
+        """Whether others run to learn what SmartSpec gains, and lose what it does."""
+        return self.home is Arm.SMARTSPEC
+
+
+class _Rest:
+    """Of an arm between two pairs: blocks since the last one, and what its length is times."""
+
+    def __init__(self, luck: float) -> None:
+        self.luck = luck
+        self.num_blocks = 0
 
 
 class _Block:
@@ -146,8 +175,7 @@ class Trial:
         self._resumed_at = -math.inf
         self._probation = 0
         self._plan = Plan(Arm.OWN)
-        self._turn = 0
-        self._rest = 0
+        self._rests: dict[Arm, _Rest] = {}
         self._pair: deque[Arm] = deque()
         self._done: dict[Arm, Tally] = {}
         self._waiting = False
@@ -177,7 +205,8 @@ class Trial:
         plan = self._plan_of(self.stance(now))
         if plan != self._plan:
             self._plan = plan
-            self._start_cycle()
+            self._rests = {other: self._draw_rest() for other in plan.others}
+            self._drop_pair()
             self._begin()
         return self._block.arm
 
@@ -188,7 +217,7 @@ class Trial:
 
     def interrupt(self) -> None:
         """The engine comes anew: what was under way is not counted."""
-        self._start_cycle()
+        self._drop_pair()
         self._begin()
 
     def _plan_of(self, stance: str) -> Plan:
@@ -197,51 +226,73 @@ class Trial:
             return Plan(Arm.OWN, (Arm.SMARTSPEC,), settings.canary_share)
         if stance == "control":
             others = (Arm.OWN,) if self._own_is_none else (Arm.OWN, Arm.NONE)
-            return Plan(Arm.SMARTSPEC, others, settings.check_share)
+            return Plan(Arm.SMARTSPEC, others, settings.check_loss / LEAST_LOSS)
         return Plan(Arm.OWN)
 
     @property
     def is_suspicious(self) -> bool:
         """Whether there is reason to compare as often as can be."""
-        if self._plan.home is not Arm.SMARTSPEC or not self._plan.share:
+        if not self._plan.is_control or not self._plan.share:
             return False
         if self.evidence.value >= SUSPICIOUS or self._probation:
             return True
         gain = self.gains.over(Arm.OWN)
         return gain is not None and gain.value < -self._settings.tolerance
 
-    def _start_cycle(self) -> None:
+    def _draw_rest(self) -> _Rest:
+        # Uniform about its mean, lest pairs keep step with something periodic.
+        return _Rest(luck=float(self._rng.uniform(0.5, 1.5)))
+
+    def _drop_pair(self) -> None:
         self._pair.clear()
         self._done.clear()
-        share = self._plan.share
-        if not share:
-            self._rest = 1
-            return
-        # Uniform about its mean, lest pairs keep step with something periodic.
-        mean = 1.0 / share - 2.0
-        low, high = math.floor(mean / 2), math.ceil(1.5 * mean)
-        self._rest = int(self._rng.integers(low, high + 1))
 
     def _begin(self) -> None:
         """The next block."""
-        if not self._pair and self._plan.share and (self._rest <= 0 or self.is_suspicious):
-            self._rest = 0
+        if not self._pair:
             self._pair.extend(self._draw_pair())
         in_pair = bool(self._pair)
         arm = self._pair.popleft() if in_pair else self._plan.home
         if not in_pair:
-            self._rest -= 1
+            for rest in self._rests.values():
+                rest.num_blocks += 1
         changed = arm is not self._block.arm
         self._block = _Block(arm, in_pair, WASHOUT_STEPS if changed else 0)
 
     def _draw_pair(self) -> list[Arm]:
-        others = self._plan.others
-        other = Arm.OWN if self.is_suspicious else others[self._turn % len(others)]
-        self._turn += 1
-        if other is Arm.NONE and self._waiting:
-            other = Arm.OWN  # the queue must not grow for the sake of knowing
+        """Home and another in either order; nothing while none is due."""
+        other = self._due()
+        if other is None:
+            return []
+        self._rests[other] = self._draw_rest()
         pair = [self._plan.home, other]
         return pair if self._rng.integers(2) else pair[::-1]
+
+    def _due(self) -> Arm | None:
+        """Who has rested long enough, the one who did so by most blocks; None for nobody."""
+        if self.is_suspicious:
+            return Arm.OWN
+        over = {
+            other: rest.num_blocks - self._length_of(other) for other, rest in self._rests.items()
+        }
+        if self._waiting:
+            over.pop(Arm.NONE, None)  # the queue must not grow for the sake of knowing
+        other = max(over, key=over.__getitem__, default=None)
+        return other if other is not None and over[other] >= 0.0 else None
+
+    def _length_of(self, other: Arm) -> float:
+        """Blocks of rest between two pairs with ``other``, by what is known now."""
+        share = self._plan.share / len(self._plan.others)
+        if self._plan.is_control:
+            share *= LEAST_LOSS / max(LEAST_LOSS, self._known_loss(other))
+        return round(self._rests[other].luck * (1.0 / share - 2.0)) if share else math.inf
+
+    def _known_loss(self, other: Arm) -> float:
+        """Share of its goodput that a block of ``other`` loses at least, as far as is known."""
+        if other is Arm.OWN and self.evidence.value >= NO_EVIDENCE:
+            return 0.0  # not a pair yet, or pairs against us: the models' word is not enough
+        gain = self.gains.over(other)
+        return 0.0 if gain is None else 1.0 - 1.0 / (1.0 + max(gain.low, 0.0))
 
     # -- what came of it ------------------------------------------------------------------------
 
@@ -274,9 +325,7 @@ class Trial:
                     self._done[block.arm] = block.tally
                 if not self._pair:
                     words = self._compare(now)
-                    self._start_cycle()
-            elif not self._plan.share:
-                self._rest = 1
+                    self._drop_pair()
         finally:
             self._begin()  # whatever went wrong: the block is over
         return words

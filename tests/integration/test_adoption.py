@@ -109,8 +109,8 @@ def test_canary_measures_the_gain_and_steers_its_share() -> None:
         assert pair.link.stats.num_errors == pair.link.stats.num_bad_frames == 0
 
 
-def test_control_checks_within_its_budget_and_knows_its_gain() -> None:
-    with adoption([0.8] * 4, IDLE, adoption__check_share=0.1) as pair:
+def test_control_compares_for_what_it_may_cost_and_knows_its_gain() -> None:
+    with adoption([0.8] * 4, IDLE, adoption__check_loss=0.05) as pair:
         pair.run(300)
         event = pair.last_gain()
         best = max(goodput(IDLE, 0.8, 4, k) for k in range(6))
@@ -118,9 +118,11 @@ def test_control_checks_within_its_budget_and_knows_its_gain() -> None:
         assert event.gain_over_none is not None and event.measured_over_none is not None
         assert event.gain_over_none_low < truth < event.gain_over_none_high  # type: ignore[operator]
         assert event.measured_over_none == pytest.approx(truth, abs=0.15)
-        assert event.num_compared_none >= 4 and event.num_compared_static >= 4
+        # No speculation loses two thirds of a block, the own setting a sixth.
+        assert event.num_compared_static > 2 * event.num_compared_none >= 6
         decisions = pair.bus.of(DecisionEvent)
-        assert sum(not d.steering for d in decisions) / len(decisions) < 0.16
+        others = sum(not d.steering for d in decisions) / len(decisions)
+        assert 0.08 < others < 0.25  # of the time; a block that loses nothing would have half
 
 
 def test_observed_engine_is_told_what_it_would_gain() -> None:

@@ -198,6 +198,44 @@ def test_table_follows_a_change_when_traffic_changes() -> None:
         assert estimator.hazards()[0, 0] == pytest.approx(hazard, abs=0.06)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.7, 0.4), (0.4, 0.8)])
+def test_new_requests_are_expected_to_do_as_those_of_late_when_others_come(
+    before: float, after: float
+) -> None:
+    rng = np.random.default_rng(6)
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=5)
+    zeros, full = np.zeros(8, int), np.full(8, 5)
+    rate = np.zeros(8)
+    first = []
+    for step in range(3000):
+        age = (step + 20 * np.arange(8)) % 160
+        mean = before if step < 1500 else after
+        rate = np.where(age == 0, rng.beta(6 * mean, 6 * (1 - mean), 8), rate)
+        rows = estimator.rows(np.arange(8) + 8 * ((step + 20 * np.arange(8)) // 160))
+        accepted = draft(rng, np.repeat(rate[:, None], 5, axis=1), full)
+        estimator.learn_many(rows, zeros, full, accepted)
+        first.append(float(np.exp(estimator.log_survival()[0, 0])))
+    # Fifty requests later, and from then on.
+    assert np.mean(first[2500:]) == pytest.approx(after, abs=0.1)
+    assert estimator.num_changes == 0  # the sum that watches first drafts knows of requests
+
+
+def test_known_requests_are_expected_to_do_as_before_when_the_table_follows_others() -> None:
+    rng = np.random.default_rng(7)
+    estimator = AcceptanceEstimator(num_buckets=1, max_length=3)
+    rows, zeros, full = estimator.rows(np.arange(32)), np.zeros(32, int), np.full(32, 3)
+    rate = np.repeat(rng.beta(2.4, 3.6, 32)[:, None], 3, axis=1)
+    for _ in range(120):
+        estimator.learn_many(rows, zeros, full, draft(rng, rate, full))
+    before = estimator.log_survival()[0] * estimator.corrections(rows)[:, None]
+    estimator._level, estimator._following, estimator._num_unscored = 0.4, 1.0, 0
+    estimator._follow(0.0, 0.0)
+    after = estimator.log_survival()[0] * estimator.corrections(rows)[:, None]
+    assert after == pytest.approx(before, rel=0.25) and after.mean() == pytest.approx(
+        before.mean(), rel=0.1
+    )
+
+
 def test_hazard_std_is_what_repetition_shows_when_data_are_few() -> None:
     rng = np.random.default_rng(3)
     estimates, claimed = [], 0.0

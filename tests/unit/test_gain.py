@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 
 from smartspec.daemon.adoption.gain import (
+    BIAS_LASTS_S,
     COMPARISONS_KEPT,
     LEAST_COMPARISONS,
     MODEL_ERROR,
@@ -24,12 +25,18 @@ from smartspec.daemon.decision import Arm
 CERTAIN = {Arm.NONE: 0.0, Arm.OWN: 0.0}
 
 
-def tally(tokens_per_s: float, own: float, none: float, chosen: float | None = None) -> Tally:
-    """Two seconds at a goodput, where others were predicted."""
+def tally(
+    tokens_per_s: float,
+    own: float,
+    none: float,
+    chosen: float | None = None,
+    seconds: float = 2.0,
+) -> Tally:
+    """Seconds at a goodput, where others were predicted."""
     made = Tally()
     made.add(
-        2.0,
-        2.0 * tokens_per_s,
+        seconds,
+        seconds * tokens_per_s,
         tokens_per_s if chosen is None else chosen,
         {Arm.OWN: own, Arm.NONE: none},
     )
@@ -170,6 +177,54 @@ def test_interval_of_estimates_holds_the_true_gain_in_95_percent(
         assert over is not None
         held += over.low <= math.expm1(true) <= over.high
     assert held / 400 >= 0.93
+
+
+def test_what_a_check_showed_grows_old() -> None:
+    """Until the estimate is the models' own again, with their doubt."""
+    unchecked, gains = GainEstimator(), GainEstimator()
+    for _ in range(10):
+        gains.note_block(Arm.OWN, tally(110.0, 100.0, 80.0), CERTAIN)
+    for each in (gains, unchecked):
+        each.note_block(Arm.SMARTSPEC, tally(120.0, 100.0, 80.0), CERTAIN)
+    values, widths = [], []
+    for hours in (0.0, 1.0, 1.0, 20.0):
+        aged = tally(120.0, 100.0, 80.0, seconds=hours * BIAS_LASTS_S + 1.0)
+        gains.note_block(Arm.SMARTSPEC, aged, CERTAIN)
+        over = gains.over(Arm.OWN)
+        assert over is not None
+        values.append(over.value)
+        widths.append(over.high - over.low)
+    assert values == sorted(values) and widths == sorted(widths)
+    alone = unchecked.over(Arm.OWN)
+    assert alone is not None and values[-1] == pytest.approx(alone.value, abs=1e-3)
+    assert widths[-1] == pytest.approx(alone.high - alone.low, rel=0.01)
+
+
+def test_interval_holds_the_true_gain_when_checks_are_rare_and_the_models_error_wanders() -> None:
+    """An error of 5% that is another one after some hours, a check now and then."""
+    rng = np.random.default_rng(4)
+    held, true = 0, 0.15
+    for _ in range(300):
+        gains, wrong = GainEstimator(), float(rng.normal(0.0, MODEL_ERROR))
+
+        def note(
+            arm: Arm, log_goodput: float, seconds: float = 2.0, of: GainEstimator = gains
+        ) -> None:
+            goodput = 100.0 * math.exp(log_goodput + float(rng.normal(0.0, 0.02)))
+            of.note_block(arm, tally(goodput, 100.0, 90.0, seconds=seconds), CERTAIN)
+
+        for _ in range(8):
+            note(Arm.OWN, wrong)
+            waited_s = float(rng.uniform(600.0, 5000.0))
+            keeps = math.exp(-waited_s / 7200.0)
+            wrong = keeps * wrong + float(rng.normal(0.0, MODEL_ERROR * math.sqrt(1 - keeps**2)))
+            note(Arm.SMARTSPEC, true + wrong, waited_s)
+        for _ in range(100):
+            note(Arm.SMARTSPEC, true + wrong)
+        over = gains.over(Arm.OWN)
+        assert over is not None
+        held += over.low <= math.expm1(true) <= over.high
+    assert held / 300 >= 0.93
 
 
 def test_own_setting_counts_as_no_speculation_when_it_is_that() -> None:

@@ -104,4 +104,4 @@ def test_what_lies_between_is_told_of_further_policies_where_they_were_played() 
     assert figures["h100_eagle_64_mean_posterior_share_to_informed"] == pytest.approx(0.8)
     assert figures["h100_eagle_64_mean_share_to_informed"] == pytest.approx(0.6)
     assert figures["share_to_informed"] == pytest.approx(0.6)
-    assert UNCHECKED.control.probe_share == UNCHECKED.adoption.check_share == 0.0
+    assert UNCHECKED.control.probe_share == UNCHECKED.adoption.check_loss == 0.0

@@ -35,11 +35,15 @@ class Rig:
         noise: float = 0.05,
         seed: int = 0,
         own_is_none: bool = False,
+        predicted: dict[Arm, float] | None = None,
+        model_std: float = 0.0,
         **settings: Any,
     ) -> None:
         self.trial = Trial(mode, AdoptionSettings(**settings), seed, own_is_none)
         self.goodputs = goodputs
         self.noise = noise
+        self.predicted = predicted or {Arm.OWN: 100.0, Arm.NONE: 90.0}
+        self.model_std = dict.fromkeys(self.predicted, model_std)
         self.rng = np.random.default_rng(seed + 1)
         self.now = 0.0
         self.arms: list[Arm] = []
@@ -58,8 +62,8 @@ class Rig:
             step_s=STEP_S,
             tokens=STEP_S * self.goodputs[arm] * factor,
             chosen=110.0,
-            otherwise={Arm.OWN: 100.0, Arm.NONE: 90.0},
-            model_std=lambda: {Arm.OWN: 0.0, Arm.NONE: 0.0},
+            otherwise=self.predicted,
+            model_std=lambda: self.model_std,
             obeyed=self.obeys,
             comparable=self.comparable,
             num_waiting=self.num_waiting,
@@ -86,6 +90,7 @@ def fail(*_: Any) -> None:
 EQUAL = dict.fromkeys(Arm, 100.0)
 WORSE = {Arm.SMARTSPEC: 90.0, Arm.OWN: 100.0, Arm.NONE: 80.0}
 BETTER = {Arm.SMARTSPEC: 120.0, Arm.OWN: 100.0, Arm.NONE: 80.0}
+MUCH_BETTER = {Arm.SMARTSPEC: 200.0, Arm.OWN: 100.0, Arm.NONE: 50.0}
 
 
 # -- what runs when -------------------------------------------------------------------------------
@@ -106,14 +111,41 @@ def test_share_of_time_is_kept_when_canary(share: float) -> None:
     assert rig.share(Arm.NONE) == 0.0
 
 
-def test_budget_of_checks_is_kept_when_in_control() -> None:
-    rig = Rig("control", BETTER, check_share=0.02).run(8000)
+@pytest.mark.parametrize("goodputs", [BETTER, MUCH_BETTER], ids=["better", "much better"])
+def test_comparisons_cost_what_was_promised_when_in_control(goodputs: dict[Arm, float]) -> None:
+    rig = Rig("control", goodputs, noise=0.02, check_loss=0.004).run(40_000)
+    lost = {
+        arm: rig.share(arm) * (1 - goodputs[arm] / goodputs[Arm.SMARTSPEC])
+        for arm in (Arm.OWN, Arm.NONE)
+    }
+    # Of what they are known to lose, which is less than they do, half each.
+    assert 0.5 * 0.004 < sum(lost.values()) < 1.5 * 0.004
+    assert lost[Arm.OWN] == pytest.approx(lost[Arm.NONE], rel=0.5)
+
+
+def test_comparisons_that_lose_nothing_have_ten_times_their_share_of_the_time() -> None:
+    rig = Rig("control", EQUAL, check_loss=0.002).run(8000)
     assert 1 - rig.share(Arm.SMARTSPEC) == pytest.approx(0.02, rel=0.25)
     assert rig.share(Arm.OWN) == pytest.approx(rig.share(Arm.NONE), rel=0.3)
 
 
-def test_nothing_is_checked_when_the_budget_is_0() -> None:
-    rig = Rig("control", WORSE, check_share=0.0).run(2000)
+def test_what_is_not_known_is_compared_more_often() -> None:
+    shares = []
+    for std in (0.0, 1.0):
+        rig = Rig("control", MUCH_BETTER, model_std=std, check_loss=0.004).run(600)
+        shares.append(1 - rig.share(Arm.SMARTSPEC))
+    assert shares[1] > 2 * shares[0] > 0
+
+
+def test_no_model_is_so_sure_that_it_is_not_checked() -> None:
+    """Promised the moon: the alternatives are predicted to bring nearly nothing."""
+    rig = Rig("control", BETTER, predicted={Arm.OWN: 1e-6, Arm.NONE: 1e-6}, check_loss=0.01)
+    rig.run(1000)
+    assert rig.share(Arm.OWN) > 0.7 * 0.01 / 2 and rig.share(Arm.NONE) > 0.7 * 0.01 / 2
+
+
+def test_nothing_is_checked_when_it_may_cost_nothing() -> None:
+    rig = Rig("control", WORSE, check_loss=0.0).run(2000)
     assert set(rig.arms) == {Arm.SMARTSPEC} and not rig.said
     assert rig.trial.gains.over(Arm.OWN) is None  # nothing is measured
 
@@ -144,14 +176,14 @@ def test_order_of_a_pair_is_drawn_by_lot_and_by_seed() -> None:
 
 
 def test_queue_does_not_grow_for_the_sake_of_knowing() -> None:
-    rig = Rig("control", BETTER, check_share=0.1)
+    rig = Rig("control", EQUAL, check_loss=0.01)
     rig.num_waiting = 3
     rig.run(500)
-    assert rig.share(Arm.NONE) == 0.0 and rig.share(Arm.OWN) > 0.05
+    assert rig.share(Arm.NONE) == 0.0 and rig.share(Arm.OWN) > 0.04
 
 
 def test_no_speculation_is_not_run_apart_when_it_is_the_own_setting() -> None:
-    rig = Rig("control", BETTER, check_share=0.1, own_is_none=True).run(500)
+    rig = Rig("control", BETTER, check_loss=0.02, own_is_none=True).run(500)
     assert rig.share(Arm.NONE) == 0.0
     assert rig.trial.gains.comparisons[Arm.NONE].num_made > 5
 
@@ -258,6 +290,16 @@ def test_engine_is_left_to_itself_when_smartspec_is_a_tenth_worse(mode: str) -> 
         assert rig.trial.stance(rig.now) == "retreated"
         assert rig.trial.arm(rig.now) is Arm.OWN
         assert rig.trial.gains.comparisons[Arm.OWN].num_made < 60
+
+
+def test_engine_is_left_to_itself_as_soon_when_the_models_are_sure_of_the_contrary() -> None:
+    """The own setting is predicted to bring nearly nothing, and brings more."""
+    for seed in range(5):
+        rig = Rig("control", WORSE, seed=seed, predicted={Arm.OWN: 1e-6, Arm.NONE: 80.0})
+        while not rig.said:
+            rig.run(10)
+            assert rig.now < 2400
+        assert rig.trial.gains.comparisons[Arm.OWN].num_made < 30
 
 
 def test_suspicion_spends_more_on_comparing_and_passes_when_unfounded() -> None:
