@@ -36,8 +36,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from smartspec.engine_adapter.base import FixedLength
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.reference.draft_model import DraftModel
-from smartspec.engine_adapter.reference.line_server import WorkerFacts
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
+from smartspec.engine_adapter.reference.replies import Ready
 from smartspec.engine_adapter.reference.sequence import Request
 from smartspec.engine_adapter.reference.service import link_to
 from smartspec.engine_adapter.reference.worker import Worker
@@ -273,7 +273,7 @@ def main() -> None:
         max_prefill_tokens=2048,
     )
     script(target, draft)
-    facts = WorkerFacts(
+    facts = Ready(
         model=f"random-{args.shape}",
         proposer=drafter.name,
         draft_model=f"random-{args.shape}-draft",
