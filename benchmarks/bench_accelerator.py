@@ -321,8 +321,7 @@ def main() -> None:
                     figures[f"batch_{batch}_static_{length}_tokens_per_s"] = 1 / float(
                         np.mean(cost[length])
                     )
-                    figures[f"batch_{batch}_time_over_static_{length}"] = ratio.value
-                    figures[f"batch_{batch}_time_over_static_{length}_upper95"] = ratio.upper95
+                    figures |= ratio.figures(f"batch_{batch}_time_over_static_{length}")
                 print(f"batch {batch} done", flush=True)
             link.close()
         finally:
