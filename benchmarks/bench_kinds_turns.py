@@ -16,9 +16,9 @@ import time
 
 import numpy as np
 import torch
-from bench_tree_replay import daemon_for
 from figures import record
 from paired import paired_ratio
+from proposer_replay import daemon_for
 from record_acceptance import ask
 from spec_bench import prompts
 
