@@ -33,7 +33,6 @@ class Answer(NamedTuple):
     temperature: float
     num_prompt: int  #: tokens
     token: npt.NDArray[np.uint16]
-    target_logprob: F32  #: natural, at temperature 1, of the answer's own token
     match_length: U8  #: tokens that prompt lookup matched; 0: it has nothing to propose
     match_agreement: F32  #: how far earlier occurrences agree on what comes next (prompt_lookup.py)
     lookup_run: U8  #: copied tokens accepted, 0 to `MAX_LENGTH`
@@ -69,7 +68,6 @@ def load(path: Path = FILE) -> list[Answer]:
                 float(columns["temperature"][i]),
                 int(columns["num_prompt"][i]),
                 columns["token"][at],
-                columns["target_logprob"][at].astype(np.float32),
                 columns["match_length"][at],
                 columns["match_agreement"][at].astype(np.float32),
                 columns["lookup_run"][at],
