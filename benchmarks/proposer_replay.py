@@ -21,15 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from fakes import Steering
 
-from smartspec.daemon.engines import Engine
-from smartspec.daemon.planner import Planner
 from smartspec.engine_adapter.base import (
     FEATURE_LAST_SHARE,
     DecodeBatch,
     LengthSource,
     StepFacts,
 )
-from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
+from smartspec.engine_adapter.messages import Limits
 from smartspec.engine_adapter.reference.draft_tree import agreeing_path
 from smartspec.engine_adapter.reference.proposer import (
     ConfidentProposer,
@@ -170,6 +168,4 @@ def daemon_for(proposer: Proposer, max_num_running: int = ROWS) -> Steering:
         trees=proposer.trees,
         confidences=proposer.name in CONFIDENT,
     )
-    fingerprint = Fingerprint(target="replay", proposer=proposer.name)
-    engine = Engine(Hello(engine="replay", epoch=1, fingerprint=fingerprint, limits=limits))
-    return Steering(engine, Planner(engine, daemon_epoch=9), late=1)
+    return Steering.cold(proposer.name, limits)
