@@ -51,6 +51,20 @@ class BetaOverRequests:
         return np.full(size, rng.beta(mean * c, (1 - mean) * c))
 
 
+@dataclass(frozen=True)
+class Bursty:
+    """Two states, easy and hard, that a text stays in for ``stay`` tokens on average."""
+
+    easy: float
+    hard: float
+    stay: float = 20.0
+
+    def probability(self, rng: np.random.Generator, request: int, size: int) -> F64:
+        changes = rng.random(size) < 1 / self.stay
+        is_easy = (np.cumsum(changes) + int(rng.integers(2))) % 2 == 0
+        return np.where(is_easy, self.easy, self.hard)
+
+
 def draw(
     acceptance: Acceptance,
     num_output: I64,

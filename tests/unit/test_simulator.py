@@ -200,11 +200,18 @@ def test_a_mixture_of_experts_verifies_at_concave_cost() -> None:
     assert few > more / 2 > 0
 
 
-@pytest.mark.parametrize("process", [acceptance.Constant(0.6), acceptance.BetaOverRequests(0.6)])
-def test_acceptance_has_its_mean(process: acceptance.Acceptance) -> None:
+@pytest.mark.parametrize(
+    ("process", "mean"),
+    [
+        (acceptance.Constant(0.6), 0.6),
+        (acceptance.BetaOverRequests(0.7), 0.7),
+        (acceptance.Bursty(0.9, 0.3), 0.6),
+    ],
+)
+def test_acceptance_has_its_mean(process: acceptance.Acceptance, mean: float) -> None:
     drawn = acceptance.draw(process, np.full(400, 200), max_length=5, seed=0)
-    assert (drawn.run > 0).mean() == pytest.approx(0.6, abs=0.03)
-    assert drawn.probability.mean() == pytest.approx(0.6, abs=0.03)
+    assert (drawn.run > 0).mean() == pytest.approx(mean, abs=0.03)
+    assert drawn.probability.mean() == pytest.approx(mean, abs=0.03)
 
 
 def test_arrivals_come_at_their_rate() -> None:
