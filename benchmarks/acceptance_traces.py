@@ -7,7 +7,7 @@ length.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,6 @@ class Answer(NamedTuple):
     temperature: float
     num_prompt: int  #: tokens
     token: npt.NDArray[np.uint16]
-    target_logprob: F32  #: natural, at temperature 1, of the answer's own token
     match_length: U8  #: tokens that prompt lookup matched; 0: it has nothing to propose
     match_agreement: F32  #: how far earlier occurrences agree on what comes next (prompt_lookup.py)
     lookup_run: U8  #: copied tokens accepted, 0 to `MAX_LENGTH`
@@ -58,25 +57,18 @@ def load(path: Path = FILE) -> list[Answer]:
     """All recorded answers, in the order of recording."""
     with np.load(path) as file:
         columns = {name: file[name] for name in file.files}
-    ends = np.cumsum(columns["num_positions"].astype(np.int64))
-    answers = []
-    for i, (end, size) in enumerate(zip(ends, columns["num_positions"], strict=True)):
-        at = slice(int(end) - int(size), int(end))
-        answers.append(
-            Answer(
-                int(columns["question_id"][i]),
-                TASKS[columns["task"][i]],
-                float(columns["temperature"][i]),
-                int(columns["num_prompt"][i]),
-                columns["token"][at],
-                columns["target_logprob"][at].astype(np.float32),
-                columns["match_length"][at],
-                columns["match_agreement"][at].astype(np.float32),
-                columns["lookup_run"][at],
-                columns["lookup_miss"][at],
-                columns["lookup_second"][at],
-                columns["draft_run"][at],
-                columns["draft_confidence"][at].astype(np.float32),
-            )
+    ends = np.cumsum(columns["num_positions"].astype(np.int64))[:-1]
+    tasks = [TASKS[task] for task in columns["task"]]
+    heads = (columns[name].tolist() for name in ("question_id", "temperature", "num_prompt"))
+    parts = (np.split(_wide(columns[name]), ends) for name in Answer._fields[4:])
+    return [
+        Answer(question_id, task, temperature, num_prompt, *rest)
+        for task, question_id, temperature, num_prompt, *rest in zip(
+            tasks, *heads, *parts, strict=True
         )
-    return answers
+    ]
+
+
+def _wide(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Shares are kept in half precision."""
+    return column.astype(np.float32) if column.dtype == np.float16 else column

@@ -36,8 +36,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from smartspec.engine_adapter.base import FixedLength
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.reference.draft_model import DraftModel
-from smartspec.engine_adapter.reference.line_server import WorkerFacts
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
+from smartspec.engine_adapter.reference.replies import Ready
 from smartspec.engine_adapter.reference.sequence import Request
 from smartspec.engine_adapter.reference.service import link_to
 from smartspec.engine_adapter.reference.worker import Worker
@@ -273,7 +273,7 @@ def main() -> None:
         max_prefill_tokens=2048,
     )
     script(target, draft)
-    facts = WorkerFacts(
+    facts = Ready(
         model=f"random-{args.shape}",
         proposer=drafter.name,
         draft_model=f"random-{args.shape}-draft",
@@ -321,8 +321,7 @@ def main() -> None:
                     figures[f"batch_{batch}_static_{length}_tokens_per_s"] = 1 / float(
                         np.mean(cost[length])
                     )
-                    figures[f"batch_{batch}_time_over_static_{length}"] = ratio.value
-                    figures[f"batch_{batch}_time_over_static_{length}_upper95"] = ratio.upper95
+                    figures |= ratio.figures(f"batch_{batch}_time_over_static_{length}")
                 print(f"batch {batch} done", flush=True)
             link.close()
         finally:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import live_daemon
 from figures import record
 from scripted_engine import Costs, ScriptedEngine, hello
 
@@ -103,51 +103,42 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "SMARTSPEC_RUNTIME_DIR": folder,
-            "SMARTSPEC_STATE_DIRECTORY": f"{folder}/state",
-            "SMARTSPEC_STATE_CHECKPOINT_S": "10",  # six times as often as by default
-            "SMARTSPEC_TELEMETRY_PROMETHEUS_PORT": str(PORT),
-        }
-        command = [sys.executable, "-m", "smartspec.daemon.cli", "run"]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    with ExitStack() as stack:
+        folder = stack.enter_context(live_daemon.folder())
+        overrides = {"state__directory": f"{folder}/state", "telemetry__prometheus_port": PORT}
+        # Checkpoints come six times as often as by default.
+        running = live_daemon.daemon(folder, **overrides, state__checkpoint_s=10.0)
+        settings, process = stack.enter_context(running)
+        time.sleep(4.0)
+        daemon = psutil.Process(process.pid)
+        daemon.cpu_affinity([cores[-1]])
+        for child in daemon.children(recursive=True):
+            child.cpu_affinity(cores[:1])
+        os.sched_setaffinity(0, cores[:1])
+        engines = []
+        for i in range(args.engines):
+            source = EngineLink(settings.endpoint, hello(f"engine{i}", i, lookup=False))
+            acceptance = np.random.default_rng(i).beta(3, 2, args.requests)
+            costs = Costs(draft_forward_s=0.001)
+            engines.append(ScriptedEngine(source, acceptance, costs, lookup=False, seed=i))
+        bus = settings.bus_endpoint
+        run(engines, daemon, bus, args.rate, 3.0)  # warm up
+        quiet = run(engines, daemon, bus, args.rate, args.seconds)
+        stop = threading.Event()
+        scraper = threading.Thread(target=scrape, args=(stop, PORT))
+        scraper.start()
+        scraped = run(engines, daemon, bus, args.rate, args.seconds)
+        [telemetry] = daemon.children()
+        [valkey] = telemetry.children()
+        valkey.send_signal(signal.SIGSTOP)
         try:
-            time.sleep(4.0)
-            daemon = psutil.Process(process.pid)
-            daemon.cpu_affinity([cores[-1]])
-            for child in daemon.children(recursive=True):
-                child.cpu_affinity(cores[:1])
-            os.sched_setaffinity(0, cores[:1])
-            engines = []
-            for i in range(args.engines):
-                source = EngineLink(
-                    f"ipc://{folder}/engines.sock", hello(f"engine{i}", i, lookup=False)
-                )
-                acceptance = np.random.default_rng(i).beta(3, 2, args.requests)
-                costs = Costs(draft_forward_s=0.001)
-                engines.append(ScriptedEngine(source, acceptance, costs, lookup=False, seed=i))
-            bus = f"ipc://{folder}/bus.sock"
-            run(engines, daemon, bus, args.rate, 3.0)  # warm up
-            quiet = run(engines, daemon, bus, args.rate, args.seconds)
-            stop = threading.Event()
-            scraper = threading.Thread(target=scrape, args=(stop, PORT))
-            scraper.start()
-            scraped = run(engines, daemon, bus, args.rate, args.seconds)
-            [telemetry] = daemon.children()
-            [valkey] = telemetry.children()
-            valkey.send_signal(signal.SIGSTOP)
-            try:
-                frozen = run(engines, daemon, bus, args.rate, args.seconds)
-            finally:
-                valkey.send_signal(signal.SIGCONT)
-            stop.set()
-            scraper.join()
-            for engine in engines:
-                engine.source.close()
+            frozen = run(engines, daemon, bus, args.rate, args.seconds)
         finally:
-            process.terminate()
-            process.wait(10)
+            valkey.send_signal(signal.SIGCONT)
+        stop.set()
+        scraper.join()
+        for engine in engines:
+            engine.source.close()
     record(
         "capacity",
         {

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from typing import Any
 import numpy as np
 import psutil
 from figures import FOLDER, record
+from kept_runs import lines
 from paired import paired_ratio
 from rich.console import Console
 
@@ -166,14 +166,8 @@ def steps_summary(result: ArmPlayed) -> dict[str, float]:
 
 
 def read(raw: Path) -> list[dict[str, Any]]:
-    """Repetitions measured so far; a last line that was cut off is left out."""
-    rows = []
-    for line in raw.read_text().splitlines() if raw.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return sorted(rows, key=lambda row: int(row["repetition"]))
+    """Repetitions measured so far."""
+    return sorted(lines(raw), key=lambda row: int(row["repetition"]))
 
 
 def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -186,7 +180,7 @@ def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         means = {name: mean_latencies(rows, name, group) for name in (*others, SMARTSPEC)}
         best = min(others, key=lambda name: float(np.mean(means[name])))
         ratios[group] = paired_ratio(means[SMARTSPEC], means[best])
-        figures[f"{group}_vs_best"], figures[f"{group}_vs_best_upper95"] = ratios[group]
+        figures |= ratios[group].figures(f"{group}_vs_best")
         for other in others:
             figures[f"{group}_vs_{other}"] = paired_ratio(means[SMARTSPEC], means[other]).value
         for name, values in means.items():
@@ -197,13 +191,10 @@ def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     worst = {
         "worst_phase_vs_best": max(ratios[phase].value for phase in phases),
         "worst_phase_vs_best_upper95": max(ratios[phase].upper95 for phase in phases),
-        "overall_vs_best": ratios[summary.OVERALL].value,
-        "overall_vs_best_upper95": ratios[summary.OVERALL].upper95,
         "num_repetitions": len(rows),
         "num_different_answers": sum(row["num_different_answers"] for row in rows),
     }
-    # One repetition has no bound, and JSON no NaN.
-    return {name: value for name, value in (worst | figures).items() if math.isfinite(value)}
+    return worst | figures
 
 
 def mean_latencies(rows: Sequence[dict[str, Any]], arm: str, group: str) -> list[float]:

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from bench_tree_replay import daemon_for
 from figures import record
+from proposer_replay import daemon_for
 from record_acceptance import MODEL_LEN, ask
 from rich.console import Console
 from rich.table import Table

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import re
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from completion_load import events
 from figures import record
 from paired import paired_ratio
 
@@ -59,22 +59,8 @@ def in_process(worker: Worker, target: models.LoadedModel, num_tokens: int) -> f
 
 async def _stream(port: int, prompt: str, num_tokens: int) -> list[float]:
     """When each event of a stream was read."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
-    data = json.dumps(body | {"ignore_eos": True, "stream": True}).encode()
-    writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n%s" % (len(data), data)
-    )
-    times = []
-    while line := await reader.readline():
-        if line.startswith(b"data: {"):
-            times.append(time.perf_counter())
-        elif line.startswith(b"data: [DONE]"):
-            break
-    writer.close()
-    await writer.wait_closed()
-    return times
+    body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+    return [time.perf_counter() async for _ in events(port, "/v1/completions", body)]
 
 
 async def over_http(port: int, num_tokens: int) -> float:

@@ -1,6 +1,6 @@
 """None, a chain, a tree, a copy: what one controller by fresh confidences makes of them.
 
-Recorded greedy answers are decoded again, 8 at a time, as in bench_tree_replay.py. Drafts are made
+Recorded greedy answers are decoded again, 8 at a time, as in proposer_replay.py. Drafts are made
 anew by the shipped head (docs/drafter.md), which reads what the target holds at each token: one
 pass over each recorded answer tells. What a step takes is reckoned,
 ``base (1 + token_share N + forward_share F)``: N tokens in the target's pass, F passes of the head.
@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import torch
 from acceptance_traces import Answer, load
-from bench_tree_replay import Course, daemon_for, replay
 from figures import record
+from proposer_replay import Course, daemon_for, replay
 from record_acceptance import MODEL_LEN, ask
 from rich.console import Console
 from rich.table import Table

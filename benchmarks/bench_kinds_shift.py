@@ -20,22 +20,17 @@ Every run is kept in build/figures/kinds_shift_raw.jsonl as soon as it is done: 
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
-import math
-import multiprocessing
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
+import kept_runs
 import numpy as np
 from acceptance_traces import FILE
 from bench_shift import ACCEPTANCE, CONCENTRATION, LOADS, SETTINGS, set_up
-from figures import FOLDER, record
+from figures import record
+from kept_runs import Runs
 from paired import paired_ratio
 
 from smartspec.engine_adapter.base import StepFacts
@@ -57,9 +52,6 @@ SIZES = {
 FIXED = ("none_0", *(f"{kind}_{size}" for kind, sizes in SIZES.items() for size in sizes))
 PHASES = tuple(f"phase{i}" for i in range(len(LOADS)))
 PHASE_S = 30.0
-
-Key = tuple[str, int, int, str]  #: setting, batch limit, seed, arm
-Runs = dict[Key, dict[str, float]]
 
 
 @lru_cache
@@ -106,43 +98,13 @@ def play(setting: str, limit: int, seed: int, arm: str, phase_s: float) -> dict[
     policy = OURS if arm == OURS else f"static{size}"
     engine = simulate(policy, replace(cell, watch=watch))
     latency = engine.served.latency_s
-    found = {name: float(latency[phase == i].mean()) for i, name in enumerate(PHASES)}
-    return found | counts | {
-        "overall": float(latency.mean()),
+    by_phase = {name: float(latency[phase == i].mean()) for i, name in enumerate(PHASES)}
+    return {"overall": float(latency.mean())} | by_phase | counts | {
         "num_steps": float(engine.num_steps),
         "num_drafted": float(engine.num_drafted),
         "num_accepted": float(engine.num_accepted),
         "wall_s": time.perf_counter() - began,
     }  # fmt: skip
-
-
-def read(raw: Path, phase_s: float) -> Runs:
-    """Runs kept so far with phases of this length; a last line that was cut off is left out."""
-    runs: Runs = {}
-    for line in raw.read_text().splitlines() if raw.exists() else []:
-        try:
-            *key, length, row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if length == phase_s:
-            setting, limit, seed, arm = key
-            runs[setting, limit, seed, arm] = row
-    return runs
-
-
-def measure(jobs: list[Key], raw: Path, phase_s: float, workers: int) -> None:
-    """Play what is not kept yet."""
-    known = read(raw, phase_s)
-    wanted = [job for job in jobs if job not in known]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool, raw.open("a") as file:
-        waiting = {pool.submit(play, *job, phase_s): job for job in wanted}
-        for number, future in enumerate(as_completed(waiting), 1):
-            row = future.result()
-            file.write(json.dumps([*waiting[future], phase_s, row]) + "\n")
-            file.flush()
-            told = f"{number}/{len(wanted)} {waiting[future]}: {row['overall']:.3f} s"
-            print(f"{told} ({row['wall_s']:.0f} s)", flush=True)
 
 
 def figures_of(runs: Runs, cells: list[tuple[str, int]], seeds: range) -> dict[str, float]:
@@ -171,38 +133,21 @@ def figures_of(runs: Runs, cells: list[tuple[str, int]], seeds: range) -> dict[s
             best = min(arms, key=lambda arm: float(np.mean(latency[arm])))
             ratio = paired_ratio(latency[OURS], latency[best])
             figures[f"{stem}_{group}_s"] = float(np.mean(latency[OURS]))
-            figures[f"{stem}_{group}_vs_best"] = ratio.value
-            figures[f"{stem}_{group}_vs_best_upper95"] = ratio.upper95
+            figures |= ratio.figures(f"{stem}_{group}_vs_best")
             total = "overall_vs_best" if group == "overall" else "worst_phase_vs_best"
-            worst[total] = max(ratio.value, worst.get(total, 0.0))
-            total += "_upper95"
-            worst[total] = max(ratio.upper95, worst.get(total, 0.0))
-    # A single seed has no bound, and JSON no NaN.
-    return {name: value for name, value in (worst | figures).items() if math.isfinite(value)}
+            for name, value in ratio.figures(total).items():
+                worst[name] = max(value, worst.get(name, 0.0))
+    return worst | figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     drafters = [name for name, (_, draft) in SETTINGS.items() if draft != "lookup"]
-    parser.add_argument("--settings", nargs="*", default=drafters, choices=drafters)
-    parser.add_argument("--limits", nargs="*", type=int, default=[64])
+    parser = kept_runs.parser(__doc__, drafters, (64,), seeds=3, phase_s=PHASE_S, workers=1)
     parser.add_argument("--arms", nargs="*", default=[*FIXED, OURS], choices=[*FIXED, OURS])
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--phase-s", type=float, default=PHASE_S)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--resume", action="store_true", help="keep the runs that there are")
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    raw = FOLDER / "kinds_shift_raw.jsonl"
-    if not options.resume:
-        raw.unlink(missing_ok=True)
-    seeds = range(options.seeds)
-    cells = list(itertools.product(options.settings, options.limits))
-    # Seed by seed, so that what is there when it is interrupted is whole seeds.
-    jobs = [(*cell, seed, arm) for seed in seeds for cell in cells for arm in options.arms]
-    measure(jobs, raw, options.phase_s, options.workers)
+    runs, cells, seeds = kept_runs.play_all("kinds_shift", play, options.arms, options)
     counts = {"num_seeds": float(options.seeds), "phase_s": options.phase_s}
-    record("kinds_shift", figures_of(read(raw, options.phase_s), cells, seeds) | counts)
+    record("kinds_shift", figures_of(runs, cells, seeds) | counts, seed=options.first_seed)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import time
 
 import numpy as np
 import torch
-from bench_tree_replay import daemon_for
 from figures import record
 from paired import paired_ratio
+from proposer_replay import daemon_for
 from record_acceptance import ask
 from spec_bench import prompts
 
@@ -127,8 +127,7 @@ def main() -> None:
         figures[f"{arm}_verified_per_step"] = one.num_verified / one.num_steps
         if arm != "steered":
             ratio = paired_ratio(found["steered"], turns)
-            figures[f"steered_vs_{arm}"] = ratio.value
-            figures[f"steered_vs_{arm}_upper95"] = ratio.upper95
+            figures |= ratio.figures(f"steered_vs_{arm}")
     record(f"kinds_turns_{args.batch}", figures)
 
 

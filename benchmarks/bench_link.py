@@ -22,9 +22,7 @@ length while it is not steered.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +35,7 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import live_daemon
 from figures import record
 from scripted_engine import hello, ranks
 
@@ -208,42 +207,37 @@ def main() -> None:
             64, args.steps, (f"{name}_warm", name), moving, trees=True
         )
     figures["fixed_length_us"] = float(np.median(time_steps(FixedLength(3), 256, 500, 0.0))) * 1e6
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "SMARTSPEC_RUNTIME_DIR": folder,
-            "SMARTSPEC_STATE_ENABLED": "false",
-        }
-        command = [sys.executable, "-m", "smartspec.daemon.cli", "run"]
-        environment["SMARTSPEC_TELEMETRY_ENABLED"] = "false"
-        daemon = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        try:
-            for size in (64, 256):
-                link = EngineLink(f"ipc://{folder}/engines.sock", hello(f"bench{size}", size))
-                deadline = time.monotonic() + 20
-                while link.stats.state != "policy":
-                    time_steps(link, size, 1, pause_s)
-                    if time.monotonic() > deadline:
-                        raise SystemExit("no policy came from the daemon within 20 s")
-                taken = np.array(time_steps(link, size, args.steps, pause_s)) * 1e6
-                figures[f"paused_{size}_p50_us"] = float(np.median(taken))
-                if size == 64:
-                    link.close()
-            own = float(np.median(time_steps(FixedLength(3), 256, args.steps, pause_s))) * 1e6
-            figures["paused_fixed_length_us"] = own
-            for what, kill in (("stopped", signal.SIGSTOP), ("dead", signal.SIGKILL)):
-                daemon.send_signal(kill)
-                link.choose(Steps(256).batch)  # its last words are heard now,
-                time.sleep(1.2)  # and it is silent for longer than SILENCE_S
-                link.choose(Steps(256).batch)  # past the time to live
-                link._program = None  # and past the fallback, which lasts a minute
-                warm = np.median(time_steps(link, 256, args.steps, 0.0)) * 1e6
-                figures[f"{what}_daemon_extra_us"] = float(warm) - figures["fixed_length_us"]
-                cold = np.median(time_steps(link, 256, args.steps, pause_s)) * 1e6
-                figures[f"paused_{what}_daemon_extra_us"] = float(cold) - own
-            link.close()
-        finally:
-            daemon.kill()
-            daemon.wait()
+    with (
+        live_daemon.folder() as folder,
+        live_daemon.daemon(folder, state__enabled=False, telemetry__enabled=False) as (
+            settings,
+            daemon,
+        ),
+    ):
+        for size in (64, 256):
+            link = EngineLink(settings.endpoint, hello(f"bench{size}", size))
+            deadline = time.monotonic() + 20
+            while link.stats.state != "policy":
+                time_steps(link, size, 1, pause_s)
+                if time.monotonic() > deadline:
+                    raise SystemExit("no policy came from the daemon within 20 s")
+            taken = np.array(time_steps(link, size, args.steps, pause_s)) * 1e6
+            figures[f"paused_{size}_p50_us"] = float(np.median(taken))
+            if size == 64:
+                link.close()
+        own = float(np.median(time_steps(FixedLength(3), 256, args.steps, pause_s))) * 1e6
+        figures["paused_fixed_length_us"] = own
+        for what, kill in (("stopped", signal.SIGSTOP), ("dead", signal.SIGKILL)):
+            daemon.send_signal(kill)
+            link.choose(Steps(256).batch)  # its last words are heard now,
+            time.sleep(1.2)  # and it is silent for longer than SILENCE_S
+            link.choose(Steps(256).batch)  # past the time to live
+            link._program = None  # and past the fallback, which lasts a minute
+            warm = np.median(time_steps(link, 256, args.steps, 0.0)) * 1e6
+            figures[f"{what}_daemon_extra_us"] = float(warm) - figures["fixed_length_us"]
+            cold = np.median(time_steps(link, 256, args.steps, pause_s)) * 1e6
+            figures[f"paused_{what}_daemon_extra_us"] = float(cold) - own
+        link.close()
     record("link", figures)
 
 

@@ -18,13 +18,11 @@ waiting:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 
+import kept_runs
 import numpy as np
 from bench_shift import MEASURES, SETTINGS, measures, set_up
 from figures import record
@@ -94,23 +92,11 @@ def play(setting: str, limit: int, seed: int, form: str, phase_s: float) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--limits", nargs="*", type=int, default=[64, 256])
+    parser = kept_runs.parser(__doc__, SETTINGS, (64, 256), seeds=2, first_seed=100, phase_s=40.0)
     parser.add_argument("--forms", nargs="*", default=list(FORMS))
-    parser.add_argument("--seeds", type=int, default=2, help="how many")
-    parser.add_argument("--first-seed", type=int, default=100)
-    parser.add_argument("--phase-s", type=float, default=40.0)
-    parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     forms = dict.fromkeys(("step", *options.forms))
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    cells = list(itertools.product(options.settings, options.limits))
-    jobs = [(*cell, seed, form) for cell in cells for form in forms for seed in seeds]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context) as pool:
-        waiting = {job: pool.submit(play, *job, options.phase_s) for job in jobs}
-        found = {job: future.result() for job, future in waiting.items()}
+    found, cells, seeds = kept_runs.play_all("price", play, forms, options)
     figures: dict[str, float] = {"num_seeds": options.seeds, "phase_s": options.phase_s}
     for form, (measured, short) in itertools.product(forms, MEASURES.items()):
         logs = []

@@ -47,8 +47,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from fakes import Steering
 
-from smartspec.daemon.engines import Engine
-from smartspec.daemon.planner import Planner
 from smartspec.engine_adapter.base import (
     FEATURE_DRAFT_CONFIDENCE,
     FEATURE_LAST_SHARE,
@@ -61,7 +59,7 @@ from smartspec.engine_adapter.base import (
     StepFacts,
 )
 from smartspec.engine_adapter.lengths import F64, I64, Choice
-from smartspec.engine_adapter.messages import Fingerprint, Hello, Limits
+from smartspec.engine_adapter.messages import Limits
 
 BASE_S = 0.02
 TOKEN_SHARES = (0.05, 0.1, 0.2, 0.5)  #: of the base, per token of the target's pass
@@ -312,15 +310,7 @@ def daemon_for(cell: Cell, confidences: bool = False) -> Steering:
         drafts_known_first=lookup,
         confidences=confidences,
     )
-    proposer = "lookup" if lookup else "draft_model"
-    hello = Hello(
-        engine="replay",
-        epoch=1,
-        fingerprint=Fingerprint(target="recorded", proposer=proposer),
-        limits=limits,
-    )
-    engine = Engine(hello)
-    return Steering(engine, Planner(engine, daemon_epoch=9), late=1)
+    return Steering.cold("lookup" if lookup else "draft_model", limits)
 
 
 def play(group: Sequence[Cell]) -> list[Result]:

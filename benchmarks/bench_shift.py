@@ -21,18 +21,15 @@ Every run is kept in build/figures/shift_raw.jsonl as soon as it is done: `--res
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
-import multiprocessing
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
+from collections.abc import Sequence
 
+import kept_runs
 import numpy as np
-from figures import FOLDER, record
+from figures import record
+from kept_runs import Runs
 from paired import paired_ratio
 from paper_runs import steer
 from scipy import stats
@@ -65,9 +62,6 @@ POLICIES = (*STATIC, "table", *ONLINE, *TOLD, "smartspec")
 FURTHER = ("posterior", "smartspec_unchecked", "smartspec_warm")
 UNCHECKED = config.load(None, {}, {"control.probe_share": 0.0, "adoption.check_loss": 0.0})
 MEASURES = {"mean": "mean", "geometric": "geo"}  #: of a run, and how its figures begin
-
-Key = tuple[str, int, int, str]  #: setting, batch limit, seed, policy
-Runs = dict[Key, dict[str, float]]
 
 
 class Posterior(Told):
@@ -157,34 +151,6 @@ def play(setting: str, limit: int, seed: int, policy: str, phase_s: float) -> di
     return measures(engine, phase) | took
 
 
-def read(raw: Path, phase_s: float) -> Runs:
-    """Runs kept so far with phases of this length; a last line that was cut off is left out."""
-    runs: Runs = {}
-    for line in raw.read_text().splitlines() if raw.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["phase_s"] == phase_s:
-            runs[row["setting"], row["limit"], row["seed"], row["policy"]] = row
-    return runs
-
-
-def measure(jobs: Iterable[Key], raw: Path, phase_s: float, num_workers: int) -> None:
-    """Play what has not been played, and keep each run."""
-    context = multiprocessing.get_context("spawn")
-    missing = [job for job in jobs if job not in read(raw, phase_s)]
-    with ProcessPoolExecutor(num_workers, context) as pool:
-        waiting = {pool.submit(play, *job, phase_s): job for job in missing}
-        for future in as_completed(waiting):
-            setting, limit, seed, policy = waiting[future]
-            row = {"setting": setting, "limit": limit, "seed": seed, "policy": policy}
-            row |= {"phase_s": phase_s, **future.result()}
-            with raw.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{setting} {limit} seed {seed} {policy}: {row['mean']:.3f} s", flush=True)
-
-
 def share(
     measured: Sequence[float], static: Sequence[float], informed: Sequence[float]
 ) -> tuple[float, float] | None:
@@ -229,8 +195,7 @@ def figures_of(
         figures[f"{stem}_best_static_s"] = float(np.mean(latency[static]))
         for policy in (name for name in latency if name != static):
             ratio = paired_ratio(latency[policy], latency[static])
-            figures[f"{stem}_{policy}_vs_best_static"] = ratio.value
-            figures[f"{stem}_{policy}_vs_best_static_upper95"] = ratio.upper95
+            figures |= ratio.figures(f"{stem}_{policy}_vs_best_static")
         if "smartspec" not in latency:
             continue
         references = {"best_static": static, "best_online": online, "informed": "informed"}
@@ -239,8 +204,7 @@ def figures_of(
             if reference is None or reference not in latency:
                 continue
             ratio = paired_ratio(latency["smartspec"], latency[reference])
-            figures[f"{stem}_vs_{name}"] = ratio.value
-            figures[f"{stem}_vs_{name}_upper95"] = ratio.upper95
+            figures |= ratio.figures(f"{stem}_vs_{name}")
             total = f"{MEASURES[measured]}_vs_{name}"
             worst[total] = max(ratio.value, worst.get(total, 0.0))
         for policy in ("smartspec", *FURTHER):
@@ -254,35 +218,16 @@ def figures_of(
             figures[f"{stem_of}_share_to_informed_margin95"] = found[1]
             if policy == "smartspec":
                 worst["share_to_informed"] = min(found[0], worst.get("share_to_informed", math.inf))
-    # A single seed has no bound, and JSON no NaN.
-    return {name: value for name, value in (worst | figures).items() if math.isfinite(value)}
+    return worst | figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--limits", nargs="*", type=int, default=[64, 256])
+    parser = kept_runs.parser(__doc__, SETTINGS, (64, 256), seeds=5, phase_s=PHASE_S)
     parser.add_argument("--policies", nargs="*", default=list(POLICIES))
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--phase-s", type=float, default=PHASE_S)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--resume", action="store_true", help="keep the runs of shift_raw.jsonl")
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    raw = FOLDER / "shift_raw.jsonl"
-    if not options.resume:
-        raw.unlink(missing_ok=True)
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    cells = list(itertools.product(options.settings, options.limits))
-    # Seed by seed, so that what is there when it is interrupted is whole seeds.
-    jobs = [
-        (*cell, seed, policy) for seed in seeds for cell in cells for policy in options.policies
-    ]
-    measure(jobs, raw, options.phase_s, options.workers)
+    runs, cells, seeds = kept_runs.play_all("shift", play, options.policies, options)
     counts = {"num_seeds": float(options.seeds), "phase_s": options.phase_s}
-    figures = figures_of(read(raw, options.phase_s), cells, seeds)
-    record("shift", figures | counts, seed=options.first_seed)
+    record("shift", figures_of(runs, cells, seeds) | counts, seed=options.first_seed)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from scripted_engine import ScriptedEngine, hello
 
 from smartspec.daemon import config
 from smartspec.daemon.control_loop import ControlLoop
-from smartspec.daemon.event_bus import BusEvent, CheckpointEvent, DecisionEvent, EventBus
+from smartspec.daemon.event_bus import BusEvent, DecisionEvent, EventBus
 from smartspec.daemon.sessions import Session
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.link import EngineLink
@@ -68,7 +68,6 @@ class Watched:
     def __init__(self, bus: EventBus, times: Times) -> None:
         self._bus = bus
         self._times = times
-        self.num_checkpoints = 0
 
     @property
     def num_dropped(self) -> int:
@@ -77,7 +76,6 @@ class Watched:
     def publish(self, event: BusEvent) -> None:
         if isinstance(event, DecisionEvent):
             self._times.add(event.decide_s)
-        self.num_checkpoints += isinstance(event, CheckpointEvent)
         self._bus.publish(event)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Trees against chains: accepted tokens per step where a step may verify equally many.
 
-Recorded greedy answers are decoded again (acceptance_traces.py): whatever is drafted, the target's
-answer is known, so only the proposers have work to do. Both may draft the same number of tokens
-per step, 4 or 8; a lookup drafts less where it finds less, so what was verified is told as well.
+Recorded greedy answers are decoded again (proposer_replay.py). Both may draft the same number of
+tokens per step, 4 or 8; a lookup drafts less where it finds less, so what was verified is told as
+well.
 
 * *lookup*: chains are prompt lookup's; trees those of tree_lookup.py, from the request's own text
   and from earlier answers too: those before, in the order of recording. All answers.
@@ -21,28 +21,26 @@ import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from acceptance_traces import Answer, load
 from figures import record
+from proposer_replay import ROWS, replay
 from record_acceptance import MODEL_LEN, ask
 from rich.console import Console
 from rich.table import Table
 from spec_bench import TASKS, prompts
 
+from smartspec.engine_adapter.base import FixedLength, StepFacts
 from smartspec.engine_adapter.reference import model as models
-from smartspec.engine_adapter.reference.draft_tree import agreeing_path
 from smartspec.engine_adapter.reference.events import Finished
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import Proposer
-from smartspec.engine_adapter.reference.scheduler import Scheduler
-from smartspec.engine_adapter.reference.sequence import Request, Sequence
+from smartspec.engine_adapter.reference.sequence import Request
 from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
 from smartspec.engine_adapter.reference.tree_lookup import TreeLookup
 from smartspec.engine_adapter.reference.worker import Worker
 
 SIZES = (4, 8)
-ROWS = 8  #: answers drafted for together
 
 
 class Tally(NamedTuple):
@@ -59,45 +57,29 @@ class Tally(NamedTuple):
 Tallies = dict[str, Tally]
 
 
+class Counted(FixedLength):
+    """One length for all, and the steps that it takes, by task; ``answers``: ids count from 1."""
+
+    def __init__(self, length: int, answers: list[Answer]) -> None:
+        super().__init__(length)
+        self.tallies: Tallies = dict.fromkeys(TASKS, Tally())
+        self._answers = answers
+
+    def report(self, facts: StepFacts) -> None:
+        columns = facts.batch.request_ids, facts.num_accepted, facts.num_drafted
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for number, accepted, verified in rows:
+            task = self._answers[number - 1].task
+            self.tallies[task] = self.tallies[task].plus(1, accepted, verified)
+
+
 def decode(
     proposer: Proposer, answers: list[Answer], starts: list[list[int]], size: int
 ) -> Tallies:
-    """Steps of a proposer over recorded answers, `ROWS` together, as the worker would take them.
-
-    ``starts`` : what each answer's first recorded position follows
-    """
-    tallies = dict.fromkeys(TASKS, Tally())
-    scheduler = Scheduler(ROWS, MODEL_LEN, MODEL_LEN, proposer.caches)
-    answer_of: dict[int, Answer] = {}
-    for number, (answer, start) in enumerate(zip(answers, starts, strict=True)):
-        sequence = Sequence(number, Request(start), answer.size, 0, 0.0)
-        answer_of[number] = answer
-        scheduler.add(sequence)
-    while scheduler.waiting or scheduler.running:
-        scheduler.admit(0.0)
-        running = list(scheduler.running)
-        places = [sequence.num_output for sequence in running]
-        offer = proposer.available(running)
-        room = [int(answer_of[s.id].ceiling[p]) for s, p in zip(running, places, strict=True)]
-        lengths = np.minimum(np.minimum(offer.ceiling, room), size).astype(np.int64)
-        trees = proposer.propose(running, lengths).drafts
-        paths = []
-        for sequence, tree, place in zip(running, trees, places, strict=True):
-            answer = answer_of[sequence.id]
-            said = answer.token[place:].tolist()
-            # After a node of depth d the target says said[d]: whatever it says off the path, the
-            # walk never asks for it.
-            drawn = [said[0], *(said[depth] if depth < len(said) else -1 for depth in tree.depths)]
-            path = agreeing_path(tree, drawn)
-            paths.append(path)
-            tallies[answer.task] = tallies[answer.task].plus(1, len(path), tree.size)
-            sequence.tokens += said[: len(path) + 1]
-        proposer.accepted(running, paths)
-        for sequence in running:
-            if sequence.num_output >= answer_of[sequence.id].size:
-                scheduler.remove(sequence)
-                proposer.forget(sequence)
-    return tallies
+    """Steps of a proposer over recorded answers; ``starts``: what each answer follows."""
+    counted = Counted(size, answers)
+    replay(proposer, counted, answers, starts, 0.0)
+    return counted.tallies
 
 
 def chains_of_recording(answers: list[Answer], size: int) -> Tallies:

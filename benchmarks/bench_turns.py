@@ -130,8 +130,7 @@ def main() -> None:
     for kind, values in (("", own), ("_common_cost", common)):
         for other in ("none", "static_3", "static_5"):
             ratio = paired_ratio(values["smartspec"], values[other])
-            figures[f"smartspec_vs_{other}{kind}"] = ratio.value
-            figures[f"smartspec_vs_{other}{kind}_upper95"] = ratio.upper95
+            figures |= ratio.figures(f"smartspec_vs_{other}{kind}")
     print(f"seconds per token, SmartSpec over others; below 1 it is faster. Best static: {best}")
     record("turns", figures, seed=args.seed)
 

@@ -33,6 +33,7 @@ import psutil
 import vllm_servers as vs
 from completion_load import Answered, Stretch, arrivals, keep_busy, play
 from figures import FOLDER, record
+from kept_runs import lines
 from paired import paired_ratio
 
 from smartspec.lab import environment
@@ -208,7 +209,7 @@ def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         others = {name: values for name, values in by_arm.items() if name != SMARTSPEC}
         best = min(others, key=lambda name: float(np.mean(others[name])))
         ratio = paired_ratio(by_arm[SMARTSPEC], others[best])
-        figures[f"{part}_vs_best"], figures[f"{part}_vs_best_upper95"] = ratio
+        figures |= ratio.figures(f"{part}_vs_best")
         for name, values in others.items():
             figures[f"{part}_vs_{name}"] = paired_ratio(by_arm[SMARTSPEC], values).value
         for name, values in by_arm.items():
@@ -247,7 +248,7 @@ def measure(options: argparse.Namespace, raw: Path) -> None:
 
         daemon = stack.enter_context(vs.daemon(str(folder), folder / "daemon.log"))
         running = started([vs.none()])
-        done = [row for row in read(raw) if row.get("pilot")] + complete(read(raw))
+        done = [row for row in lines(raw) if row.get("pilot")] + complete(lines(raw))
         raw.write_text("".join(json.dumps(row) + "\n" for row in done))
         found = next((row for row in done if row.get("pilot")), None)
         if found is None:
@@ -283,12 +284,6 @@ def pin_self() -> None:
     vs.pin(os.getpid(), vs.OTHER_CORE)
 
 
-def read(raw: Path) -> list[dict[str, Any]]:
-    if not raw.exists():
-        return []
-    return [json.loads(line) for line in raw.read_text("utf-8").splitlines()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
@@ -308,7 +303,7 @@ def main() -> None:
         if not args.resume:
             raw.unlink(missing_ok=True)
         measure(args, raw)
-    rows = complete(read(raw))
+    rows = complete(lines(raw))
     figures = {"num_repetitions": len({row["repetition"] for row in rows}), **figures_of(rows)}
     record("vllm_serving", figures, seed=args.seed)
 

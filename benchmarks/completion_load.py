@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +65,22 @@ def arrivals(prompts: Sequence[Prompt], stretches: Sequence[Stretch], seed: int)
     return due
 
 
+async def events(port: int, path: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    """Data of each event of a streamed answer, as soon as it is read."""
+    data = json.dumps({**body, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        b"POST %s HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
+    )
+    while line := await reader.readline():
+        if line.startswith(b"data: {"):
+            yield line[6:]
+        elif line.startswith(b"data: [DONE]"):
+            break
+    writer.close()
+
+
 async def ask(port: int, prompt: Prompt, due_s: float, began: float) -> Answered:
     """Stream one greedy answer."""
     body = {
@@ -72,23 +88,12 @@ async def ask(port: int, prompt: Prompt, due_s: float, began: float) -> Answered
         "messages": [{"role": "user", "content": prompt.prompt}],
         "max_tokens": prompt.max_tokens,
         "temperature": 0,
-        "stream": True,
         "stream_options": {"include_usage": True},
     }
-    data = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n%s" % (len(data), data)
-    )
     first_s = end_s = float("nan")
     num_tokens, text = 0, ""
-    while line := await reader.readline():
-        if line.startswith(b"data: [DONE]"):
-            break
-        if not line.startswith(b"data: {"):
-            continue
-        event: dict[str, Any] = json.loads(line[6:])
+    async for data in events(port, "/v1/chat/completions", body):
+        event: dict[str, Any] = json.loads(data)
         if event.get("usage"):
             num_tokens = event["usage"]["completion_tokens"]
         for choice in event.get("choices", ()):
@@ -98,7 +103,6 @@ async def ask(port: int, prompt: Prompt, due_s: float, began: float) -> Answered
                 text += piece
             if choice["finish_reason"]:
                 end_s = time.perf_counter() - began
-    writer.close()
     if not num_tokens:
         raise RuntimeError(f"request {prompt.id} was not answered")
     return Answered(prompt.id, due_s, first_s, end_s, num_tokens, text)

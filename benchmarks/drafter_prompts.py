@@ -35,6 +35,11 @@ WORDS = 8  #: in a row, that no prompt may share with Spec-Bench
 MAX_CHARACTERS = 2000
 MAX_PASSAGE = 1500  #: characters of an article or passage
 
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(text.split()).split(", "))
+
+
 TASKS = (
     "Write a short blog post about {}.",
     "Explain {} to a ten-year-old.",
@@ -65,87 +70,21 @@ TASKS = (
     "Write a review of a museum about {}.",
     "What would the world be like without {}?",
 )
-SUBJECTS = (
-    "bicycles",
-    "bread",
-    "the steam engine",
-    "vaccines",
-    "inflation",
-    "chess",
-    "photosynthesis",
-    "black holes",
-    "the Roman Empire",
-    "volcanoes",
-    "jazz",
-    "the printing press",
-    "databases",
-    "solar power",
-    "elections",
-    "the human heart",
-    "coral reefs",
-    "cheese",
-    "maps",
-    "the violin",
-    "space travel",
-    "gravity",
-    "electric cars",
-    "tea",
-    "robots",
-    "the Olympic Games",
-    "bees",
-    "encryption",
-    "the ocean tides",
-    "libraries",
-    "bridges",
-    "football",
-    "earthquakes",
-    "statistics",
-    "the telephone",
-    "public transport",
-    "gardening",
-    "the stock market",
-    "dinosaurs",
-    "poetry",
-    "airships",
-    "climate change",
-    "the water cycle",
-    "democracy",
-    "knitting",
-    "the immune system",
-    "satellites",
-    "coffee",
-    "lighthouses",
-    "the silk road",
-    "machine learning",
-    "yoga",
-    "plate tectonics",
-    "the calendar",
-    "cameras",
-    "public speaking",
-    "opera",
-    "the food chain",
-    "glass",
-    "insurance",
-    "wind turbines",
-    "the French Revolution",
-    "antibiotics",
-    "board games",
-    "the solar system",
-    "marathon running",
-    "batteries",
-    "rice",
-    "sleep",
-    "the alphabet",
-    "supply and demand",
-    "penguins",
-    "paper",
-    "the internet",
-    "comets",
-    "cooking for a family",
-    "the atom",
-    "trains",
-    "migration of birds",
-    "remote work",
+SUBJECTS = _listed(
+    """
+    bicycles, bread, the steam engine, vaccines, inflation, chess, photosynthesis, black holes,
+    the Roman Empire, volcanoes, jazz, the printing press, databases, solar power, elections,
+    the human heart, coral reefs, cheese, maps, the violin, space travel, gravity, electric
+    cars, tea, robots, the Olympic Games, bees, encryption, the ocean tides, libraries,
+    bridges, football, earthquakes, statistics, the telephone, public transport, gardening, the
+    stock market, dinosaurs, poetry, airships, climate change, the water cycle, democracy,
+    knitting, the immune system, satellites, coffee, lighthouses, the silk road, machine
+    learning, yoga, plate tectonics, the calendar, cameras, public speaking, opera, the food
+    chain, glass, insurance, wind turbines, the French Revolution, antibiotics, board games,
+    the solar system, marathon running, batteries, rice, sleep, the alphabet, supply and
+    demand, penguins, paper, the internet, comets, cooking for a family, the atom, trains,
+    migration of birds, remote work
+    """
 )
 WHO = (
     "Die Regierung",
@@ -205,32 +144,12 @@ OF_SUBJECTS = (
     "who wrote the best-known book about {}?",
     "what is another word for {}?",
 )
-COUNTRIES = (
-    "Norway",
-    "Peru",
-    "Kenya",
-    "Japan",
-    "Portugal",
-    "India",
-    "Canada",
-    "Egypt",
-    "Poland",
-    "Brazil",
-    "Vietnam",
-    "Greece",
-    "Mexico",
-    "Ireland",
-    "Turkey",
-    "Chile",
-    "Finland",
-    "Morocco",
-    "Austria",
-    "Thailand",
-    "Hungary",
-    "Ghana",
-    "Iceland",
-    "Colombia",
-    "Nepal",
+COUNTRIES = _listed(
+    """
+    Norway, Peru, Kenya, Japan, Portugal, India, Canada, Egypt, Poland, Brazil, Vietnam,
+    Greece, Mexico, Ireland, Turkey, Chile, Finland, Morocco, Austria, Thailand, Hungary,
+    Ghana, Iceland, Colombia, Nepal
+    """
 )
 SUMMARIES = (
     "Summarize: {}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,8 +26,11 @@ def record(
 ) -> Path:
     """Print ``figures`` as a table and write them with where they were measured.
 
+    What is not finite is left out: a single pair has no bound, and JSON no NaN.
+
     ``notes``: what else belongs to the record, such as where its input comes from.
     """
+    figures = {key: value for key, value in figures.items() if math.isfinite(value)}
     table = Table(title=name, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -35,7 +39,7 @@ def record(
     Console().print(table)
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
-    content = {"name": name, "figures": dict(figures), "env": environment.describe(), "seed": seed}
+    content = {"name": name, "figures": figures, "env": environment.describe(), "seed": seed}
     if notes:
         content["notes"] = dict(notes)
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -16,6 +16,10 @@ class Ratio(NamedTuple):
     value: float
     upper95: float  #: NaN for a single pair
 
+    def figures(self, name: str) -> dict[str, float]:
+        """As they are recorded: ``<name>`` and ``<name>_upper95``."""
+        return {name: self.value, f"{name}_upper95": self.upper95}
+
 
 def paired_ratio(measured: Sequence[float], reference: Sequence[float]) -> Ratio:
     """``measured`` over ``reference``, pair by pair.

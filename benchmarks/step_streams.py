@@ -20,6 +20,7 @@ SWEEPS = 2
 NOISE = 0.03  #: relative deviation of a step's time
 OUTLIER_SHARE = 0.01
 OUTLIER_FACTORS = (5.0, 50.0)
+SLOWED = 1.3
 
 
 class Stream(NamedTuple):
@@ -124,13 +125,12 @@ def stream(
     *,
     drafts: bool = True,
     slower_from: int | None = None,
-    factor: float = 1.3,
 ) -> Stream:
-    """A run of `serve` with its times; from step ``slower_from`` on all take ``factor`` times."""
+    """A run of `serve` with its times; from step ``slower_from`` on all take `SLOWED` times."""
     steps = serve(machine, seed, num_steps, drafts=drafts)
     true_s = np.array([machine.seconds(step) for step in steps])
     if slower_from is not None:
-        true_s[slower_from:] *= factor
+        true_s[slower_from:] *= SLOWED
     rng = np.random.default_rng((seed, 1))
     seen_s = true_s * np.maximum(1.0 + NOISE * rng.normal(size=num_steps), 0.5)
     is_outlier = rng.random(num_steps) < OUTLIER_SHARE

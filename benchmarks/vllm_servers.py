@@ -27,6 +27,7 @@ import psutil
 ENGINE_CORE = {0}
 OTHER_CORE = {1}
 START_S = 300.0
+IDLE_S = 5.0
 MAX_LENGTH = 5
 MAX_NUM_SEQS = 16
 MAX_MODEL_LEN = 512
@@ -202,8 +203,8 @@ def daemon(runtime_dir: str, log: Path) -> Iterator[psutil.Process]:
         process.wait(15)
 
 
-def idle_share(running: Mapping[str, Server], seconds: float = 5.0) -> dict[str, float]:
+def idle_share(running: Mapping[str, Server]) -> dict[str, float]:
     """Share of a core that each server takes while nothing is asked of it."""
     before: dict[str, Any] = {name: server.cpu_s() for name, server in running.items()}
-    time.sleep(seconds)
-    return {name: (server.cpu_s() - before[name]) / seconds for name, server in running.items()}
+    time.sleep(IDLE_S)
+    return {name: (server.cpu_s() - before[name]) / IDLE_S for name, server in running.items()}

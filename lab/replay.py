@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -84,27 +84,25 @@ class _Tally:
 
     def __init__(self) -> None:
         self.num_decisions = 0
-        self.length, self.off = _Mean(), _Mean()
-        self.goodput, self.value, self.depth = _Mean(), _Mean(), _Mean()
         self.last_reason = ""
+        self._means: defaultdict[str, _Mean] = defaultdict(_Mean)  # by `Side`'s names
 
-    def decided(self, goodput: float, value: float, depth: int, reason: str) -> None:
+    def drafted(self, counts: Iterable[tuple[int, int]]) -> None:
+        """``counts`` : lengths of a step, and requests at each."""
+        pairs = list(counts)
+        size, total = sum(n for _, n in pairs), sum(k * n for k, n in pairs)
+        self._means["mean_length"].add(total / size if size else 0.0, size)
+        self._means["share_off"].add(float(total == 0))
+
+    def decided(self, made: Policy | DecisionEvent) -> None:
         self.num_decisions += 1
-        self.goodput.add(goodput)
-        self.value.add(value)
-        self.depth.add(depth)
-        self.last_reason = reason
+        self.last_reason = made.reason
+        for name in ("predicted_goodput", "value_of_time", "depth"):
+            self._means[name].add(getattr(made, name))
 
     def side(self) -> Side:
-        return Side(
-            num_decisions=self.num_decisions,
-            mean_length=self.length.value,
-            share_off=self.off.value,
-            predicted_goodput=self.goodput.value,
-            value_of_time=self.value.value,
-            depth=self.depth.value,
-            last_reason=self.last_reason,
-        )
+        means = {name: mean.value for name, mean in self._means.items()}
+        return Side(num_decisions=self.num_decisions, last_reason=self.last_reason, **means)
 
 
 class _Engine:
@@ -123,17 +121,11 @@ class _Engine:
         self.seconds += report.step_s
         self.num_emitted += sum(emitted) if emitted else len(drafted)
         if drafted:
-            self.recorded.length.add(sum(drafted) / len(drafted), len(drafted))
-            self.recorded.off.add(float(not any(drafted)))
+            self.recorded.drafted((k, 1) for k in drafted)
 
     def chose(self, event: DecisionEvent) -> None:
-        size = sum(event.length_counts)
-        total = sum(k * n for k, n in enumerate(event.length_counts))
-        self.replayed.length.add(total / size if size else 0.0, size)
-        self.replayed.off.add(float(total == 0))
-        self.replayed.decided(
-            event.predicted_goodput, event.value_of_time, event.depth, event.reason
-        )
+        self.replayed.drafted(enumerate(event.length_counts))
+        self.replayed.decided(event)
 
     def compare(self, policy: Policy, event: DecisionEvent, t_s: float) -> None:
         self.other_depth.add(float(policy.depth != event.depth))
@@ -225,9 +217,7 @@ def replay(frames: Iterable[FrameEvent], settings: Settings) -> list[Comparison]
                     engines[names[event.peer]].reported(message)
             elif event.peer in names and (policy := _policy(event.frame)) is not None:
                 told[names[event.peer]] = policy
-                engines[names[event.peer]].recorded.decided(
-                    policy.predicted_goodput, policy.value_of_time, policy.depth, policy.reason
-                )
+                engines[names[event.peer]].recorded.decided(policy)
         while playback.inbox:
             loop.cycle(0.0)
         for decision in playback.decisions:

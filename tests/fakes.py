@@ -267,6 +267,14 @@ class Steering:
         self._ids = np.zeros(0, np.uint64)
         self._version = 0
 
+    @classmethod
+    def cold(cls, proposer: str, limits: wire.Limits) -> Steering:
+        """Of an engine that nothing is known of yet; policies come one step late."""
+        fingerprint = wire.Fingerprint(target="recorded", proposer=proposer)
+        hello = wire.Hello(engine="replay", epoch=1, fingerprint=fingerprint, limits=limits)
+        engine = Engine(hello)
+        return cls(engine, Planner(engine, daemon_epoch=9), late=1)
+
     def delay(self, late: int) -> None:
         """From now on policies steer ``late`` steps later than they could."""
         self._on_the_way = deque([None] * late)

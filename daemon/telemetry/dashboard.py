@@ -17,7 +17,7 @@ from smartspec.daemon.telemetry.metric_ids import Metric
 
 SCHEMA_VERSION = 39  #: of Grafana's dashboard JSON; newer releases migrate older files
 COLUMNS = 24  #: of Grafana's grid
-HEIGHT = 8
+WIDTH = HEIGHT = 8  #: of a graph
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 RATE = "$__rate_interval"
 PERCENT, SECONDS, RATE_UNIT, SHORT, BYTES = "percentunit", "s", "reqps", "short", "bytes"
@@ -31,14 +31,17 @@ class Query(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One graph. ``width``: of `COLUMNS`."""
+    """One graph."""
 
     title: str
     unit: str
-    queries: tuple[Query, ...]
     about: str
-    width: int = 8
-    stacked: bool = False
+    queries: tuple[Query, ...]
+    stacked: bool
+
+
+def panel(title: str, unit: str, about: str, *queries: Query, stacked: bool = False) -> Panel:
+    return Panel(title, unit, about, queries, stacked)
 
 
 def selected(metric: Metric, suffix: str = "", **labels: str) -> str:
@@ -87,222 +90,198 @@ def _quantiles(metric: Metric) -> tuple[Query, ...]:
 
 ROWS: dict[str, tuple[Panel, ...]] = {
     "What it brings": (
-        Panel(
+        panel(
             "Goodput",
             SHORT,
-            (
-                Query(selected(ids.GOODPUT), "{{engine}} measured"),
-                _gauge(ids.PREDICTED_GOODPUT),
-            ),
             "Tokens per second: measured, and expected of the lengths chosen, of none and of the "
             "engine's static length.",
+            Query(selected(ids.GOODPUT), "{{engine}} measured"),
+            _gauge(ids.PREDICTED_GOODPUT),
         ),
-        Panel(
+        panel(
             "Estimated gain",
             PERCENT,
-            (_gauge(ids.GAIN),),
             "Goodput over that without speculation and over the engine's own setting, less 1; with "
             "95% intervals.",
+            _gauge(ids.GAIN),
         ),
-        Panel(
+        panel(
             "Measured gain",
             PERCENT,
-            (_gauge(ids.MEASURED_GAIN),),
             "The same, by neighbouring blocks of time that were run either way.",
+            _gauge(ids.MEASURED_GAIN),
         ),
-        Panel(
+        panel(
             "Bias of predictions",
             PERCENT,
-            (_gauge(ids.BIAS),),
             "Goodput of the alternative when it was run: measured over predicted, less 1.",
+            _gauge(ids.BIAS),
         ),
-        Panel(
+        panel(
             "Tokens",
             SHORT,
-            (
-                Query(rate(ids.EMITTED, "engine"), "{{engine}} answered"),
-                Query(rate(ids.DRAFTED, "engine"), "{{engine}} drafted"),
-                Query(rate(ids.ACCEPTED, "engine"), "{{engine}} accepted"),
-            ),
             "Per second of the clock, idle time included.",
+            Query(rate(ids.EMITTED, "engine"), "{{engine}} answered"),
+            Query(rate(ids.DRAFTED, "engine"), "{{engine}} drafted"),
+            Query(rate(ids.ACCEPTED, "engine"), "{{engine}} accepted"),
         ),
     ),
     "What it does": (
-        Panel(
+        panel(
             "Requests by length",
             SHORT,
-            (
-                Query(
-                    f"sum by (instance, length) ({selected(ids.REQUESTS_AT_LENGTH)})",
-                    "length {{length}}",
-                ),
-            ),
             "How many requests draft how far, in the last decision.",
+            Query(
+                f"sum by (instance, length) ({selected(ids.REQUESTS_AT_LENGTH)})",
+                "length {{length}}",
+            ),
             stacked=True,
         ),
-        Panel(
+        panel(
             "Steps by who chose their lengths",
             SHORT,
-            (Query(rate(ids.STEPS, "source"), "{{source}}"),),
             "policy and probe: SmartSpec; fallback: the table it left; own: the engine.",
+            Query(rate(ids.STEPS, "source"), "{{source}}"),
             stacked=True,
         ),
-        Panel(
+        panel(
             "Value of time",
             SHORT,
-            (_gauge(ids.VALUE_OF_TIME), Query(selected(ids.DEPTH), "{{engine}} depth")),
             "Tokens that a second of step time must bring; and the longest length in force.",
+            _gauge(ids.VALUE_OF_TIME),
+            Query(selected(ids.DEPTH), "{{engine}} depth"),
         ),
-        Panel(
+        panel(
             "Steering",
             SHORT,
-            (_gauge(ids.STEERING), Query(selected(ids.CONNECTED), "{{engine}} connected")),
             "1 while SmartSpec chooses the lengths, and while the engine reports.",
+            _gauge(ids.STEERING),
+            Query(selected(ids.CONNECTED), "{{engine}} connected"),
         ),
-        Panel(
+        panel(
             "How engines are treated",
             SHORT,
-            (
-                Query(f"sum by (instance, stance) ({selected(ids.STANCE)})", "{{stance}}"),
-                Query(increase(ids.COMPARISONS, "over"), "comparisons with {{over}}"),
-            ),
             "Engines by stance (docs/adoption.md), and pairs of blocks compared.",
+            Query(f"sum by (instance, stance) ({selected(ids.STANCE)})", "{{stance}}"),
+            Query(increase(ids.COMPARISONS, "over"), "comparisons with {{over}}"),
         ),
-        Panel(
+        panel(
             "Retreats",
             SHORT,
-            (
-                _gauge(ids.EVIDENCE_WORSE),
-                Query(f"increase({selected(ids.RETREATS, '_total')}[1d])", "{{engine}} in a day"),
-            ),
             "Evidence that the engine's own setting is better, from 1000 on of which it is left to "
             "that for a while; and how often it was.",
+            _gauge(ids.EVIDENCE_WORSE),
+            Query(f"increase({selected(ids.RETREATS, '_total')}[1d])", "{{engine}} in a day"),
         ),
-        Panel(
+        panel(
             "Probes and decisions",
             SHORT,
-            (
-                Query(rate(ids.DECISIONS, "engine"), "{{engine}} decisions"),
-                Query(rate(ids.PROBES, "engine"), "{{engine}} probes"),
-            ),
             "Per second. Probes are drafted for only to learn, within control.probe_share.",
+            Query(rate(ids.DECISIONS, "engine"), "{{engine}} decisions"),
+            Query(rate(ids.PROBES, "engine"), "{{engine}} probes"),
         ),
-        Panel(
+        panel(
             "Requests with a target",
             SHORT,
-            (_gauge(ids.TARGETS),),
             "That ask for a time per token. out: not even if all others gave way.",
+            _gauge(ids.TARGETS),
         ),
     ),
     "Whether to trust it": (
-        Panel(
+        panel(
             "Error of predicted step times",
             PERCENT,
-            (_gauge(ids.PREDICTION_ERROR),),
             "Sum of absolute errors over the sum of step times.",
+            _gauge(ids.PREDICTION_ERROR),
         ),
-        Panel(
+        panel(
             "Acceptance by depth",
             PERCENT,
-            (_gauge(ids.ACCEPTANCE),),
             "P(the draft at this depth is accepted | those before it were).",
+            _gauge(ids.ACCEPTANCE),
         ),
-        Panel(
+        panel(
             "Staleness of policies",
             SHORT,
-            _quantiles(ids.STALENESS),
             "Steps from the report that a policy knew to the step that obeyed it.",
+            *_quantiles(ids.STALENESS),
         ),
     ),
     "Load": (
-        Panel(
+        panel(
             "Requests",
             SHORT,
-            (
-                Query(selected(ids.NUM_RUNNING), "{{engine}} running"),
-                Query(selected(ids.NUM_WAITING), "{{engine}} waiting"),
-            ),
             "Decoding, and queued.",
+            Query(selected(ids.NUM_RUNNING), "{{engine}} running"),
+            Query(selected(ids.NUM_WAITING), "{{engine}} waiting"),
         ),
-        Panel("KV room in use", PERCENT, (_gauge(ids.KV_USAGE),), "0 to 100%."),
-        Panel("Step time", SECONDS, _quantiles(ids.STEP_SECONDS), "Of the engine."),
+        panel("KV room in use", PERCENT, "0 to 100%.", _gauge(ids.KV_USAGE)),
+        panel("Step time", SECONDS, "Of the engine.", *_quantiles(ids.STEP_SECONDS)),
     ),
     "The service": (
-        Panel(
+        panel(
             "Decision time",
             SECONDS,
-            (
-                *_quantiles(ids.DECIDE_SECONDS),
-                Query(quantile(0.5, ids.LEARN_SECONDS), "{{engine}} learning"),
-            ),
             "Report received to policy sent; and learning from a report, after it.",
+            *_quantiles(ids.DECIDE_SECONDS),
+            Query(quantile(0.5, ids.LEARN_SECONDS), "{{engine}} learning"),
         ),
-        Panel(
+        panel(
             "Reports that taught nothing",
             RATE_UNIT,
-            (Query(rate(ids.REPORTS_LOST, "engine", "how"), "{{engine}} {{how}}"),),
             "Dropped by the engine, missed (those included), repeated, refused, throttled.",
+            Query(rate(ids.REPORTS_LOST, "engine", "how"), "{{engine}} {{how}}"),
         ),
-        Panel(
+        panel(
             "Notes and engine events",
             SHORT,
-            (
-                Query(increase(ids.NOTES, "level", "kind"), "{{level}} {{kind}}"),
-                Query(increase(ids.ENGINE_EVENTS, "state"), "engine {{state}}"),
-            ),
             "What `smartspec inspect` tells in words.",
+            Query(increase(ids.NOTES, "level", "kind"), "{{level}} {{kind}}"),
+            Query(increase(ids.ENGINE_EVENTS, "state"), "engine {{state}}"),
         ),
-        Panel(
+        panel(
             "Redis",
             SHORT,
-            (
-                Query(selected(ids.REDIS_UP), "up"),
-                Query(selected(ids.REDIS_BUFFERED), "events waiting"),
-                Query(rate(ids.REDIS_FAILURES), "failures/s"),
-                Query(rate(ids.REDIS_LOST), "events lost/s"),
-            ),
             "Steering does not depend on it.",
+            Query(selected(ids.REDIS_UP), "up"),
+            Query(selected(ids.REDIS_BUFFERED), "events waiting"),
+            Query(rate(ids.REDIS_FAILURES), "failures/s"),
+            Query(rate(ids.REDIS_LOST), "events lost/s"),
         ),
-        Panel(
+        panel(
             "Saved state",
             SHORT,
-            (
-                Query(rate(ids.STATE_WRITTEN), "written/s"),
-                Query(rate(ids.STATE_FAILURES), "failures/s"),
-            ),
             "Checkpoints of what was learned, in files.",
+            Query(rate(ids.STATE_WRITTEN), "written/s"),
+            Query(rate(ids.STATE_FAILURES), "failures/s"),
         ),
-        Panel(
+        panel(
             "Daemon",
             SHORT,
-            (
-                Query(selected(ids.NUM_ENGINES), "engines"),
-                Query(f"time() - {selected(ids.HEARD)}", "seconds since it was heard"),
-                Query(rate(ids.BUS_MISSED, "topic"), "missed {{topic}}/s"),
-                Query(
-                    rate(ids.LOOP, "counter") + " > 0",
-                    "{{counter}}/s",
-                ),
-            ),
             "The loop's own counters, and events that telemetry was too slow for.",
+            Query(selected(ids.NUM_ENGINES), "engines"),
+            Query(f"time() - {selected(ids.HEARD)}", "seconds since it was heard"),
+            Query(rate(ids.BUS_MISSED, "topic"), "missed {{topic}}/s"),
+            Query(
+                rate(ids.LOOP, "counter") + " > 0",
+                "{{counter}}/s",
+            ),
         ),
-        Panel(
+        panel(
             "Processor time of the daemon",
             PERCENT,
-            (Query(rate(ids.CPU_SECONDS, "mode"), "{{mode}}"),),
             "Of one core. That of telemetry is process_cpu_seconds_total.",
+            Query(rate(ids.CPU_SECONDS, "mode"), "{{mode}}"),
             stacked=True,
         ),
-        Panel("Memory of the daemon", BYTES, (Query(selected(ids.MEMORY), "resident"),), "In use."),
-        Panel(
+        panel("Memory of the daemon", BYTES, "In use.", Query(selected(ids.MEMORY), "resident")),
+        panel(
             "What runs",
             SHORT,
-            (
-                _gauge(ids.BUILD),
-                Query(selected(ids.RELOADED), "settings are those of the file"),
-                Query(f"time() - {selected(ids.STARTED)}", "seconds since its start"),
-            ),
             "Releases, uptimes, and whether the last reload went well.",
+            _gauge(ids.BUILD),
+            Query(selected(ids.RELOADED), "settings are those of the file"),
+            Query(f"time() - {selected(ids.STARTED)}", "seconds since its start"),
         ),
     ),
 }
@@ -330,19 +309,19 @@ def _values(label: str, series: str) -> dict[str, Any]:
     )
 
 
-def _panel(number: int, panel: Panel, x: int, y: int) -> dict[str, Any]:
-    stacking = {"mode": "normal" if panel.stacked else "none", "group": "A"}
+def _panel(number: int, shown: Panel, x: int, y: int) -> dict[str, Any]:
+    stacking = {"mode": "normal" if shown.stacked else "none", "group": "A"}
     return {
         "id": number,
         "type": "timeseries",
-        "title": panel.title,
-        "description": panel.about,
+        "title": shown.title,
+        "description": shown.about,
         "datasource": DATASOURCE,
-        "gridPos": {"h": HEIGHT, "w": panel.width, "x": x, "y": y},
+        "gridPos": {"h": HEIGHT, "w": WIDTH, "x": x, "y": y},
         "fieldConfig": {
             "defaults": {
-                "unit": panel.unit,
-                "custom": {"fillOpacity": 30 if panel.stacked else 0, "stacking": stacking},
+                "unit": shown.unit,
+                "custom": {"fillOpacity": 30 if shown.stacked else 0, "stacking": stacking},
             },
             "overrides": [],
         },
@@ -358,7 +337,7 @@ def _panel(number: int, panel: Panel, x: int, y: int) -> dict[str, Any]:
                 "legendFormat": f"{{{{instance}}}} {query.legend}",
                 "range": True,
             }
-            for index, query in enumerate(panel.queries)
+            for index, query in enumerate(shown.queries)
         ],
     }
 
@@ -376,11 +355,11 @@ def build() -> dict[str, Any]:
         )
         y += 1
         x = 0
-        for panel in row:
-            if x + panel.width > COLUMNS:
+        for one in row:
+            if x + WIDTH > COLUMNS:
                 x, y = 0, y + HEIGHT
-            panels.append(_panel(len(panels) + 1, panel, x, y))
-            x += panel.width
+            panels.append(_panel(len(panels) + 1, one, x, y))
+            x += WIDTH
         y += HEIGHT
     return {
         "uid": "smartspec",

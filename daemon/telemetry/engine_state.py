@@ -153,8 +153,7 @@ class EngineTracker:
             case DecisionEvent():
                 self._note_decision(event)
             case GainEvent():
-                for name in _GAIN_FIELDS:
-                    setattr(self.state, name, getattr(event, name))
+                _copy(event, self.state, _GAIN_FIELDS)
             case EngineEvent():
                 self._note_engine(event)
 
@@ -171,13 +170,7 @@ class EngineTracker:
         state = self.state
         state.state = "connected"  # the event that said so may be lost
         state.step_seq = event.seq
-        state.num_running = event.num_running
-        state.num_waiting = event.num_waiting
-        state.kv_usage = event.kv_usage
-        state.context_tokens = event.context_tokens
-        state.step_s = event.step_s
-        state.source = event.source
-        state.staleness_steps = event.staleness_steps
+        _copy(event, state, _STEP_FIELDS)
         state.num_steps += 1
         state.num_drafted += event.num_drafted
         state.num_accepted += event.num_accepted
@@ -190,10 +183,8 @@ class EngineTracker:
             state.prediction_error = self._error.value
 
     def _note_decision(self, event: DecisionEvent) -> None:
-        state = self.state
-        for name in _DECISION_FIELDS:
-            setattr(state, name, getattr(event, name))
-        state.num_probes += event.num_probes
+        _copy(event, self.state, _DECISION_FIELDS)
+        self.state.num_probes += event.num_probes
 
 
 def _is_reminder(event: BusEvent) -> bool:
@@ -201,14 +192,20 @@ def _is_reminder(event: BusEvent) -> bool:
     return isinstance(event, (GainEvent, PresentEvent))
 
 
-_DECISION_FIELDS = tuple(
-    name
-    for name in DecisionEvent.__struct_fields__
-    if name in EngineState.__struct_fields__ and name not in ("engine", "num_probes")
-)
+def _copy(event: Struct, state: EngineState, names: tuple[str, ...]) -> None:
+    for name in names:
+        setattr(state, name, getattr(event, name))
 
 
-_GAIN_FIELDS = tuple(n for n in GainEvent.__struct_fields__ if n not in ("engine", "t_s"))
+def _shared(kind: type[Struct], *without: str) -> tuple[str, ...]:
+    """Fields that an event has in common with the state, and that are taken over as they are."""
+    names = set(EngineState.__struct_fields__) - {"engine", *without}
+    return tuple(name for name in kind.__struct_fields__ if name in names)
+
+
+_STEP_FIELDS = _shared(StepEvent, "num_drafted", "num_accepted", "num_emitted")
+_DECISION_FIELDS = _shared(DecisionEvent, "num_probes")
+_GAIN_FIELDS = _shared(GainEvent)
 
 
 # -- as flat fields, for Redis hashes and stream entries ----------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -174,8 +175,8 @@ def _overview(views: list[View]) -> Any:
             str(state.num_running),
             str(state.num_waiting),
             lengths(state).replace(" requests", ""),
-            _number(state.goodput),
-            _signed(state.gain_over_none),
+            number(state.goodput),
+            signed(state.gain_over_none),
             state.reason or "-",
         )
         table.add_row(*map(shown, cells))
@@ -195,6 +196,7 @@ def _details(view: View) -> Any:
     from rich.table import Table
 
     state = view.state
+    staleness = "-" if state.staleness_steps is None else state.staleness_steps
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -213,8 +215,8 @@ def _details(view: View) -> Any:
         (
             "goodput",
             (
-                f"{_number(state.goodput)} tokens/s measured, "
-                f"{_number(state.predicted_goodput)} predicted"
+                f"{number(state.goodput)} tokens/s measured, "
+                f"{number(state.predicted_goodput)} predicted"
             ),
         ),
         ("stance", _stance(state)),
@@ -224,8 +226,8 @@ def _details(view: View) -> Any:
         (
             "trust",
             (
-                f"step times mispredicted by {_percent(state.prediction_error)}; policies "
-                f"{_whole(state.staleness_steps)} steps old; chosen by {state.source or '-'}"
+                f"step times mispredicted by {percent(state.prediction_error)}; policies "
+                f"{staleness} steps old; chosen by {state.source or '-'}"
             ),
         ),
         ("targets", _targets(state)),
@@ -233,8 +235,8 @@ def _details(view: View) -> Any:
     ]
     for name, text in rows:
         table.add_row(name, shown(text))
-    for number, event in enumerate(view.events):
-        table.add_row("last events" if number == 0 else "", shown(event_text(event)))
+    for place, event in enumerate(view.events):
+        table.add_row("last events" if place == 0 else "", shown(event_text(event)))
     return Panel(table, title=shown(f"engine {state.engine}"), title_align="left", expand=False)
 
 
@@ -272,7 +274,7 @@ def _stance(state: EngineState) -> str:
         "paused": "paused by an operator: the engine's own setting; `smartspec release` ends it",
         "retreated": (
             "retreated, since the engine's own setting is measurably better; tried again in "
-            f"{_number(state.retry_s)} s"
+            f"{number(state.retry_s)} s"
         ),
     }
     return text.get(state.stance, str(state.stance))
@@ -298,9 +300,9 @@ def _gains(state: EngineState, prefix: str) -> str:
         value, low, high = (
             getattr(state, f"{prefix}_over_{over}{bound}") for bound in ("", "_low", "_high")
         )
-        part = _signed(value)
+        part = signed(value)
         if value is not None:
-            part += f" ({_signed(low)} to {_signed(high)})"
+            part += f" ({signed(low)} to {signed(high)})"
             num_compared = getattr(state, f"num_compared_{over}")
             part += f" in {num_compared} comparisons" if prefix == "measured" else ""
         parts.append(f"{part} over {words}")
@@ -328,20 +330,15 @@ def event_text(event: PastEvent) -> str:
     return f"{at} {what}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _whole(value: int | None) -> str:
-    return "-" if value is None else str(value)
+def percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.0f}%"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f}%"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.0f}%"
+signed = partial(percent, sign="+")
 
 
 # -- the command --------------------------------------------------------------------------------

@@ -46,14 +46,6 @@ def _of(name: str) -> Callable[[View], Any]:
     return lambda view: getattr(view.state, name)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _percent(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{100 * value:{sign}.0f}%"
-
-
 def _column(heading: str, name: str, text: Callable[[Any], str]) -> Column:
     value = _of(name)
     return Column(heading, lambda view: text(value(view)), value)
@@ -78,22 +70,20 @@ def _lengths(view: View) -> str:
     return inspect.lengths(view.state).replace(" requests", "").replace(" at ", "@")
 
 
-_signed = partial(_percent, sign="+")
-
 COLUMNS = (
     _column("engine", "engine", str),
     Column("state", inspect.condition, inspect.condition),
     _column("run", "num_running", str),
     _column("wait", "num_waiting", str),
-    _column("KV", "kv_usage", _percent),
+    _column("KV", "kv_usage", inspect.percent),
     Column("lengths", _lengths, _mean_length),
-    _column("tok/s", "goodput", _number),
-    _column("predicted", "predicted_goodput", _number),
-    _column("gain/none", "gain_over_none", _signed),
-    _column("gain/own", "gain_over_static", _signed),
-    _column("value of time", "value_of_time", _number),
+    _column("tok/s", "goodput", inspect.number),
+    _column("predicted", "predicted_goodput", inspect.number),
+    _column("gain/none", "gain_over_none", inspect.signed),
+    _column("gain/own", "gain_over_static", inspect.signed),
+    _column("value of time", "value_of_time", inspect.number),
     Column("accepted % by depth", _acceptance, _first_acceptance),
-    _column("error", "prediction_error", _percent),
+    _column("error", "prediction_error", inspect.percent),
     _column("stale", "staleness_steps", lambda n: "-" if n is None else f"{n} steps"),
 )
 
@@ -107,7 +97,6 @@ def ordered(views: list[View], column: Column, reverse: bool) -> list[View]:
     unknown = [view for view in views if column.value(view) is None]
     numeric = all(isinstance(column.value(view), int | float) for view in known)
     known.sort(key=lambda view: view.state.engine)
-
     by_value: Callable[[View], Any] = column.value
     known.sort(key=by_value, reverse=numeric != reverse)
     return [*known, *unknown]

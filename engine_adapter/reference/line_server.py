@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import msgspec
@@ -28,27 +28,9 @@ from smartspec.engine_adapter.reference.events import (
     Tokens,
 )
 from smartspec.engine_adapter.reference.pieces import Pieces
+from smartspec.engine_adapter.reference.replies import Ready
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
 from smartspec.engine_adapter.reference.worker import Worker
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFacts:
-    """What a daemon wants to know of a worker before its first step."""
-
-    model: str
-    draft_model: str  #: "" without one
-    proposer: str
-    features: tuple[str, ...]  #: rows of `DecodeBatch.features`
-    max_length: int  #: longest speculation length
-    own_length: int  #: static length without a daemon
-    max_num_running: int
-    max_model_len: int
-    device: str
-    dtype: str
-    engine_version: str
-    tokenizer: str = ""  #: what transformers loads it by: a directory, or an id
-    vocabulary_size: int = 0
 
 
 class Link(LengthSource, Protocol):
@@ -58,7 +40,7 @@ class Link(LengthSource, Protocol):
         """Keep in touch while there is nothing to decode."""
 
 
-LinkFactory: TypeAlias = Callable[[WorkerFacts], Link]
+LinkFactory: TypeAlias = Callable[[Ready], Link]
 
 IDLE_S = 0.1  #: between signs of life while there is nothing to decode
 
@@ -70,7 +52,7 @@ class LineServer:
     ----------
     worker : the decode loop
     tokenizer : for prompts
-    facts : of the worker, for the daemon's link and the ``ready`` event
+    facts : of the worker: said first, and told to the daemon's link
     link_factory : makes the ``smartspec`` length source, at first use; None: there is none
     sink : where events go, in one write per step; it is allowed to block
     step_events : whether to write a ``step`` event per step
@@ -81,7 +63,7 @@ class LineServer:
         self,
         worker: Worker,
         tokenizer: Any,
-        facts: WorkerFacts,
+        facts: Ready,
         sink: BinaryIO,
         link_factory: LinkFactory | None = None,
         step_events: bool = False,
@@ -117,8 +99,7 @@ class LineServer:
         """Serve until ``stop`` or the end of ``source``, and until everything is finished."""
         lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(source, lines), daemon=True).start()
-        facts = {name: getattr(self._facts, name) for name in WorkerFacts.__slots__}
-        self._say(replies.Ready(**facts))
+        self._say(self._facts)
         self._flush()
         try:
             while not self._stopping or self._worker.has_work:

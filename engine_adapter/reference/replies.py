@@ -11,22 +11,22 @@ class _Reply(msgspec.Struct, frozen=True, tag_field="event"):
     pass
 
 
-class Ready(_Reply, frozen=True, tag="ready"):
-    """The first line: the fields of `line_server.WorkerFacts`."""
+class Ready(_Reply, frozen=True, tag="ready", kw_only=True):
+    """The first line: the worker's facts, which are what a daemon wants to know of it too."""
 
     model: str
-    draft_model: str
+    draft_model: str  #: "" without one
     proposer: str
-    features: tuple[str, ...]
-    max_length: int
-    own_length: int
+    features: tuple[str, ...]  #: rows of `DecodeBatch.features`
+    max_length: int  #: longest speculation length
+    own_length: int  #: static length without a daemon
     max_num_running: int
     max_model_len: int
     device: str
     dtype: str
     engine_version: str
-    tokenizer: str
-    vocabulary_size: int
+    tokenizer: str = ""  #: what transformers loads it by: a directory, or an id
+    vocabulary_size: int = 0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -16,8 +16,8 @@ both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,10 @@ class Draws(NamedTuple):
         return Draws(self.temperature[index], self.top_k[index], self.top_p[index], self.key[index])
 
 
+#: Of rows of logits: tokens, and when each comes in.
+Race: TypeAlias = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
+
+
 def hash_key(seed: U64, position: U64) -> npt.NDArray[np.int64]:
     """Hash of (seed, position), [M] int64: where a position's stream of noise begins."""
     return _mix64(_mix64(seed) + position * np.uint64(_WEYL % 2**64)).view(np.int64)
@@ -104,19 +108,10 @@ def exponential_noise(key: Tensor, token_ids: Tensor) -> Tensor:
 @torch.inference_mode()
 def sample(logits: Tensor, draws: Draws) -> Tensor:
     """One token per row of ``logits`` [M, V]: the likeliest at temperature 0, else drawn. [M]."""
-    hot = draws.temperature > 0
-    if not hot.any():
+    if not (draws.temperature > 0).any():
         return logits.argmax(-1)
-    narrowed = hot & ((draws.top_k > 0) | (draws.top_p < 1))
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for chosen, race in (
-        (~hot, None),
-        (hot & ~narrowed, _race_of_all),
-        (narrowed, _race_of_likeliest),
-    ):
-        index = np.flatnonzero(chosen)
-        if len(index) == 0:
-            continue
+    for index, race in _races(draws):
         places = torch.from_numpy(index).to(logits.device)
         if race is None:
             tokens[places] = logits[places].argmax(-1)
@@ -145,16 +140,7 @@ def likeliest(logits: Tensor, draws: Draws, count: int) -> tuple[Tensor, Tensor]
     tokens = torch.empty((len(logits), count), dtype=torch.int64, device=logits.device)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     chances = torch.empty((len(logits), count), dtype=wide.dtype, device=logits.device)
-    hot = draws.temperature > 0
-    narrowed = hot & ((draws.top_k > 0) | (draws.top_p < 1))
-    for chosen, race in (
-        (~hot, None),
-        (hot & ~narrowed, _race_of_all),
-        (narrowed, _race_of_likeliest),
-    ):
-        index = np.flatnonzero(chosen)
-        if len(index) == 0:
-            continue
+    for index, race in _races(draws):
         places = torch.from_numpy(index).to(logits.device)
         score = wide[places]
         token = torch.arange(score.shape[1], device=score.device)[None]
@@ -166,6 +152,18 @@ def likeliest(logits: Tensor, draws: Draws, count: int) -> tuple[Tensor, Tensor]
         tokens[places] = token.expand_as(score).gather(-1, best)
         chances[places] = chance
     return tokens, chances
+
+
+def _races(draws: Draws) -> Iterator[tuple[npt.NDArray[np.intp], Race | None]]:
+    """Rows by how their token is found, where there are any; None: it is the likeliest."""
+    hot = draws.temperature > 0
+    narrowed = hot & ((draws.top_k > 0) | (draws.top_p < 1))
+    found: tuple[tuple[npt.NDArray[np.bool_], Race | None], ...] = (
+        (~hot, None), (hot & ~narrowed, _race_of_all), (narrowed, _race_of_likeliest)
+    )  # fmt: skip
+    for chosen, race in found:
+        if chosen.any():
+            yield np.flatnonzero(chosen), race
 
 
 def _probabilities(logits: Tensor, draws: Draws) -> Tensor:

@@ -19,10 +19,11 @@ from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.commands import Mode
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
-from smartspec.engine_adapter.reference.line_server import LineServer, LinkFactory, WorkerFacts
+from smartspec.engine_adapter.reference.line_server import LineServer, LinkFactory
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import NoProposer, Proposer
+from smartspec.engine_adapter.reference.replies import Ready
 from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
 from smartspec.engine_adapter.reference.tree_lookup import TreeLookup
 from smartspec.engine_adapter.reference.worker import Worker
@@ -87,7 +88,7 @@ def make_proposer(
 def link_to(endpoint: str, engine: str, keys: EngineKeys | None = None) -> LinkFactory:
     """Makes links to the daemon at ``endpoint`` for an engine of this name."""
 
-    def connect(facts: WorkerFacts) -> EngineLink:
+    def connect(facts: Ready) -> EngineLink:
         fingerprint = Fingerprint(
             target=facts.model,
             proposer=facts.proposer,
@@ -139,7 +140,6 @@ def run_worker(
     seed: int | None = None,
     step_events: bool = False,
     fetch_only: bool = False,
-    link_factory: LinkFactory | None = None,
     source: BinaryIO | None = None,
     sink: BinaryIO | None = None,
 ) -> int:
@@ -151,7 +151,6 @@ def run_worker(
     length : the worker's own length: static, and where no daemon steers
     engine, endpoint : name on the daemon, and where it listens; None: there is no daemon
     keys : for a daemon that listens at tcp://
-    link_factory : takes the place of a link to ``endpoint``
     threads : of torch on the CPU
     fetch_only : fetch and convert the default model, and return
     source, sink : in place of standard input and output
@@ -162,26 +161,57 @@ def run_worker(
         if fetch_only:
             models.load(model)
             return 0
-        server = _build(
-            model=model,
-            proposer=proposer,
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded = models.load(model, device=device, dtype=dtype)
+        guesser = make_proposer(
+            proposer,
+            max_length,
+            loaded,
             draft_model=draft_model,
             draft_drop_layers=draft_drop_layers,
             drafter=drafter,
-            max_length=max_length,
-            length=length,
-            device=device,
-            dtype=dtype,
-            threads=threads,
+            max_num_running=max_num_running,
+            max_model_len=max_model_len,
+        )
+        worker = Worker(
+            loaded.model,
+            loaded.tokenizer,
+            guesser,
             max_num_running=max_num_running,
             max_model_len=max_model_len,
             max_prefill_tokens=max_prefill_tokens,
+            eos_token_ids=loaded.eos_token_ids,
             seed=seed,
-            step_events=step_events,
-            link_factory=link_to(endpoint, engine, keys)
-            if link_factory is None and endpoint is not None
-            else link_factory,
-            sink=sys.stdout.buffer if sink is None else sink,
+        )
+        draft = ""
+        if proposer in ("draft", "draft-tree"):
+            dropped = ",".join(map(str, draft_drop_layers))
+            draft = (draft_model or loaded.name) + (f" without layers {dropped}" if dropped else "")
+        elif proposer in HEADS:
+            draft = (drafter or DEFAULT_DRAFTER).stem
+        facts = Ready(
+            model=loaded.name,
+            draft_model=draft,
+            proposer=guesser.name,
+            features=worker.features,
+            max_length=guesser.max_length,
+            own_length=min(length, guesser.max_length),
+            max_num_running=max_num_running,
+            max_model_len=max_model_len,
+            device=_device_name(loaded.model.device),
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            engine_version=version("smartspec"),
+            tokenizer=loaded.path,
+            vocabulary_size=loaded.model.config.get_text_config().vocab_size,
+        )
+        server = LineServer(
+            worker,
+            loaded.tokenizer,
+            facts,
+            sys.stdout.buffer if sink is None else sink,
+            None if endpoint is None else link_to(endpoint, engine, keys),
+            step_events,
         )
         server.switch(speculation, length if speculation == "static" else None)
     except (models.ModelNotAvailable, OSError, RuntimeError, ValueError) as error:
@@ -194,70 +224,3 @@ def run_worker(
 def _device_name(device: torch.device) -> str:
     """What a cost model belongs to: the accelerator's name, not its number."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _build(
-    *,
-    model: str | None,
-    proposer: ProposerName,
-    draft_model: str | None,
-    draft_drop_layers: Sequence[int],
-    drafter: Path | None,
-    max_length: int,
-    length: int,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    max_num_running: int,
-    max_model_len: int,
-    max_prefill_tokens: int,
-    seed: int | None,
-    step_events: bool,
-    link_factory: LinkFactory | None,
-    sink: BinaryIO,
-) -> LineServer:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    loaded = models.load(model, device=device, dtype=dtype)
-    guesser = make_proposer(
-        proposer,
-        max_length,
-        loaded,
-        draft_model=draft_model,
-        draft_drop_layers=draft_drop_layers,
-        drafter=drafter,
-        max_num_running=max_num_running,
-        max_model_len=max_model_len,
-    )
-    worker = Worker(
-        loaded.model,
-        loaded.tokenizer,
-        guesser,
-        max_num_running=max_num_running,
-        max_model_len=max_model_len,
-        max_prefill_tokens=max_prefill_tokens,
-        eos_token_ids=loaded.eos_token_ids,
-        seed=seed,
-    )
-    draft = ""
-    if proposer in ("draft", "draft-tree"):
-        dropped = ",".join(map(str, draft_drop_layers))
-        draft = (draft_model or loaded.name) + (f" without layers {dropped}" if dropped else "")
-    elif proposer in HEADS:
-        draft = (drafter or DEFAULT_DRAFTER).stem
-    facts = WorkerFacts(
-        model=loaded.name,
-        draft_model=draft,
-        proposer=guesser.name,
-        features=worker.features,
-        max_length=guesser.max_length,
-        own_length=min(length, guesser.max_length),
-        max_num_running=max_num_running,
-        max_model_len=max_model_len,
-        device=_device_name(loaded.model.device),
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        engine_version=version("smartspec"),
-        tokenizer=loaded.path,
-        vocabulary_size=loaded.model.config.get_text_config().vocab_size,
-    )
-    return LineServer(worker, loaded.tokenizer, facts, sink, link_factory, step_events)

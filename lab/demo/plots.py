@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from smartspec.lab.demo.player import Played, RequestRecord
 from smartspec.lab.demo.schedule import Schedule
-from smartspec.lab.demo.summary import OVERALL, stats_of
+from smartspec.lab.demo.summary import OVERALL, stats_in
 
 BIN_S = 1.0
 BUSY_COLOUR = "#f3d9c9"
@@ -92,7 +92,7 @@ def latencies(arms: Mapping[str, Sequence[RequestRecord]], path: Path) -> None:
     axes = figure.subplots()
     width = 0.8 / len(arms)
     for place, (name, requests) in enumerate(arms.items()):
-        stats = [stats_of([r for r in requests if g in (OVERALL, r.phase)]) for g in groups]
+        stats = [stats_in(requests, group) for group in groups]
         x = np.arange(len(groups)) + (place - (len(arms) - 1) / 2) * width
         bars = axes.bar(
             x, [s.latency_mean_s for s in stats], width * 0.92, label=name, color=COLOURS.get(name)

@@ -18,7 +18,7 @@ from smartspec.lab.demo import calibration
 from smartspec.lab.demo.arms import ARMS, Arm
 from smartspec.lab.demo.calibration import Calibration
 from smartspec.lab.demo.live import Display, view_of
-from smartspec.lab.demo.monitor import Decision, Monitor
+from smartspec.lab.demo.monitor import Monitor
 from smartspec.lab.demo.player import Played, burst, play
 from smartspec.lab.demo.processes import DaemonProcess, WorkerProcess, endpoints
 from smartspec.lab.demo.schedule import Prompt, Schedule, mixed
@@ -38,7 +38,6 @@ class ArmPlayed:
 
     arm: Arm
     played: Played
-    decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -136,10 +135,7 @@ class Session:
         worker = self._workers[arm.proposer]
         with contextlib.ExitStack() as stack:
             daemon, monitor = self._start_daemon(stack) if arm.length is None else (None, None)
-            if arm.length is None:
-                worker.set_speculation("smartspec")
-            else:
-                worker.set_speculation("static", arm.length)
+            worker.set_speculation("smartspec" if arm.length is None else "static", arm.length)
             with self._display.waiting(f"{title}: warming up, not measured"):
                 self._play_burst(worker, warm_up, "warm_up", max_tokens=WARM_UP_TOKENS)
 
@@ -164,9 +160,7 @@ class Session:
 
             with self._display:
                 played = play(schedule.arrivals, worker, tag=self._tag(arm.name), on_tick=show)
-            if monitor is None:
-                return ArmPlayed(arm, played)
-            return ArmPlayed(arm, played, monitor.decisions, monitor.notes)
+            return ArmPlayed(arm, played, [] if monitor is None else monitor.notes)
 
     def _play_burst(
         self,

@@ -50,13 +50,14 @@ def stats_of(requests: Sequence[RequestRecord]) -> Stats:
     )
 
 
+def stats_in(requests: Sequence[RequestRecord], group: str) -> Stats:
+    """Of a phase's requests, or of all of them for "overall"."""
+    return stats_of([r for r in requests if group in (OVERALL, r.phase)])
+
+
 def by_phase(requests: Sequence[RequestRecord]) -> dict[str, Stats]:
     """Statistics of each phase, in order of arrival."""
-    phases = dict.fromkeys(request.phase for request in requests)
-    return {
-        phase: stats_of([request for request in requests if request.phase == phase])
-        for phase in phases
-    }
+    return {p: stats_in(requests, p) for p in dict.fromkeys(r.phase for r in requests)}
 
 
 def arm_summary(requests: Sequence[RequestRecord]) -> dict[str, object]:
@@ -95,16 +96,10 @@ def compare(arms: Mapping[str, Sequence[RequestRecord]]) -> list[Comparison]:
     groups = [*dict.fromkeys(request.phase for request in arms[SMARTSPEC]), OVERALL]
     found = []
     for group in groups:
-        means = {name: mean_latency_s(requests, group) for name, requests in arms.items()}
+        means = {name: stats_in(of, group).latency_mean_s for name, of in arms.items()}
         best = min(others, key=lambda name: means[name])
         found.append(Comparison(group, best, means[SMARTSPEC] / means[best]))
     return found
-
-
-def mean_latency_s(requests: Sequence[RequestRecord], group: str) -> float:
-    """Mean latency of a phase's requests, or of all of them for "overall"."""
-    chosen = [r.latency_s for r in requests if group in (OVERALL, r.phase)]
-    return float(np.mean(chosen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +149,7 @@ def table_of(arms: Mapping[str, Sequence[RequestRecord]]) -> Table:
     groups = [*dict.fromkeys(r.phase for requests in arms.values() for r in requests), OVERALL]
     for group in groups:
         for name, requests in arms.items():
-            stats = stats_of([r for r in requests if group in (OVERALL, r.phase)])
+            stats = stats_in(requests, group)
             ratio = f"{ratios[group]:.3f}" if name == SMARTSPEC and group in ratios else ""
             table.add_row(
                 group if name == next(iter(arms)) else "",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from smartspec.lab.distill import training
 
 NUM_ROWS = 128  #: answers that are decoded together
 MIN_ANSWER_TOKENS = 8  #: shorter answers are left out
+
+Load = Callable[..., models.LoadedModel]  #: the target, given its ``dtype``
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,13 @@ def run(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    load = partial(models.load, model, device=device)
     told: dict[str, Any] = {}
     try:
         if not train_only:
-            told |= _answer(prompts, work, recipe, model, device, start)
+            told |= _answer(prompts, work, recipe, start, load)
         if out is not None:
-            told |= _train(out, work, prompts, recipe, model, device, start)
+            told |= _train(out, work, prompts, recipe, start, load)
     except (models.ModelNotAvailable, OSError, RuntimeError, ValueError) as error:
         print(f"smartspec distill: {error}", file=sys.stderr)
         return 2
@@ -117,15 +122,10 @@ def _shards(work: Path, target: Any, layers: tuple[int, ...]) -> list[Path]:
 
 
 def _answer(
-    prompts: Path,
-    work: Path,
-    recipe: Recipe,
-    model: str | None,
-    device: str,
-    start: Path | None,
+    prompts: Path, work: Path, recipe: Recipe, start: Path | None, load: Load
 ) -> dict[str, Any]:
     # States are kept in half precision anyhow, and the pass is much faster.
-    target = models.load(model, device=device, dtype="bfloat16")
+    target = load(dtype="bfloat16")
     layers = _layers(recipe, target.model, start)
     _shards(work, target.model, layers)  # refused now rather than after an hour of answers
     limit = getattr(target.model.config, "max_position_embeddings", None) or 1 << 30
@@ -153,15 +153,9 @@ def _answer(
 
 
 def _train(
-    out: Path,
-    work: Path,
-    prompts: Path,
-    recipe: Recipe,
-    model: str | None,
-    device: str,
-    start: Path | None,
+    out: Path, work: Path, prompts: Path, recipe: Recipe, start: Path | None, load: Load
 ) -> dict[str, Any]:
-    loaded = models.load(model, device=device, dtype="float32")
+    loaded = load(dtype="float32")
     target = loaded.model
     layers = _layers(recipe, target, start)
     found = [a for file in _shards(work, target, layers) for a in data.read(file)]

@@ -396,7 +396,6 @@ def new_head(
     intermediate_size: int,
     token_ids: Tensor,
     seed: int = 0,
-    warm: bool = True,
 ) -> FeatureHead:
     """An untrained head, which begins as the target's last layer where they are of one shape.
 
@@ -424,8 +423,7 @@ def new_head(
         head.fuse.weight[:, -size:] += torch.eye(size)
         head.join.weight[:, size:] += torch.eye(size)
         head.norm_output.copy_(last.pow(2).mean(0).sqrt())
-        if warm:
-            _begin_as(head, target, answers[0].tokens)
+        _begin_as(head, target, answers[0].tokens)
     return head.to(target.device)
 
 

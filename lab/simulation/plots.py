@@ -81,6 +81,7 @@ def latency(wanted: Experiment, lines: Sequence[Line]) -> Figure:
     """Mean latency against rate, and its ratio to the first policy's, with 95% intervals."""
     figure = Figure(figsize=(10.5, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
+    full = wanted.rate(1.0)
     rates = np.array([wanted.rate(load) for load in wanted.loads])
     nudge = (rates.max() - rates.min() or rates.max()) * 0.006
     for place, policy in enumerate(wanted.policies):
@@ -108,7 +109,7 @@ def latency(wanted: Experiment, lines: Sequence[Line]) -> Figure:
     for axes in (left, right):
         axes.set_xlabel("requests per second")
         axes.set_xlim(left=0)
-        top = axes.secondary_xaxis("top", functions=(_divided(wanted), _times(wanted)))
+        top = axes.secondary_xaxis("top", functions=(lambda x: x / full, lambda x: x * full))
         top.set_xticks(list(wanted.loads), [f"load {load:g}" for load in wanted.loads])
         top.tick_params(length=0, labelsize=8, labelcolor="#8b949e")
         top.spines["top"].set_visible(False)
@@ -123,14 +124,6 @@ def latency(wanted: Experiment, lines: Sequence[Line]) -> Figure:
 
 def _minor(y: float, _: int) -> str:
     return f"{y:.1g}" if f"{y:e}"[0] in "235" else ""
-
-
-def _divided(wanted: Experiment) -> Any:
-    return lambda rate: rate / wanted.rate(1.0)
-
-
-def _times(wanted: Experiment) -> Any:
-    return lambda load: load * wanted.rate(1.0)
 
 
 def _watched(wanted: Experiment, runs: Sequence[Run], policy: str) -> dict[float, Timeline]:

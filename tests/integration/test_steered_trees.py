@@ -18,10 +18,10 @@ from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
-from smartspec.engine_adapter.reference.line_server import WorkerFacts
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.proposer import Proposer
+from smartspec.engine_adapter.reference.replies import Ready
 from smartspec.engine_adapter.reference.sequence import Request, SamplingParams
 from smartspec.engine_adapter.reference.service import link_to
 from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
@@ -162,7 +162,7 @@ def worker(proposer: Proposer | None = None, link: EngineLink | None = None) -> 
 
 def link_of(endpoint: str, proposer: Proposer) -> EngineLink:
     """As a worker process with this proposer connects."""
-    facts = WorkerFacts(
+    facts = Ready(
         model="tiny", draft_model="", proposer=proposer.name, features=worker(proposer).features,
         max_length=MOST, own_length=3, max_num_running=ROWS, max_model_len=MODEL_LEN, device="cpu",
         dtype="float64", engine_version="0",

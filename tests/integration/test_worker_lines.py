@@ -14,13 +14,14 @@ from tiny_models import LetterTokenizer, RandomLengths, space_tokenizer, tiny_mo
 
 from smartspec.engine_adapter.base import DecodeBatch, StepFacts
 from smartspec.engine_adapter.lengths import Choice
-from smartspec.engine_adapter.reference.line_server import LineServer, LinkFactory, WorkerFacts
+from smartspec.engine_adapter.reference.line_server import LineServer, LinkFactory
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
+from smartspec.engine_adapter.reference.replies import Ready
 from smartspec.engine_adapter.reference.worker import Worker
 
 pytestmark = pytest.mark.integration
 
-FACTS = WorkerFacts(
+FACTS = Ready(
     model="tiny", draft_model="", proposer="lookup", features=("last_accepted_share",),
     max_length=4, own_length=2, max_num_running=4, max_model_len=64, device="cpu",
     dtype="float64", engine_version="0",
@@ -40,7 +41,7 @@ class TalkingTokenizer(LetterTokenizer):
 class SteeredLink(RandomLengths):
     """A link that remembers how it was used."""
 
-    def __init__(self, facts: WorkerFacts) -> None:
+    def __init__(self, facts: Ready) -> None:
         super().__init__(seed=0)
         self.worker_facts = facts
         self.num_idle = 0
@@ -252,7 +253,7 @@ def test_stats_count_what_happened() -> None:
 def test_length_source_changes_between_steps_when_told_to() -> None:
     links: list[SteeredLink] = []
 
-    def factory(facts: WorkerFacts) -> SteeredLink:
+    def factory(facts: Ready) -> SteeredLink:
         links.append(SteeredLink(facts))
         return links[-1]
 
@@ -308,7 +309,7 @@ def test_link_is_kept_in_touch_when_there_is_nothing_to_decode() -> None:
         def idle(self) -> None:
             idled.set()
 
-    def factory(facts: WorkerFacts) -> SteeredLink:
+    def factory(facts: Ready) -> SteeredLink:
         links.append(Idler(facts))
         return links[-1]
 
@@ -336,7 +337,7 @@ def test_decoding_goes_on_when_a_link_asks_for_nonsense() -> None:
             assert (facts.num_drafted <= facts.batch.ceiling).all()
 
     plain = serve(submit("a", prompt="ababab", max_tokens=30))
-    make: Callable[[WorkerFacts], SteeredLink] = Nonsense
+    make: Callable[[Ready], SteeredLink] = Nonsense
     steered = serve(
         {"op": "speculation", "mode": "smartspec"},
         submit("a", prompt="ababab", max_tokens=30),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_kinds_shift import FIXED, OURS, PHASES, Runs, cell_for, figures_of, read
+from bench_kinds_shift import FIXED, OURS, PHASES, cell_for, figures_of
+from kept_runs import Runs
 
 CELL = ("a100_160m", 64)
 
@@ -65,10 +65,3 @@ def test_all_kinds_meet_the_same_requests_and_luck() -> None:
         a, b = int(joined.offset[i]), int(copied.offset[i])
         assert np.array_equal(joined.copies.run[a : a + size], copied.run[b : b + size])
     assert cells["copies"].draft == "lookup" and cells["tree"].draft == "160m"
-
-
-def test_runs_are_read_again_by_the_length_of_their_phases(tmp_path: Path) -> None:
-    raw = tmp_path / "raw.jsonl"
-    lines = [[*CELL, 0, "none_0", 30.0, {"overall": 1.0}], [*CELL, 0, OURS, 60.0, {"overall": 2.0}]]
-    raw.write_text("".join(json.dumps(line) + "\n" for line in lines) + '["a100')
-    assert read(raw, 30.0) == {(*CELL, 0, "none_0"): {"overall": 1.0}}

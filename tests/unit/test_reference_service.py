@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from tiny_models import tiny_head, tiny_model
 
 from smartspec.engine_adapter.link import EngineLink
 from smartspec.engine_adapter.reference import model as models
-from smartspec.engine_adapter.reference.line_server import WorkerFacts
 from smartspec.engine_adapter.reference.model import LoadedModel
+from smartspec.engine_adapter.reference.replies import Ready
 from smartspec.engine_adapter.reference.service import HEADS, ProposerName, link_to, make_proposer
 
-FACTS = WorkerFacts(
+FACTS = Ready(
     model="tiny", draft_model="", proposer="lookup", features=(), max_length=8, own_length=3,
     max_num_running=4, max_model_len=64, device="cpu", dtype="float64", engine_version="0",
     tokenizer="", vocabulary_size=48,
@@ -59,7 +59,7 @@ def test_draft_model_is_needed_to_draft(name: ProposerName) -> None:
 def test_daemon_is_told_what_lengths_mean(
     name: str, known_first: bool, trees: bool, confidences: bool
 ) -> None:
-    link = link_to("ipc:///nowhere.sock", "worker-0")(replace(FACTS, proposer=name))
+    link = link_to("ipc:///nowhere.sock", "worker-0")(msgspec.structs.replace(FACTS, proposer=name))
     assert isinstance(link, EngineLink)
     limits = link.hello.limits
     link.close()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_shift import ACCEPTANCE, UNCHECKED, Posterior, figures_of, read, set_up, share
+from bench_shift import ACCEPTANCE, UNCHECKED, Posterior, figures_of, set_up, share
+from kept_runs import read
 
 from smartspec.engine_adapter.base import DecodeBatch, StepFacts
 from smartspec.engine_adapter.simulator.engine import Present

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -145,26 +146,19 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class within:  # noqa: N801 (reads as a word)
+@asynccontextmanager
+async def within(timeout_s: float) -> AsyncIterator[None]:
     """Context that ends with `ApiError` (504) after so many seconds."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._timeout = asyncio.timeout(timeout_s)
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *raised: Any) -> None:
-        try:
-            await self._timeout.__aexit__(*raised)
-        except TimeoutError as error:
-            raise ApiError(
-                504,
-                f"not answered within {self._timeout_s:g} s; ask for fewer tokens, or when there "
-                "is less load",
-                code="request_timeout",
-            ) from error
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise ApiError(
+            504,
+            f"not answered within {timeout_s:g} s; ask for fewer tokens, or when there is less "
+            "load",
+            code="request_timeout",
+        ) from error
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -183,8 +177,4 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
     finally:
         working.cancel()
         leaving.cancel()
-        await _settled(working, leaving)
-
-
-async def _settled(*tasks: Awaitable[Any]) -> None:
-    await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(working, leaving, return_exceptions=True)

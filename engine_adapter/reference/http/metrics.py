@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -43,6 +44,8 @@ class Metrics(Collector):
         self._labels = {"model_name": "", "engine": "0"}
         self._stats: Stats | None = None
         names = tuple(self._labels)
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, names, registry=self.registry, buckets=buckets)
@@ -69,33 +72,22 @@ class Metrics(Collector):
         self._answer_sizes = histogram(
             "vllm:request_generation_tokens", "Output tokens of a request.", _TOKENS
         )
-        self._prompt_tokens = Counter(
-            "vllm:prompt_tokens", "Prompt tokens of answered requests.", names,
-            registry=self.registry,
-        )  # fmt: skip
-        self._tokens = Counter(
-            "vllm:generation_tokens", "Output tokens.", names, registry=self.registry
+        self._prompt_tokens = counter(
+            "vllm:prompt_tokens", "Prompt tokens of answered requests.", names
         )
-        self._finished = Counter(
-            "vllm:request_success", "Requests by how they ended.", (*names, "finished_reason"),
-            registry=self.registry,
-        )  # fmt: skip
-        self._responses = Counter(
-            "smartspec_http_responses", "HTTP responses.", ("path", "status"),
-            registry=self.registry,
-        )  # fmt: skip
-        self._disconnects = Counter(
-            "smartspec_http_disconnects", "Clients that left before their answer was complete.",
-            registry=self.registry,
-        )  # fmt: skip
-        self._in_flight = Gauge(
+        self._tokens = counter("vllm:generation_tokens", "Output tokens.", names)
+        self._finished = counter(
+            "vllm:request_success", "Requests by how they ended.", (*names, "finished_reason")
+        )
+        self._responses = counter("smartspec_http_responses", "HTTP responses.", ("path", "status"))
+        self._disconnects = counter(
+            "smartspec_http_disconnects", "Clients that left before their answer was complete."
+        )
+        self._in_flight = gauge(
             "smartspec_http_requests_in_flight",
             "Places taken, in the decode process and on the way to it.",
-            registry=self.registry,
         )
-        self._tasks = Gauge(
-            "smartspec_http_tasks", "Tasks of the event loop.", registry=self.registry
-        )
+        self._tasks = gauge("smartspec_http_tasks", "Tasks of the event loop.")
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
 
