@@ -203,6 +203,20 @@ def request_survivals(log_survival: Any, buckets: Any, correction: Any) -> Any:
     return np.exp(survival, out=survival)
 
 
+def request_weights(weight: Any, worth: Any, buckets: Any) -> Any:
+    """Weights of each request's drafts: its own times what a draft is worth in its bucket.
+
+    Parameters: ``weight`` [B] or None for all 1; ``worth`` [num_buckets], tokens per accepted
+    draft, or None for all 1; ``buckets`` [B] ints. Returns [B], or None for all 1.
+
+    >>> request_weights(np.array([1.0, 2.0]), np.array([1.5, 0.5]), np.array([1, 1])).tolist()
+    [0.5, 1.0]
+    """
+    if worth is None:
+        return weight
+    return worth[buckets] if weight is None else worth[buckets] * weight
+
+
 def bucket_index(edges: Sequence[npt.NDArray[Any]], features: Sequence[npt.NDArray[Any]]) -> I64:
     """Bucket of each request: one digit per axis, the first slowest.
 

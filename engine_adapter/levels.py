@@ -23,7 +23,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.lengths import CostCurve, DraftCost, request_survivals
+from smartspec.engine_adapter.lengths import (
+    CostCurve,
+    DraftCost,
+    request_survivals,
+    request_weights,
+)
 from smartspec.engine_adapter.ranking import Stretch, best_count, stretches
 
 NUM_LEVELS = 32
@@ -41,12 +46,13 @@ class Levels:
     log_survival : [K, num_buckets], of the acceptance table
     correction : [B], of the requests
     weight : [B] > 0, or None for all 1
+    worth : [num_buckets] >= 0, of an accepted draft in tokens, or None for all 1
     longest : drafts that may be found for one request
     value_of_time, depth, curve, draft : as of `choose_lengths`
 
     >>> curve = CostCurve("ragged", [1.0, 5.0, 9.0], [1.0, 1.4, 5.4])
     >>> table = np.log(np.array([[0.9, 0.5], [0.6, 0.2]]))
-    >>> levels = Levels(table, np.ones(2), None, 2, 1.0, 2, curve, DraftCost())
+    >>> levels = Levels(table, np.ones(2), None, None, 2, 1.0, 2, curve, DraftCost())
     >>> found = [levels.of(0, 0, 2), levels.of(1, 1, 2)]
     >>> [list(drafts) for drafts in found], levels.split(found, 0), levels.split(found, 2)
     ([[0, 1], [2, 3]], (3, 0), (1, 0))
@@ -57,6 +63,7 @@ class Levels:
         log_survival: npt.NDArray[np.floating],
         correction: npt.NDArray[np.floating],
         weight: npt.NDArray[np.floating] | None,
+        worth: npt.NDArray[np.floating] | None,
         longest: int,
         value_of_time: float,
         depth: int,
@@ -66,17 +73,16 @@ class Levels:
         size, (max_length, num_buckets) = len(correction), log_survival.shape
         self._terms = value_of_time, draft.by_depth(depth), draft.per_token_s
         depth = min(depth, max_length, longest)
-        worth = request_survivals(
-            log_survival[:depth],
-            np.tile(np.arange(num_buckets), size),
-            np.repeat(correction, num_buckets),
-        )
-        if weight is not None:
-            worth *= np.repeat(weight, num_buckets)
-        rising = np.sort(worth, axis=None)
+        buckets = np.tile(np.arange(num_buckets), size)
+        items = request_survivals(log_survival[:depth], buckets, np.repeat(correction, num_buckets))
+        repeated = None if weight is None else np.repeat(weight, num_buckets)
+        weights = request_weights(repeated, worth, buckets)
+        if weights is not None:
+            items *= weights
+        rising = np.sort(items, axis=None)
         bounds = np.unique(rising[:: -(-len(rising) // NUM_LEVELS) or 1])
-        place = bounds.searchsorted(worth, side="right")  # from 1 on
-        total = np.bincount(place.ravel(), worth.ravel(), minlength=len(bounds) + 1)[:0:-1]
+        place = bounds.searchsorted(items, side="right")  # from 1 on
+        total = np.bincount(place.ravel(), items.ravel(), minlength=len(bounds) + 1)[:0:-1]
         number = np.bincount(place.ravel(), minlength=len(bounds) + 1)[:0:-1]
         levels = np.full((size * num_buckets, longest), NEVER, np.uint8)
         levels[:, :depth] = (len(bounds) - place).T

@@ -161,7 +161,8 @@ class Policy(Message, frozen=True, tag="policy"):
     """A small program: how to choose lengths until a newer one comes, or it expires.
 
     At step time the engine takes bucket and correction of each request of its *present* batch,
-    and the lengths of greatest ``gain - value_of_time * T`` (lengths.choose_lengths).
+    and the lengths of greatest ``gain - value_of_time * T`` (lengths.choose_lengths), an accepted
+    draft counting for what it is worth in its bucket.
     """
 
     epoch: UInt  #: the engine epoch that it is for
@@ -195,6 +196,7 @@ class Policy(Message, frozen=True, tag="policy"):
     #: Without first drafts run beforehand some would be drafted for: those runs are not saved by
     #: drafting nothing now (lengths.DraftCost.begun).
     goes_on: bool = False
+    worth: bytes = b""  #: f32 [num_buckets], tokens that an accepted draft is worth; empty: 1
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

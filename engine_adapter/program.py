@@ -66,6 +66,7 @@ class Program:
     rows: list[int | None]
     num_buckets: int
     log_survival: F32
+    worth: F32 | None  #: [num_buckets]
     _fallback_batch: lengths.I64
     _fallback_length: lengths.I64
 
@@ -101,6 +102,12 @@ class Program:
             self.log_survival = previous.log_survival
         else:
             self._read_table(policy)
+        if previous is not None and same_shape and previous.policy.worth == policy.worth:
+            self.worth = previous.worth
+        else:
+            self.worth = None
+            if policy.worth:
+                self.worth = unpack(policy.worth, "f32", (self.num_buckets,), "worth", low=0.0)
         if previous is not None and previous._same_fallback(policy):
             self._fallback_batch = previous._fallback_batch
             self._fallback_length = previous._fallback_length
@@ -163,8 +170,11 @@ class Program:
 
     def survivals(self, batch: DecodeBatch) -> F32:
         """Survivals [max_length, B] of the present batch."""
+        return self._survivals(batch, self._buckets(batch.features))
+
+    def _survivals(self, batch: DecodeBatch, buckets: Any) -> F32:
         survivals: F32 = lengths.request_survivals(
-            self.log_survival, self._buckets(batch.features), self._corrections(batch)
+            self.log_survival, buckets, self._corrections(batch)
         )
         return survivals
 
@@ -212,6 +222,7 @@ class Program:
                 self.log_survival,
                 self._corrections(batch),
                 batch.weight,
+                self.worth,
                 int(batch.ceiling.max(initial=0)),
                 value_of_time,
                 depth,
@@ -296,8 +307,10 @@ class Program:
 
     def _ladder_of(self, batch: DecodeBatch) -> Ladder:
         if self._ladder is None:  # other prompts in the pass leave it as it is
-            ceiling = batch.ceiling.copy()
-            self._ladder = Ladder(self.survivals(batch), batch.weight, batch.floor, ceiling)
+            buckets = self._buckets(batch.features)
+            weight = lengths.request_weights(batch.weight, self.worth, buckets)
+            survivals = self._survivals(batch, buckets)
+            self._ladder = Ladder(survivals, weight, batch.floor, batch.ceiling.copy())
         return self._ladder
 
     def _terms(self, batch: DecodeBatch) -> tuple[float, int, list[CostCurve], DraftCost]:

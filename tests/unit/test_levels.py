@@ -15,6 +15,7 @@ from smartspec.engine_adapter.lengths import (
     Ladder,
     choose_lengths,
     request_survivals,
+    request_weights,
     step_seconds,
 )
 from smartspec.engine_adapter.levels import Levels
@@ -26,6 +27,7 @@ class Batch(NamedTuple):
     log_survival: np.ndarray  #: [K, num_buckets]
     correction: np.ndarray  #: [B]
     weight: np.ndarray | None
+    worth: np.ndarray | None  #: [num_buckets], of an accepted draft
     buckets: np.ndarray  #: [B], as they turn out
     found: np.ndarray  #: [B], drafts
     price: float
@@ -37,8 +39,13 @@ class Batch(NamedTuple):
     def survival(self) -> np.ndarray:
         return request_survivals(self.log_survival, self.buckets, self.correction)
 
+    @property
+    def weights(self) -> np.ndarray | None:
+        return request_weights(self.weight, self.worth, self.buckets)
+
     def levels(self, longest: int) -> Levels:
-        return Levels(self.log_survival, self.correction, self.weight, longest, *self[5:])
+        given = self.log_survival, self.correction, self.weight, self.worth, longest
+        return Levels(*given, self.price, self.depth, self.curve, self.draft)
 
     def lengths(self, levels: Levels, prompts: int) -> np.ndarray:
         drafts = zip(
@@ -54,7 +61,7 @@ class Batch(NamedTuple):
         return lengths
 
     def value(self, lengths: np.ndarray, prompts: int) -> float:
-        gain = Ladder(self.survival, self.weight).at(lengths)[1]
+        gain = Ladder(self.survival, self.weights).at(lengths)[1]
         drafts = np.array(float(lengths.sum()))
         tokens = len(lengths) + prompts + drafts
         return gain - self.price * float(
@@ -62,7 +69,7 @@ class Batch(NamedTuple):
         )
 
     def exact(self, prompts: int) -> np.ndarray:
-        ladder = Ladder(self.survival, self.weight, None, self.found)
+        ladder = Ladder(self.survival, self.weights, None, self.found)
         return choose_lengths(
             ladder, self.price, self.depth, [self.curve], self.draft, prompts
         ).lengths
@@ -79,6 +86,7 @@ def _batch(rng: np.random.Generator, size: int, longest: int, num_buckets: int) 
         table,
         rng.gamma(4.0, 0.25, size).astype(np.float32) if rng.random() < 0.8 else np.ones(size),
         rng.uniform(0.5, 2.0, size) if rng.random() < 0.3 else None,
+        rng.uniform(0.4, 1.6, num_buckets) if rng.random() < 0.5 else None,
         rng.integers(0, num_buckets, size),
         rng.integers(0, longest + 1, size),
         float(rng.uniform(0, 2 * size)),
@@ -113,6 +121,6 @@ def test_little_is_lost_to_the_exact_lengths_when_levels_hold_many_worths(size: 
         for prompts in (0, int(rng.integers(3 * size))):
             best = batch.exact(prompts)
             lost = batch.value(best, prompts) - batch.value(batch.lengths(levels, prompts), prompts)
-            losses.append(lost / Ladder(batch.survival, batch.weight).at(best)[1])
+            losses.append(lost / Ladder(batch.survival, batch.weights).at(best)[1])
     assert min(losses) > -1e-5  # single precision: nothing is better than the best
     assert np.mean(losses) < 1e-4 and max(losses) < 1e-2

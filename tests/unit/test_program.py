@@ -67,6 +67,9 @@ BAD: dict[str, dict[str, Any]] = {
     "log_survival: 16 bytes": {"log_survival": table([-3, -3, -3, -3])},
     "log_survival: holds": {"log_survival": table([-1, -2, -3, -4, -INF])},
     "log_survival: holds a value": {"log_survival": table([-1, -2, -3, -4, -1e30])},
+    "worth: 8 bytes": {"worth": wire.pack([1, 1], "f32")},
+    "worth: holds a": {"worth": wire.pack([-1], "f32")},
+    "worth: holds a value": {"worth": wire.pack([NAN], "f32")},
     "axes: edges": {"axes": (axis(5.0, 4.0),)},
     "axes: edges must be": {"axes": (axis(NAN),)},
     "axes: more than 16": {"axes": (axis(),) * (MAX_AXES + 1)},
@@ -131,6 +134,24 @@ def test_lengths_are_those_of_the_policy_s_numbers() -> None:
     assert choice.lengths.tolist() == expected.lengths.tolist()
     assert len(set(choice.lengths.tolist())) > 1
     assert choice.gain == pytest.approx(expected.gain, rel=1e-5)
+
+
+def test_drafts_count_for_what_they_are_worth_in_their_bucket() -> None:
+    policies = {
+        "axes": (axis(4.0),),
+        "log_survival": table(*[np.log(0.6) * np.arange(1, 6)] * 2),
+        "curves": (curve([1, 101], [0.01, 0.11]),),  # a draft costs 1 ms: 0.2 tokens
+        "value_of_time": 200.0,
+        "depth": 5,
+    }
+    features = np.array([[0.0, 0.0], [2.0, 8.0]], np.float32)
+    batch = replace(decode_batch([1, 2]), features=features)
+    assert program(**policies).choose(batch).lengths.tolist() == [3, 3]
+    worth = wire.pack([2.0, 0.5], "f32")
+    ready = program(worth=worth, **policies)
+    assert ready.choose(batch).lengths.tolist() == [4, 1]
+    heavy = replace(batch, weight=np.array([0.5, 2.0], np.float32))
+    assert ready.choose(heavy).lengths.tolist() == [3, 3]
 
 
 def test_feature_reads_zero_when_the_engine_lacks_it() -> None:

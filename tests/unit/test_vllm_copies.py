@@ -72,7 +72,9 @@ def test_levels_are_those_of_the_bucket_of_what_was_found() -> None:
     edges = [np.array([0.3, 0.7], np.float32)]
     table = np.log([[0.2, 0.5, 0.9], [0.1, 0.3, 0.8]])
     curve = CostCurve("ragged", [1.0], [1.0])
-    levels = Levels(table, np.array([1.0, 2.0, 1.0, 0.5]), None, 2, 1.0, 2, curve, DraftCost())
+    levels = Levels(
+        table, np.array([1.0, 2.0, 1.0, 0.5]), None, None, 2, 1.0, 2, curve, DraftCost()
+    )
     levels.expect(bucket_index(edges, copies.rates()))
     unseen = 70_000
     requests = [_request(AFTER, 1, last=EASY), _request(), _request(AFTER, last=HARD)]
