@@ -36,6 +36,7 @@ from smartspec.engine_adapter.messages import (
     unpack,
 )
 from smartspec.estimators.acceptance import AcceptanceEstimator
+from smartspec.estimators.continuation import Continuation
 from smartspec.estimators.request_rows import Rows
 from smartspec.estimators.step_cost import StepCost, StepShape
 from smartspec.estimators.tree_acceptance import TreeAcceptance
@@ -94,6 +95,8 @@ class Observation(NamedTuple):
     buckets: I64  #: [B]
     blind_buckets: I64 | None  #: [B], had no first draft been run; None: they never are
     has_begun: bool  #: some first drafts were
+    #: [B], bucket of the step before; -1 where drafts of it were rejected or none were to be had
+    behind: I64
     staleness_steps: int | None  #: steps between the report that its policy knew and this one
 
     @property
@@ -168,10 +171,12 @@ class Engine:
         self._first_draft_row: int | None = None
         if chains_of_a_model and FEATURE_DRAFT_CONFIDENCE in limits.features:
             self._first_draft_row = limits.features.index(FEATURE_DRAFT_CONFIDENCE)
+        self.continuation = Continuation(self.key.num_buckets)
         if previous is not None and previous.key == self.key:
             self.learned = previous.learned
             self.learned.acceptance.forget_requests()
             self.num_unsaved = previous.num_unsaved
+            self.continuation = previous.continuation
         else:
             self.learned = lend(self.key) or Learned.new(self.key)
             self.num_unsaved = 0
@@ -271,8 +276,20 @@ class Engine:
             buckets,
             blind,
             has_begun,
+            self._behind(batch),
             staleness,
         )
+
+    def _behind(self, batch: Batch) -> I64:
+        last = self.last
+        if last is None or self.key.trees:
+            return np.full(len(batch.ids), -1)
+        whole = (last.num_accepted == last.num_drafted) & (last.num_available > 0)
+        behind = np.where(whole, last.buckets, -1)
+        if last.batch is batch:
+            return behind
+        at = align(last.batch.ids, batch.ids)
+        return np.where(at >= 0, np.append(behind, -1)[at], -1)
 
     def _buckets(self, features: npt.NDArray[np.float32]) -> I64:
         if not self.axes:
@@ -357,6 +374,8 @@ class Engine:
             if self.hello.limits.drafts_known_first:
                 self.acceptance.learn_presence(rows, observation.num_available > 0)
             self.acceptance.learn_many(rows, observation.buckets, learned, observation.accepted)
+            able = observation.num_available > 0
+            self.continuation.note(observation.buckets, able, observation.behind)
         num_draft_tokens = report.num_draft_tokens
         if self.hello.limits.drafts_known_first or self.key.trees:
             # Found, or grown beside others; but whatever they cost must be seen as theirs.

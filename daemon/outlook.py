@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from smartspec.daemon.engines import Engine, Observation
 from smartspec.daemon.goodput import best_by_batch
@@ -20,8 +21,10 @@ from smartspec.engine_adapter.lengths import (
     batch_seconds,
     possible,
     request_survivals,
+    request_weights,
 )
 from smartspec.engine_adapter.optimum import Optimum, at_price, solve
+from smartspec.estimators.continuation import Pace, Places
 from smartspec.estimators.step_cost import StepShape
 
 
@@ -49,6 +52,9 @@ class Outlook(NamedTuple):
     num_prompt_tokens: int  #: they come in rows: as many as in the last step are the best guess
     beside_s: float  #: by which those tokens are dearer than verified ones
     goes_on: bool  #: some would be drafted for, had no first drafts been run
+    bucket: I64  #: [B], in which requests will be drafted for, as far as is known
+    weight: Worth | None  #: [B], of requests; None: all 1
+    worth: Worth | None = None  #: [num_buckets], of an accepted draft in tokens; None: all 1
 
     @classmethod
     def of(cls, engine: Engine, observation: Observation, table: Worth) -> Outlook:
@@ -83,18 +89,51 @@ class Outlook(NamedTuple):
             report.num_prefill_tokens,
             engine.step_cost.prefill_cost() * report.num_prefill_tokens,
             goes_on,
+            engine.last_bucket,
+            batch.weight,
         )
 
-    def optimum(self) -> Optimum:
-        """The lengths of greatest goodput."""
-        optimum = solve(self.ladder, self.curves, self.draft)
-        if not self.num_prompt_tokens:
-            return optimum
-        # What a second is worth the batch shows alone (docs/adr/0005-price-of-time.md).
-        price, other = optimum.value_of_time, self.num_prompt_tokens
-        optimum = at_price(self.ladder, price, self.curves, self.draft, other)
-        choice = optimum.choice
-        return optimum._replace(goodput=choice.gain / (choice.seconds + self.beside_s))
+    def alone(self) -> Optimum:
+        """The lengths of greatest goodput, were there no prompts in the step.
+
+        Its goodput is what a second is worth (docs/adr/0005-price-of-time.md).
+        """
+        return solve(self.ladder, self.curves, self.draft)
+
+    def pace(self, alone: Optimum) -> Pace | None:
+        """What a request's part of a step takes; None where nothing can be drafted."""
+        lengths, seconds = alone.choice.lengths, alone.choice.seconds
+        if not lengths.any():
+            lengths = self.ladder.at(1)[0]
+            given = lengths, 0, self.num_drafts(lengths)
+            seconds = batch_seconds(self.curves[-1], self.draft, *given)
+        num_drafts = self.num_drafts(lengths)
+        if not num_drafts:
+            return None
+        none_s = float(self.curves[-1].at(self.ladder.size)) + self.draft.sunk_s
+        return Pace(none_s / self.ladder.size, max(0.0, seconds - none_s) / num_drafts)
+
+    def ladder_of(
+        self, ceiling: npt.NDArray[np.integer] | None, presence: Worth | None = None
+    ) -> Ladder:
+        """What can be drafted, at what it is worth where each request is."""
+        weight = request_weights(self.weight, self.worth, self.bucket)
+        return Ladder(self.survival, weight, self.ladder.floor, ceiling, presence)
+
+    def optimum(self, alone: Optimum, places: Places | None = None) -> Optimum:
+        """The best lengths for the step as it is, drafts counting for what they are worth."""
+        price, other = alone.value_of_time, self.num_prompt_tokens
+        if places is None and not other:
+            return alone
+        ladder = self.ladder
+        if places is not None:
+            presence = np.ones(ladder.size) if ladder.presence is None else ladder.presence
+            price *= places.ease(self.bucket, presence)
+            ladder = self.ladder_of(ladder.ceiling, ladder.presence)
+        optimum = at_price(ladder, price, self.curves, self.draft, other)
+        gain = self.ladder.at(optimum.choice.lengths)[1]
+        choice = optimum.choice._replace(gain=gain)
+        return optimum._replace(goodput=gain / (choice.seconds + self.beside_s), choice=choice)
 
     def chosen(self, optimum: Optimum) -> Expected:
         """What the optimum's lengths should bring."""

@@ -18,6 +18,7 @@ from smartspec.engine_adapter.lengths import I64, RAGGED
 from smartspec.engine_adapter.messages import STEERED, Curve, Policy, pack
 from smartspec.engine_adapter.optimum import Optimum
 from smartspec.engine_adapter.targets import expected_tokens, out_of_reach
+from smartspec.estimators.continuation import Places
 
 TABLE_EVERY = 8  #: decisions between two acceptance tables; what is the same is not read anew
 YOUNG = 200  #: decisions in which the table is still moving fast
@@ -67,6 +68,7 @@ class Planner:
         self._meet_targets = meet_targets
         self._fallback: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._table: npt.NDArray[np.float32] | None = None
+        self._places: Places | None = None
         self._last: Decision | None = None
         self._decided_for: Observation | None = None
         self._told: Told | None = None
@@ -103,7 +105,11 @@ class Planner:
             self._num_untold += 1
             return dataclasses.replace(self._last, is_news=False)
         outlook = Outlook.of(engine, observation, self._survivals())
-        optimum = outlook.optimum()
+        alone = outlook.alone()
+        places = self._where(outlook, alone)
+        if places is not None:
+            outlook = outlook._replace(worth=places.worth)
+        optimum = outlook.optimum(alone, places)
         none, prompts_s = outlook.without()
         order = self._order(arm, observation, outlook, optimum, none)
         is_news = self._is_news(order, observation, outlook, optimum)
@@ -141,7 +147,7 @@ class Planner:
             optimum.choice.mode,
             is_news,
             arm is not Arm.SMARTSPEC or self._is_typical(order),
-            optimum.value_of_time * prompts_s,
+            alone.goodput * prompts_s,
         )
         return self._last
 
@@ -179,6 +185,18 @@ class Planner:
         ):
             self._table = np.ascontiguousarray(self.engine.acceptance.log_survival().T)
         return self._table
+
+    def _where(self, outlook: Outlook, alone: Optimum) -> Places | None:
+        """What tokens take where answers go on; for some decisions the same.
+
+        None where drafts' own confidences say what they are worth.
+        """
+        if self.engine.hello.limits.confidences:
+            return None
+        if self._num_decisions < YOUNG or self._num_decisions % TABLE_EVERY == 0:
+            pace, table = outlook.pace(alone), np.exp(outlook.table)
+            self._places = None if pace is None else self.engine.continuation.places(table, pace)
+        return self._places
 
     def _order(
         self,
@@ -301,6 +319,7 @@ class Planner:
             by_confidence=order.by_confidence,
             deepest=order.deepest,
             goes_on=outlook.goes_on,
+            worth=b"" if outlook.worth is None else pack(outlook.worth, "f32"),
         )
 
     def _is_typical(self, order: Order) -> bool:

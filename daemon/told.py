@@ -24,6 +24,7 @@ from smartspec.engine_adapter.lengths import (
     batch_seconds,
     choose_lengths,
     request_survivals,
+    request_weights,
 )
 from smartspec.engine_adapter.messages import STEERED, align
 from smartspec.engine_adapter.optimum import Optimum, steered
@@ -62,9 +63,11 @@ class Told(NamedTuple):
     def does_as_well(self, observation: Observation, outlook: Outlook, optimum: Optimum) -> bool:
         """Whether its lengths are as good as the optimum's price would make them."""
         ladder, best = outlook.ladder, optimum.choice
-        if ladder.presence is not None:  # of what this step could draft
-            batch = observation.batch
-            ladder = Ladder(outlook.survival, batch.weight, batch.floor, observation.num_available)
+        if outlook.worth is not None:
+            ladder = outlook.ladder_of(ladder.ceiling)
+            best = best._replace(gain=ladder.at(best.lengths)[1])
+        if outlook.ladder.presence is not None:  # of what this step could draft
+            ladder = outlook.ladder_of(observation.num_available)
             best = choose_lengths(
                 ladder,
                 optimum.value_of_time,
@@ -96,7 +99,8 @@ class Told(NamedTuple):
             correction = np.ones(len(at), np.float32)
             correction[at >= 0] = self.outlook.correction[at[at >= 0]]
         survival = request_survivals(self.outlook.table, observation.buckets, correction)
-        ladder = Ladder(survival, batch.weight, batch.floor, observation.num_available)
+        weight = request_weights(batch.weight, self.outlook.worth, observation.buckets)
+        ladder = Ladder(survival, weight, batch.floor, observation.num_available)
         return steered(
             ladder,
             self.value_of_time,

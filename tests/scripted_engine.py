@@ -181,3 +181,53 @@ class ScriptedEngine:
         self.choices.append(choice)
         self.source.report(facts)
         return facts
+
+
+class CopyingEngine:
+    """Decodes endless texts, of copied passages and others: prompt lookup that always finds drafts.
+
+    A match is long in copied passages, of 20 tokens in the mean, where 95% of drafts are right, and
+    short in as long other ones, where 35% are. What is right does not depend on what is drafted.
+    """
+
+    def __init__(
+        self, source: LengthSource, size: int, costs: Costs, max_length: int, seed: int
+    ) -> None:
+        self.source, self.costs, self.max_length = source, costs, max_length
+        self._rng = np.random.default_rng(seed)
+        shape = size, 1 << 15
+        self._copied = (self._rng.random(shape) < 1 / 20).cumsum(axis=1) % 2 == 1
+        self._right = self._rng.random(shape) < np.where(self._copied, 0.95, 0.35)
+        self._position = np.zeros(size, np.int64)
+        self.tokens, self.seconds = 0, 0.0
+
+    def step(self) -> None:
+        size, depths = len(self._position), np.arange(self.max_length)
+        rows = np.arange(size)
+        match = np.where(self._copied[rows, self._position], 16, 2)
+        batch = DecodeBatch(
+            rows.astype(np.uint64),
+            np.full(size, self.max_length, np.uint8),
+            np.stack([np.full(size, -1.0), match]).astype(np.float32),
+        )
+        lengths = self.source.choose(batch).lengths
+        ahead = self._right[rows[:, None], self._position[:, None] + depths]
+        ahead &= depths < lengths[:, None]
+        accepted = np.logical_and.accumulate(ahead, axis=1).sum(axis=1)
+        self._position += accepted + 1
+        num_tokens = size + int(lengths.sum())
+        target_s = self.costs.base_s + self.costs.token_s * num_tokens
+        target_s *= 1 + self.costs.noise * self._rng.standard_normal()
+        self.tokens += size + int(accepted.sum())
+        self.seconds += target_s
+        facts = StepFacts(
+            batch=batch,
+            num_drafted=lengths.astype(np.uint8),
+            num_accepted=accepted.astype(np.uint8),
+            num_emitted=(accepted + 1).astype(np.uint8),
+            step_s=target_s,
+            target_s=target_s,
+            draft_s=0.0,
+            context_tokens=200 * size,
+        )
+        self.source.report(facts)

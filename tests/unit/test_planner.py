@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from fakes import Steering, decode_batch, step_report
-from scripted_engine import Costs, ScriptedEngine, hello
+from scripted_engine import CopyingEngine, Costs, ScriptedEngine, hello
 
 from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.engines import Engine
@@ -169,7 +169,8 @@ def test_value_of_time_is_the_goodput_without_prompts_when_steps_carry_them(look
         return decision
 
     quiet, busy = decide(0), decide(600)
-    assert quiet.policy.value_of_time == quiet.goodput == quiet.policy.predicted_goodput
+    assert quiet.policy.value_of_time == pytest.approx(quiet.goodput, rel=1e-4)
+    assert quiet.policy.predicted_goodput == quiet.goodput
     assert busy.policy.value_of_time == pytest.approx(quiet.policy.value_of_time, rel=0.1)
     # What is predicted of a step has the last one's prompts in it: 600 tokens, or 180 ms.
     assert busy.policy.predicted_goodput == busy.goodput
@@ -200,6 +201,26 @@ def test_long_drafts_that_keep_prompts_waiting_do_not_compare_as_the_better() ->
             assert decision.prompts == pytest.approx(0.6 * decision.policy.value_of_time, rel=0.1)
             assert own.goodput > 1.1 * chosen.goodput
         assert compared[Arm.SMARTSPEC] > max(compared[Arm.NONE], compared[Arm.OWN])
+
+
+def test_drafts_are_worth_what_tokens_take_where_they_lead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def goodput() -> float:
+        engine = Engine(hello(max_length=8))
+        source = Steering(engine, Planner(engine, daemon_epoch=9, probe_share=0.0))
+        copying = CopyingEngine(source, size=8, costs=Costs(0.02, 0.0005), max_length=8, seed=5)
+        for _ in range(2000):
+            copying.step()
+        worths.append(source.decisions[-1].policy.worth)
+        return copying.tokens / copying.seconds
+
+    worths: list[bytes] = []
+    found = goodput()
+    monkeypatch.setattr(Planner, "_where", lambda *_: None)
+    assert found > 1.005 * goodput()
+    with_worth, without = worths
+    other, *_, copied = np.frombuffer(with_worth, np.float32)
+    assert copied < 0.9 < 1.1 < other
+    assert without == b""
 
 
 def test_engine_drafts_less_when_its_step_turns_out_to_carry_prompts() -> None:
