@@ -99,21 +99,14 @@ class Lifts:
             self.lifts.extend(bytes([MIDDLE]) * max(missing, len(self.lifts)))
 
 
-def cut(
-    requests: list[Any],
-    drafts: list[list[int]],
-    levels: list[bytes],
-    split: int,
-    surplus: int,
-) -> list[int | None]:
+def cut(drafts: list[list[int]], levels: list[bytes], split: int, surplus: int) -> list[int | None]:
     """Cut drafts to those of the best ``split`` levels, and ``surplus`` of the next one.
 
-    What gives way to a shorter list is let go of: Python counts the lists that are alive, and
-    collects garbage when there are more of them.
+    In place: Python counts the lists that are alive, and collects garbage when there are more.
 
     Parameters
     ----------
-    drafts : [B], of the requests; cut here as they are there
+    drafts : [B]
     levels : [B], of the drafts; the surplus goes to whoever comes first
 
     Returns the first draft that was cut off, [B]; None: none was.
@@ -130,8 +123,7 @@ def cut(
                     continue
             theirs = drafts[i]
             beyond[i] = theirs[length]
-            # Not in place: a proposer may keep its lists.
-            drafts[i] = requests[i].spec_token_ids = theirs[:length]
+            del theirs[length:]
     return beyond
 
 
@@ -169,7 +161,7 @@ class Copies:
         return self.rates()[:, sums]
 
     def cut(self, requests: list[Any], levels: Levels, num_other_tokens: int) -> Found:
-        """Cut what was found to what is worth it, where ``levels`` goes by `rates`.
+        """Cut what was found, in place, to what is worth it, where ``levels`` goes by `rates`.
 
         The device waits: what `Found.noted` can read later is left to it.
         """
@@ -180,7 +172,7 @@ class Copies:
             self._make_room(Found.uncut(_latest(requests), drafts))
             possible = [its[: levels.longest] for its in drafts]
             theirs = self._levels(requests, possible, levels)
-        beyond = cut(requests, drafts, theirs, *levels.split(theirs, num_other_tokens))
+        beyond = cut(drafts, theirs, *levels.split(theirs, num_other_tokens))
         return Found([], drafts, theirs, beyond)
 
     def _levels(self, requests: list[Any], drafts: list[list[int]], levels: Levels) -> list[bytes]:

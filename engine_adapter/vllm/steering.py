@@ -294,6 +294,9 @@ class Steering:
             room = self._room(request, most)
             if len(request.spec_token_ids) > room:
                 request.spec_token_ids = request.spec_token_ids[:room]
+        if self._method.keeps_lists:
+            for request in requests:
+                request.spec_token_ids = request.spec_token_ids.copy()
         found = self._copies.cut(requests, levels, self._expected_prefill())
         self._scheduler.dynamic_sd_lookup = self._live
         return found

@@ -127,23 +127,10 @@ def test_what_was_cut_teaches_what_it_would_have_taught_uncut() -> None:
 
 
 def test_drafts_are_cut_to_the_best_levels_and_a_part_of_the_next() -> None:
-    requests = [_request(1, 2, 3), _request(4, 5), _request(), _request(6, 7), _request(8)]
+    drafts = [[1, 2, 3], [4, 5], [], [6, 7], [8]]
     levels = [bytes([0, 1, 1]), bytes([1, 2]), b"", bytes([1, 1]), bytes([0])]
-    drafts = [request.spec_token_ids for request in requests]
-    assert cut(requests, drafts, levels, 1, 3) == [None, 5, None, 6, None]
-    assert [r.spec_token_ids for r in requests] == [[1, 2, 3], [4], [], [], [8]]
-    assert drafts == [r.spec_token_ids for r in requests]
-    requests = [_request(1, 2, 3), _request(4, 5)]
-    drafts = [request.spec_token_ids for request in requests]
-    assert cut(requests, drafts, levels[:2], 2, 0) == [None, 5]
-    assert [r.spec_token_ids for r in requests] == [[1, 2, 3], [4]]
-
-
-def test_lists_are_cut_in_their_place_and_none_is_kept_alive() -> None:
-    shared = [1, 2, 3]  # by a proposer
-    request = _request()
-    request.spec_token_ids = shared
-    drafts = [shared]
-    cut([request], drafts, [bytes([0, 1, 1])], 1, 0)
-    assert shared == [1, 2, 3] and request.spec_token_ids == [1]
-    assert drafts[0] is request.spec_token_ids
+    assert cut(drafts, levels, 1, 3) == [None, 5, None, 6, None]
+    assert drafts == [[1, 2, 3], [4], [], [], [8]]
+    drafts = [[1, 2, 3], [4, 5]]
+    assert cut(drafts, levels[:2], 2, 0) == [None, 5]
+    assert drafts == [[1, 2, 3], [4]]
