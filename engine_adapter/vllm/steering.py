@@ -25,7 +25,7 @@ overlap) and ``update_from_output()``: verification of this step, drafting for t
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -143,7 +143,7 @@ class Steering:
         self._plan: Plan | None = None  #: of the next step
         self._copies = Copies()  #: of a lookup
         self._pending: tuple[Group, DecodeBatch, Choice, Found | None] | None = None
-        self._steps: OrderedDict[int, Step] = OrderedDict()  #: scheduled
+        self._steps: dict[int, Step] = {}  #: scheduled
         self._ended: list[Step] = []  #: to be reported
         self._ended_s = -np.inf
 
@@ -311,7 +311,7 @@ class Steering:
         step = Step(output, group, batch, choice, running, self._clock(), found)
         self._steps[id(output)] = step
         while len(self._steps) > MAX_STEPS_IN_FLIGHT:
-            self._steps.popitem(last=False)
+            del self._steps[next(iter(self._steps))]
 
     # -- during a step --------------------------------------------------------------------------
 
