@@ -3,16 +3,17 @@
 A lookup's drafts are known right before the step that verifies them, when there is no time to look
 at each of them, let alone to sort them. But all that a request may find is known before: as many
 drafts as there can be, in each of the buckets of the acceptance table. So all these *possible*
-items are sorted while a step runs, and divided into `NUM_LEVELS` of as many items each. What was
-found is then so many items of each level, which a string of bytes can hold and count: the lengths
-are found by counting, without an array.
+items are sorted while a step runs, and divided into levels, of one in `NUM_LEVELS` of them each.
+What was found is then so many items of each level, which a string of bytes can hold and count: the
+lengths are found by counting, without an array.
 
 What that loses
 ---------------
 Items of one level are worth nearly the same, and count as if they were worth the same. Whole levels
 are taken, but where a piece of the cost curve ends within one; of that one it does not matter much
 which items are taken. Of up to `NUM_LEVELS` possible worths each is a level of its own, and nothing
-is lost.
+is lost. Items that are worth less than a token costs anywhere on the curve are never taken, and
+have no level.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ from smartspec.engine_adapter.lengths import (
 from smartspec.engine_adapter.ranking import Stretch, best_count, stretches
 
 NUM_LEVELS = 32
-NEVER = 255  #: in the place of the level of a draft that is beyond the policy's depth
+NEVER = 255  #: in the place of the level of a draft that is never worth it, or beyond the depth
+
+#: The levels of a request's drafts in one bucket: of the first 0, 1, 2, ... of them.
+Beginnings = tuple[bytes, ...]
 
 
 class Levels:
     """What each request may find, by level: the best is 0.
 
-    The levels of request i, should its features have value v, are ``levels[rows[i] + buckets[v]]``:
-    of its first draft, its second, and so on. Until `expect` says otherwise, values are buckets.
+    The levels of the first n drafts of request i, should its features have value v, are
+    ``table[i][buckets[v]][n]``. Until `expect` says otherwise, values are buckets.
 
     Parameters
     ----------
@@ -79,15 +83,18 @@ class Levels:
         weights = request_weights(repeated, worth, buckets)
         if weights is not None:
             items *= weights
+        cheapest = min(piece.slope for piece in curve.pieces() if piece.end > size)
+        least = value_of_time * (cheapest + draft.per_token_s)
         rising = np.sort(items, axis=None)
-        bounds = np.unique(rising[:: -(-len(rising) // NUM_LEVELS) or 1])
-        place = bounds.searchsorted(items, side="right")  # from 1 on
+        step = -(-len(rising) // NUM_LEVELS) or 1
+        bounds = np.unique(rising[rising.searchsorted(least) :: step])
+        place = bounds.searchsorted(items, side="right")  # 0: never
         total = np.bincount(place.ravel(), items.ravel(), minlength=len(bounds) + 1)[:0:-1]
         number = np.bincount(place.ravel(), minlength=len(bounds) + 1)[:0:-1]
         levels = np.full((size * num_buckets, longest), NEVER, np.uint8)
-        levels[:, :depth] = (len(bounds) - place).T
-        self.levels = list(map(bytes, levels))
-        self.rows = range(0, len(levels), num_buckets)
+        levels[:, :depth] = np.where(place, len(bounds) - place, NEVER).T
+        self.longest = longest
+        self.table = _table(levels, num_buckets)
         self.expect(np.arange(num_buckets))
         self._worths: list[float] = (total / number).tolist()  #: mean of each level, falling
         self._losses = [-worth for worth in self._worths]
@@ -103,7 +110,7 @@ class Levels:
 
     def of(self, row: int, value: int, count: int) -> bytes:
         """The levels of the ``count`` drafts of a request."""
-        return self.levels[self.rows[row] + self.buckets[value]][:count]
+        return self.table[row][self.buckets[value]][count]
 
     def prepare(self, num_other_tokens: int) -> list[Stretch]:
         """Where a step with so many other tokens may end: `split` need not find it again."""
@@ -140,3 +147,18 @@ class Levels:
             return len(self._worths), 0
         split = bisect_right(counts, best) - 1
         return split, best - counts[split]
+
+
+class _Shared(dict[bytes, Beginnings]):
+    """Beginnings of strings. Equal strings share theirs: they are few, and stay in caches."""
+
+    def __missing__(self, string: bytes) -> Beginnings:
+        self[string] = made = tuple([string[:count] for count in range(len(string) + 1)])
+        return made
+
+
+def _table(levels: npt.NDArray[np.uint8], num_buckets: int) -> list[tuple[Beginnings, ...]]:
+    """Of ``levels``, [B * num_buckets, longest], by request and bucket."""
+    longest, every = levels.shape[1], levels.tobytes()
+    strings = [every[i * longest : (i + 1) * longest] for i in range(len(levels))]
+    return list(zip(*[map(_Shared().__getitem__, strings)] * num_buckets, strict=True))

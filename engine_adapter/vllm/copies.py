@@ -8,6 +8,7 @@ a draft, says more of the next one than all that a daemon, which sees no tokens,
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence, Sized
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from smartspec.engine_adapter.levels import Levels
 from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 STEPS = 16.0  #: of log odds, in which lifts are kept: rates are right to within 0.016
-MIDDLE = 128  #: in the place of no lift, in a byte
-_ODDS = np.exp((np.arange(511) - 2 * MIDDLE) / STEPS)  #: over those of any token, by sum of lifts
+MOST = 127  #: of a lift; Python keeps all numbers that the sum of two can be
+MIDDLE = 64  #: in the place of no lift
+#: Odds over those of any token, by the sum of two lifts.
+_ODDS = np.exp((np.arange(2 * MOST + 1) - 2 * MIDDLE) / STEPS)
 
 _name = attrgetter("request_id")
 
@@ -30,29 +33,42 @@ def _latest(requests: list[Any]) -> list[int]:
 
 
 class Found(NamedTuple):
-    """What a lookup found for a batch."""
+    """What a lookup found for a batch, and what was left of it."""
 
-    before: list[int]  #: [B], the latest token of each request
-    drafts: list[list[int]]  #: [B]
+    before: list[int]  #: [B], the latest token of each request; empty: see `noted`
+    drafts: list[list[int]]  #: [B], those that were not cut off
+    whole: Sequence[Sized]  #: [B], as long as what was found
+    beyond: list[int | None]  #: [B], the first draft that was cut off
+
+    @classmethod
+    def uncut(cls, before: list[int], drafts: list[list[int]]) -> Found:
+        return cls(before, drafts, drafts, [None] * len(drafts))
 
     @classmethod
     def of(cls, requests: list[Any]) -> Found:
         """Before ``schedule()``: all of it."""
-        return cls(_latest(requests), [request.spec_token_ids for request in requests])
+        return cls.uncut(_latest(requests), [request.spec_token_ids for request in requests])
 
     @classmethod
     def scheduled(cls, requests: list[Any], output: Any) -> Found:
         """After ``schedule()``, of a step that nobody has cut: as far as vLLM had room for it."""
         drafts = output.scheduled_spec_decode_tokens
-        return cls(_latest(requests), [drafts.get(name, []) for name in map(_name, requests)])
+        return cls.uncut(_latest(requests), [drafts.get(name, []) for name in map(_name, requests)])
+
+    def noted(self, requests: list[Any]) -> Found:
+        """With the latest tokens: the device runs, and they are still the same."""
+        return self if self.before else self._replace(before=_latest(requests))
 
     def take(self, rows: npt.NDArray[np.intp]) -> Found:
         kept = rows.tolist()
-        return Found([self.before[i] for i in kept], [self.drafts[i] for i in kept])
+        return Found(*([column[i] for i in kept] for column in self))
 
-
-def _first(found: Found) -> list[int]:
-    return [drafts[0] if drafts else 0 for drafts in found.drafts]
+    def first(self) -> list[int]:
+        """The first draft of each request; 0: it has none."""
+        return [
+            drafts[0] if drafts else beyond or 0
+            for drafts, beyond in zip(self.drafts, self.beyond, strict=True)
+        ]
 
 
 class Lifts:
@@ -73,7 +89,7 @@ class Lifts:
         seen = list(set(tokens))
         self.make_room(max(seen, default=-1))
         lifts = np.rint(np.log(self._acceptance.lift(seen)) * STEPS) + MIDDLE
-        for token, lift in zip(seen, lifts.clip(0, 255).astype(np.uint8).tolist(), strict=True):
+        for token, lift in zip(seen, lifts.clip(0, MOST).astype(np.uint8).tolist(), strict=True):
             self.lifts[token] = lift
 
     def make_room(self, token: int) -> None:
@@ -83,19 +99,32 @@ class Lifts:
             self.lifts.extend(bytes([MIDDLE]) * max(missing, len(self.lifts)))
 
 
-def cut(requests: list[Any], found: Found, levels: list[bytes], split: int, surplus: int) -> None:
+def cut(drafts: list[list[int]], levels: list[bytes], split: int, surplus: int) -> list[int | None]:
     """Cut drafts to those of the best ``split`` levels, and ``surplus`` of the next one.
 
-    ``levels`` : of each request's drafts; the surplus goes to whoever comes first
+    In place: Python counts the lists that are alive, and collects garbage when there are more.
+
+    Parameters
+    ----------
+    drafts : [B]
+    levels : [B], of the drafts; the surplus goes to whoever comes first
+
+    Returns the first draft that was cut off, [B]; None: none was.
     """
-    for request, drafts, its in zip(requests, found.drafts, levels, strict=True):
+    beyond: list[int | None] = [None] * len(drafts)
+    for i, its in enumerate(levels):
         if its and its[-1] >= split:
-            length = bisect_left(its, split)
+            length = bisect_left(its, split) if its[0] < split else 0
             if surplus:
                 more = min(bisect_right(its, split) - length, surplus)
                 surplus -= more
                 length += more
-            request.spec_token_ids = drafts[:length]
+                if length == len(its):
+                    continue
+            theirs = drafts[i]
+            beyond[i] = theirs[length]
+            del theirs[length:]
+    return beyond
 
 
 class Copies:
@@ -106,8 +135,9 @@ class Copies:
     sum of the two lifts is all that there is to know of a draft.
 
     >>> copies = Copies()
-    >>> copies.learn(Found([1, 1], [[5, 6], [7]]), [[5, 6, 8], [9]])
-    >>> [round(rate, 2) for rate in copies.features(Found([1, 1], [[5], [7]]))[0].tolist()]
+    >>> copies.learn(Found.uncut([1, 1], [[5, 6], [7]]), [[5, 6, 8], [9]])
+    >>> rates = copies.features(Found.uncut([1, 1], [[5], [7]]))
+    >>> [round(rate, 2) for rate in rates[0].tolist()]
     [0.7, 0.36]
     """
 
@@ -117,7 +147,7 @@ class Copies:
         self._rates: F32 | None = None  #: since something was learned
 
     def rates(self) -> F32:
-        """P(the first draft is accepted) by the sum of its two lifts, [1, 511]."""
+        """P(the first draft is accepted) by the sum of its two lifts, [1, 255]."""
         if self._rates is None:
             odds = _ODDS * self._before.odds
             self._rates = (odds / (1.0 + odds)).astype(np.float32)[None]
@@ -125,33 +155,41 @@ class Copies:
 
     def features(self, found: Found) -> F32:
         """P(the first draft is accepted), [1, B]; of no meaning where there is none."""
-        first = _first(found)
-        self._make_room(found.before, first)
+        self._make_room(found)
         before, drafted = self._before.lifts, self._drafted.lifts
-        sums = [before[a] + drafted[b] for a, b in zip(found.before, first, strict=True)]
+        sums = [before[a] + drafted[b] for a, b in zip(found.before, found.first(), strict=True)]
         return self.rates()[:, sums]
 
-    def levels(self, found: Found, levels: Levels) -> list[bytes]:
-        """Levels of the drafts of each request, if ``levels`` goes by `rates`."""
-        try:
-            return self._levels(found, levels)
-        except IndexError:  # a token that was never seen
-            self._make_room(found.before, _first(found))
-            return self._levels(found, levels)
+    def cut(self, requests: list[Any], levels: Levels, num_other_tokens: int) -> Found:
+        """Cut what was found, in place, to what is worth it, where ``levels`` goes by `rates`.
 
-    def _levels(self, found: Found, levels: Levels) -> list[bytes]:
-        before, drafted = self._before.lifts, self._drafted.lifts
-        table, buckets = levels.levels, levels.buckets
+        The device waits: what `Found.noted` can read later is left to it.
+        """
+        drafts = [request.spec_token_ids for request in requests]
+        try:
+            theirs = self._levels(requests, drafts, levels)
+        except IndexError:  # a token that was never seen, or more drafts than there should be
+            self._make_room(Found.uncut(_latest(requests), drafts))
+            possible = [its[: levels.longest] for its in drafts]
+            theirs = self._levels(requests, possible, levels)
+        beyond = cut(drafts, theirs, *levels.split(theirs, num_other_tokens))
+        return Found([], drafts, theirs, beyond)
+
+    def _levels(self, requests: list[Any], drafts: list[list[int]], levels: Levels) -> list[bytes]:
+        """Levels of the drafts of each request."""
+        before, drafted, buckets = self._before.lifts, self._drafted.lifts, levels.buckets
+        theirs = [
+            buckets[before[request._all_token_ids[-1]] + drafted[its[0]]] if its else 0
+            for request, its in zip(requests, drafts, strict=True)
+        ]
         return [
-            table[row + buckets[before[last] + drafted[drafts[0]]]][: len(drafts)]
-            if drafts
-            else b""
-            for last, drafts, row in zip(*found, levels.rows, strict=True)
+            row[bucket][len(its)]
+            for row, bucket, its in zip(levels.table, theirs, drafts, strict=True)
         ]
 
-    def _make_room(self, before: list[int], drafted: list[int]) -> None:
-        self._before.make_room(max(before, default=0))
-        self._drafted.make_room(max(drafted, default=0))
+    def _make_room(self, found: Found) -> None:
+        self._before.make_room(max(found.before, default=0))
+        self._drafted.make_room(max(found.first(), default=0))
 
     def learn(self, found: Found, came: list[list[int]]) -> None:
         """Compare drafts with the tokens that came in their place, [B], as far as they agree.
@@ -161,7 +199,9 @@ class Copies:
         before: list[int] = []
         drafted: list[int] = []
         accepted: list[bool] = []
-        for last, drafts, tokens in zip(found.before, found.drafts, came, strict=True):
+        for last, drafts, beyond, tokens in zip(
+            found.before, found.drafts, found.beyond, came, strict=True
+        ):
             for draft, token in zip(drafts, tokens, strict=False):
                 before.append(last)
                 drafted.append(draft)
@@ -169,6 +209,11 @@ class Copies:
                 if draft != token:
                     break
                 last = token
+            else:
+                if beyond is not None and len(tokens) > len(drafts):
+                    before.append(last)
+                    drafted.append(beyond)
+                    accepted.append(beyond == tokens[len(drafts)])
         self._rates = None
         self._before.learn(before, accepted)
         self._drafted.learn(drafted, accepted)

@@ -25,7 +25,7 @@ overlap) and ``update_from_output()``: verification of this step, drafting for t
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -38,11 +38,11 @@ from smartspec.engine_adapter.base import F32, DecodeBatch, LengthSource
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.levels import Levels
 from smartspec.engine_adapter.link import Ready
-from smartspec.engine_adapter.vllm.copies import Copies, Found, cut
+from smartspec.engine_adapter.vllm.copies import Copies, Found
 from smartspec.engine_adapter.vllm.facts import Method
 from smartspec.engine_adapter.vllm.step import Group, Step, sizes
 
-STEERED = ("policy", "probe", "fallback")  #: sources of lengths that are put into force
+IN_FORCE = ("policy", "probe", "fallback")  #: sources of lengths that are put into force
 MAX_STEPS_IN_FLIGHT = 64  #: a step that never ends is forgotten after so many others
 NUMBERS_KEPT = 1024  #: beyond twice as many as there are requests
 EXCLUDED = 0  #: in the place of the number of a request that is not controlled
@@ -143,7 +143,7 @@ class Steering:
         self._plan: Plan | None = None  #: of the next step
         self._copies = Copies()  #: of a lookup
         self._pending: tuple[Group, DecodeBatch, Choice, Found | None] | None = None
-        self._steps: OrderedDict[int, Step] = OrderedDict()  #: scheduled
+        self._steps: dict[int, Step] = {}  #: scheduled
         self._ended: list[Step] = []  #: to be reported
         self._ended_s = -np.inf
 
@@ -181,7 +181,7 @@ class Steering:
             found = Found.of(plan.group.requests)
         batch = self._as_it_is_now(plan, found)
         choice = self.source.choose(batch)
-        if choice.source in STEERED:
+        if choice.source in IN_FORCE:
             choice = self._put_in(plan, choice, choice.lengths.tolist())
         else:
             self._probed = {}
@@ -253,7 +253,7 @@ class Steering:
                 for request in scheduler.running
                 if request.is_prefill_chunk
             )
-        if scheduler.waiting and len(scheduler.running) < scheduler.max_num_running_reqs:
+        if len(scheduler.running) < scheduler.max_num_running_reqs and scheduler.waiting:
             tokens += scheduler.waiting.peek_request().num_tokens
         return int(min(tokens, scheduler.max_num_scheduled_tokens))
 
@@ -294,10 +294,10 @@ class Steering:
             room = self._room(request, most)
             if len(request.spec_token_ids) > room:
                 request.spec_token_ids = request.spec_token_ids[:room]
-        found = Found.of(requests)
-        theirs = self._copies.levels(found, levels)
-        split = levels.split(theirs, self._expected_prefill())
-        cut(requests, found, theirs, *split)
+        if self._method.keeps_lists:
+            for request in requests:
+                request.spec_token_ids = request.spec_token_ids.copy()
+        found = self._copies.cut(requests, levels, self._expected_prefill())
         self._scheduler.dynamic_sd_lookup = self._live
         return found
 
@@ -311,7 +311,7 @@ class Steering:
         step = Step(output, group, batch, choice, running, self._clock(), found)
         self._steps[id(output)] = step
         while len(self._steps) > MAX_STEPS_IN_FLIGHT:
-            self._steps.popitem(last=False)
+            del self._steps[next(iter(self._steps))]
 
     # -- during a step --------------------------------------------------------------------------
 
@@ -331,6 +331,8 @@ class Steering:
         """Note who is in the pass and what it reads; idempotent. Before the next ``schedule()``."""
         if step.ceiling is not None:
             return
+        if step.found is not None:
+            step.found = step.found.noted(step.group.requests)
         step.weigh()
         if self._method.is_lookup:
             if step.found is None:
@@ -348,7 +350,7 @@ class Steering:
                 self._copies.learn(step.found, step.came())
             facts = step.facts(self._method, num_waiting, kv_usage)
             self.stats.num_steps += 1
-            self.stats.num_steered_steps += step.choice.source in STEERED
+            self.stats.num_steered_steps += step.choice.source in IN_FORCE
             self.stats.num_drafted += int(facts.num_drafted.sum())
             self.stats.num_accepted += int(facts.num_accepted.sum())
             self.source.report(facts)

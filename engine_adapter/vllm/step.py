@@ -96,7 +96,7 @@ class Step:
     def bound(self) -> None:
         """Let ceilings be no higher than what was found."""
         assert self.found is not None
-        num_found = sizes(self.found.drafts, len(self.found.drafts))
+        num_found = sizes(self.found.whole, len(self.found.whole))
         self.ceiling = np.minimum(self.ceiling, num_found).astype(np.uint8)
 
     def take_results(self, result: Any, is_last: bool) -> None:

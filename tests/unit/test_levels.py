@@ -18,7 +18,7 @@ from smartspec.engine_adapter.lengths import (
     request_weights,
     step_seconds,
 )
-from smartspec.engine_adapter.levels import Levels
+from smartspec.engine_adapter.levels import NEVER, Levels
 
 
 class Batch(NamedTuple):
@@ -124,3 +124,13 @@ def test_little_is_lost_to_the_exact_lengths_when_levels_hold_many_worths(size: 
             losses.append(lost / Ladder(batch.survival, batch.weights).at(best)[1])
     assert min(losses) > -1e-5  # single precision: nothing is better than the best
     assert np.mean(losses) < 1e-4 and max(losses) < 1e-2
+
+
+def test_what_is_never_worth_a_token_has_no_level() -> None:
+    table = np.log([[0.9, 0.5], [0.7, 0.2]])
+    curve = CostCurve(RAGGED, [1.0, 4.0, 8.0], [1.0, 2.5, 5.0])  # 0.5 and 0.625 a token
+    levels = Levels(table, np.ones(2), None, None, 3, 1.0, 2, curve, DraftCost(per_token_s=0.1))
+    never = bytes([NEVER])
+    assert levels.of(0, 0, 3) == bytes([0, 1]) + never
+    assert levels.of(1, 1, 3) == 3 * never
+    assert levels.split([levels.of(0, 0, 2), levels.of(1, 1, 1)], 0) == (2, 0)
