@@ -233,6 +233,7 @@ def test_sidecar_stays_up_with_a_daemon_that_cannot_start_and_tries_it_less_and_
 ) -> None:
     script = sidecar(1000, SMARTSPEC_RESTART_S="1")
     lines_of(script.log, 3)  # after 0, 1 and 3 seconds
+    time.sleep(0.5)  # it has seen the third one end by then
     assert script.process.poll() is None
     said = script.stop()
     assert re.findall(r"again in (\d+) s", said) == ["1", "2", "4"]
