@@ -36,7 +36,6 @@ from smartspec.engine_adapter.messages import (
     unpack,
 )
 from smartspec.estimators.acceptance import AcceptanceEstimator
-from smartspec.estimators.continuation import Continuation
 from smartspec.estimators.request_rows import Rows
 from smartspec.estimators.step_cost import StepCost, StepShape
 from smartspec.estimators.tree_acceptance import TreeAcceptance
@@ -95,7 +94,7 @@ class Observation(NamedTuple):
     buckets: I64  #: [B]
     blind_buckets: I64 | None  #: [B], had no first draft been run; None: they never are
     has_begun: bool  #: some first drafts were
-    #: [B], bucket of the step before; -1 where drafts of it were rejected or none were to be had
+    #: [B], bucket of the step before where there were drafts to be had and none was rejected, or -1
     behind: I64
     staleness_steps: int | None  #: steps between the report that its policy knew and this one
 
@@ -171,12 +170,10 @@ class Engine:
         self._first_draft_row: int | None = None
         if chains_of_a_model and FEATURE_DRAFT_CONFIDENCE in limits.features:
             self._first_draft_row = limits.features.index(FEATURE_DRAFT_CONFIDENCE)
-        self.continuation = Continuation(self.key.num_buckets)
         if previous is not None and previous.key == self.key:
             self.learned = previous.learned
             self.learned.acceptance.forget_requests()
             self.num_unsaved = previous.num_unsaved
-            self.continuation = previous.continuation
         else:
             self.learned = lend(self.key) or Learned.new(self.key)
             self.num_unsaved = 0
@@ -276,20 +273,20 @@ class Engine:
             buckets,
             blind,
             has_begun,
-            self._behind(batch),
+            self._behind(report, batch),
             staleness,
         )
 
-    def _behind(self, batch: Batch) -> I64:
+    def _behind(self, report: StepReport, batch: Batch) -> I64:
+        """Bucket of the step before [B], where there were drafts and none was rejected; else -1."""
         last = self.last
-        if last is None or self.key.trees:
+        if last is None or report.seq != last.report.seq + 1 or self.key.trees:
             return np.full(len(batch.ids), -1)
         whole = (last.num_accepted == last.num_drafted) & (last.num_available > 0)
         behind = np.where(whole, last.buckets, -1)
         if last.batch is batch:
             return behind
-        at = align(last.batch.ids, batch.ids)
-        return np.where(at >= 0, np.append(behind, -1)[at], -1)
+        return np.append(behind, -1)[align(last.batch.ids, batch.ids)]
 
     def _buckets(self, features: npt.NDArray[np.float32]) -> I64:
         if not self.axes:
@@ -375,7 +372,7 @@ class Engine:
                 self.acceptance.learn_presence(rows, observation.num_available > 0)
             self.acceptance.learn_many(rows, observation.buckets, learned, observation.accepted)
             able = observation.num_available > 0
-            self.continuation.note(observation.buckets, able, observation.behind)
+            self.learned.continuation.note(observation.buckets, able, observation.behind)
         num_draft_tokens = report.num_draft_tokens
         if self.hello.limits.drafts_known_first or self.key.trees:
             # Found, or grown beside others; but whatever they cost must be seen as theirs.

@@ -54,7 +54,8 @@ class Outlook(NamedTuple):
     goes_on: bool  #: some would be drafted for, had no first drafts been run
     bucket: I64  #: [B], in which requests will be drafted for, as far as is known
     weight: Worth | None  #: [B], of requests; None: all 1
-    worth: Worth | None = None  #: [num_buckets], of an accepted draft in tokens; None: all 1
+    #: [num_buckets], of an accepted draft, in tokens of the batch as it is; None: all 1
+    worth: Worth | None = None
 
     @classmethod
     def of(cls, engine: Engine, observation: Observation, table: Worth) -> Outlook:
@@ -120,17 +121,22 @@ class Outlook(NamedTuple):
         weight = request_weights(self.weight, self.worth, self.bucket)
         return Ladder(self.survival, weight, self.ladder.floor, ceiling, presence)
 
-    def optimum(self, alone: Optimum, places: Places | None = None) -> Optimum:
+    def among(self, places: Places) -> Outlook:
+        """The same, drafts counting for what tokens take where they lead."""
+        presence = self.ladder.presence
+        if presence is None:
+            presence = np.ones(self.ladder.size)
+        return self._replace(worth=places.worth / places.ease(self.bucket, presence))
+
+    def optimum(self, alone: Optimum) -> Optimum:
         """The best lengths for the step as it is, drafts counting for what they are worth."""
-        price, other = alone.value_of_time, self.num_prompt_tokens
-        if places is None and not other:
+        other = self.num_prompt_tokens
+        if self.worth is None and not other:
             return alone
         ladder = self.ladder
-        if places is not None:
-            presence = np.ones(ladder.size) if ladder.presence is None else ladder.presence
-            price *= places.ease(self.bucket, presence)
+        if self.worth is not None:
             ladder = self.ladder_of(ladder.ceiling, ladder.presence)
-        optimum = at_price(ladder, price, self.curves, self.draft, other)
+        optimum = at_price(ladder, alone.value_of_time, self.curves, self.draft, other)
         gain = self.ladder.at(optimum.choice.lengths)[1]
         choice = optimum.choice._replace(gain=gain)
         return optimum._replace(goodput=gain / (choice.seconds + self.beside_s), choice=choice)

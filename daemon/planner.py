@@ -108,8 +108,8 @@ class Planner:
         alone = outlook.alone()
         places = self._where(outlook, alone)
         if places is not None:
-            outlook = outlook._replace(worth=places.worth)
-        optimum = outlook.optimum(alone, places)
+            outlook = outlook.among(places)
+        optimum = outlook.optimum(alone)
         none, prompts_s = outlook.without()
         order = self._order(arm, observation, outlook, optimum, none)
         is_news = self._is_news(order, observation, outlook, optimum)
@@ -147,7 +147,7 @@ class Planner:
             optimum.choice.mode,
             is_news,
             arm is not Arm.SMARTSPEC or self._is_typical(order),
-            alone.goodput * prompts_s,
+            optimum.value_of_time * prompts_s,
         )
         return self._last
 
@@ -195,7 +195,9 @@ class Planner:
             return None
         if self._num_decisions < YOUNG or self._num_decisions % TABLE_EVERY == 0:
             pace, table = outlook.pace(alone), np.exp(outlook.table)
-            self._places = None if pace is None else self.engine.continuation.places(table, pace)
+            self._places = (
+                None if pace is None else self.engine.learned.continuation.places(table, pace)
+            )
         return self._places
 
     def _order(

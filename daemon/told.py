@@ -63,10 +63,7 @@ class Told(NamedTuple):
     def does_as_well(self, observation: Observation, outlook: Outlook, optimum: Optimum) -> bool:
         """Whether its lengths are as good as the optimum's price would make them."""
         ladder, best = outlook.ladder, optimum.choice
-        if outlook.worth is not None:
-            ladder = outlook.ladder_of(ladder.ceiling)
-            best = best._replace(gain=ladder.at(best.lengths)[1])
-        if outlook.ladder.presence is not None:  # of what this step could draft
+        if ladder.presence is not None:  # of what this step could draft
             ladder = outlook.ladder_of(observation.num_available)
             best = choose_lengths(
                 ladder,
@@ -76,6 +73,9 @@ class Told(NamedTuple):
                 outlook.draft,
                 outlook.num_prompt_tokens,
             )
+        elif outlook.worth is not None:
+            ladder = outlook.ladder_of(ladder.ceiling)
+            best = best._replace(gain=ladder.at(best.lengths)[1])
         report = observation.report
         if report.policy_seq == self.seq and report.source == "policy":
             mode = report.mode

@@ -41,6 +41,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.ma
 import numpy.typing as npt
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class Choice(NamedTuple):
 
     lengths: I64  #: [B]
     mode: str = RAGGED
-    gain: float = 0.0  #: expected weighted tokens of the step
+    gain: float = 0.0  #: expected weighted tokens of the step, drafts at what they are worth
     seconds: float = 0.0  #: expected time of the step
     source: str = "policy"  #: "policy", "probe", "fallback" or "own"
     policy_seq: int = 0  #: the policy that chose; 0: none did, or not known here

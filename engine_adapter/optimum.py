@@ -93,7 +93,11 @@ def at_price(
     """
     given = curves, draft, num_other_tokens
     deepest = ladder.max_length if deepest is None else min(deepest, ladder.max_length)
-    _, depth = _best(ladder, deepest, *given, lambda gain, seconds: gain - value_of_time * seconds)
+    depth = deepest
+    if draft.per_forward_s > 0:  # else all depths cost the same
+        _, depth = _best(
+            ladder, deepest, *given, lambda gain, seconds: gain - value_of_time * seconds
+        )
     choice = choose_lengths(ladder, value_of_time, depth, *given)
     return Optimum(choice.gain / choice.seconds, value_of_time, depth, choice)
 

@@ -12,8 +12,9 @@ What tokens take, where requests are in bucket b with probability p_b:
 
 with ``slot`` a request's share of a step without drafts, ``per_draft`` what each adds, ``k_b`` the
 length that pays in bucket b, and ``G_b`` what it brings. Lengths are decided by their last draft,
-which counts only if all before it were accepted. So for each bucket it is counted where requests
-are in the step after that, and drafts there are worth c(after b) / c(all).
+which counts only if all before it were accepted. So it is counted where requests are in the steps
+after those in which none of their drafts was rejected (where none was verified, all that is known),
+and drafts in bucket b are worth c(after b) / c(after any).
 
 With steps alike, as goodput has it, all this is 1. Where they are not, the sum of the times of all
 steps is least not by the greatest goodput of each, but by what each leaves to be done (the relative
@@ -52,11 +53,14 @@ class Places(NamedTuple):
     pace: Pace
     lengths: F64  #: [num_buckets + 1], that pay
     gains: F64  #: [num_buckets + 1], expected of these
-    token_s: float  #: of a token, over all steps
+    token_s: float  #: of a token, behind any bucket
     worth: npt.NDArray[np.float32]  #: [num_buckets], of an accepted draft, in tokens
 
     def ease(self, buckets: npt.NDArray[np.integer], presence: npt.NDArray[np.floating]) -> float:
-        """Seconds of a token where requests are now, [B] each, over those of any token."""
+        """Seconds of a token where requests are now, [B] each, over `token_s`.
+
+        Divided by it, worths are in tokens of that batch, as goodput is.
+        """
         length, gain = (
             float((row[buckets] * presence).mean()) for row in (self.lengths, self.gains)
         )
@@ -93,7 +97,7 @@ class Continuation:
         """Take in a step; all [B].
 
         ``able`` : there was something to draft; ``behind`` : bucket of the step before, -1 where
-        some of its drafts were rejected, or nothing is known
+        a draft was rejected, none was to be had, or nothing is known
         """
         if not self._is_kept or not len(buckets):
             return

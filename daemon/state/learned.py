@@ -35,6 +35,7 @@ from smartspec.engine_adapter.messages import (
     UInt,
 )
 from smartspec.estimators.acceptance import AcceptanceEstimator
+from smartspec.estimators.continuation import Continuation
 from smartspec.estimators.features import BUCKET_EDGES
 from smartspec.estimators.step_cost import StepCost, StepShape
 from smartspec.estimators.tree_acceptance import TreeAcceptance
@@ -174,6 +175,7 @@ class Learned:
         self.step_cost = step_cost
         self.num_steps = num_steps
         self.num_steered = num_steered
+        self.continuation = Continuation(key.num_buckets)  #: not kept: it is soon known again
 
     @classmethod
     def new(cls, key: ModelKey) -> Self:

@@ -170,8 +170,9 @@ class Copies:
             theirs = self._levels(requests, drafts, levels)
         except IndexError:  # a token that was never seen, or more drafts than there should be
             self._make_room(Found.uncut(_latest(requests), drafts))
-            possible = [its[: levels.longest] for its in drafts]
-            theirs = self._levels(requests, possible, levels)
+            for its in drafts:
+                del its[levels.longest :]
+            theirs = self._levels(requests, drafts, levels)
         beyond = cut(drafts, theirs, *levels.split(theirs, num_other_tokens))
         return Found([], drafts, theirs, beyond)
 

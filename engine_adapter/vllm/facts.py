@@ -25,14 +25,14 @@ class Method(NamedTuple):
 
     is_lookup: bool  #: drafts cost next to nothing, and exist before lengths are chosen
     one_pass: bool = False  #: all drafts of a request come from a single pass
-    keeps_lists: bool = False  #: what it found may be in lists of its own, which are not to be cut
+    fresh_lists: bool = False  #: what it finds is in lists that nobody else keeps
 
 
 #: Methods of vLLM's ``speculative_config``; others draft one token per pass, like eagle and mtp.
 METHODS = {
-    "ngram": Method(is_lookup=True),
+    "ngram": Method(is_lookup=True, fresh_lists=True),
     "suffix": Method(is_lookup=True),
-    "custom_class": Method(is_lookup=True, keeps_lists=True),  # it is not told a length
+    "custom_class": Method(is_lookup=True),  # it is not told a length
     "medusa": Method(is_lookup=False, one_pass=True),
     "ngram_gpu": Method(is_lookup=False, one_pass=True),  # drafts are not known when scheduling
     "dflash": Method(is_lookup=False, one_pass=True),

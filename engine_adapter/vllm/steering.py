@@ -294,7 +294,7 @@ class Steering:
             room = self._room(request, most)
             if len(request.spec_token_ids) > room:
                 request.spec_token_ids = request.spec_token_ids[:room]
-        if self._method.keeps_lists:
+        if not self._method.fresh_lists:  # they are cut in place
             for request in requests:
                 request.spec_token_ids = request.spec_token_ids.copy()
         found = self._copies.cut(requests, levels, self._expected_prefill())

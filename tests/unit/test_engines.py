@@ -292,6 +292,27 @@ def test_roster_holds_until_the_next_when_reports_leave_it_out() -> None:
     assert third.batch.ids.tolist() == [7, 8]
 
 
+def test_step_is_behind_the_bucket_of_the_last_where_no_draft_was_rejected() -> None:
+    state = engine()
+
+    def behind(seq: int, ids: list[int], matches: list[float], **more: Any) -> list[int]:
+        features = wire.pack([[-1.0] * len(ids), matches], "f32")
+        size = {"num_emitted": column(*[1] * len(ids)), "features": features}
+        given = {"roster_version": seq, "roster": roster(ids, seq)}
+        return state.observe(step_report(seq, ids, **given, **size, **more)).behind.tolist()
+
+    drafts = {"num_drafted": column(2, 2, 0, 0), "num_accepted": column(2, 1, 0, 0)}
+    found = {"num_available": column(5, 5, 5, 0)}
+    long, short = 5, 1  # buckets of matches of 16 and of 3 tokens
+    first = behind(1, [1, 2, 3, 4], [16.0, 16.0, 3.0, 0.0], **drafts, **found)
+    assert first == [-1] * 4  # nothing is known of a step before
+    none = {"num_drafted": column(0, 0, 0, 0), "num_accepted": column(0, 0, 0, 0)}
+    # 2 had a draft rejected, 4 had none, 5 has come, and they stand in another order
+    assert behind(2, [5, 3, 2, 1], [3.0] * 4, **none, **found) == [-1, short, -1, long]
+    after_gap = behind(4, [5, 3, 2, 1], [3.0] * 4, **none, **found)
+    assert after_gap == [-1] * 4
+
+
 def test_report_asks_for_the_roster_when_it_was_never_received() -> None:
     new = engine()
     with pytest.raises(RosterGap):
