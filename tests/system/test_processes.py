@@ -225,8 +225,8 @@ def test_restarted_engine_is_a_new_epoch_and_keeps_what_was_learned(
     second = EngineProcess(daemon, "gpu0", 2, 0.03)
     stack.callback(second.kill)
     second.until_steered()
-    steered = [s["mean"] for s in second.steps(6)]
-    # A new engine would draft 5 for all at first, and then sweep.
+    steered = [s["mean"] for s in second.steps(3)]
+    # A new engine would draft much for all at first, and sweep.
     assert np.mean(steered) < 1
     assert max(s["took_s"] for s in second.steps(50)) < STALL_S
 
@@ -236,7 +236,7 @@ def test_engine_that_comes_anew_drafts_much_at_first(stack: ExitStack, daemon: D
     fresh = EngineProcess(daemon, "gpu0", 1, 0.03)
     stack.callback(fresh.kill)
     fresh.until_steered()
-    assert np.mean([s["mean"] for s in fresh.steps(6)]) > 1.5
+    assert np.mean([s["mean"] for s in fresh.steps(3)]) > 1.5
 
 
 def test_two_engines_on_one_daemon_do_not_mix(stack: ExitStack, daemon: Daemon) -> None:

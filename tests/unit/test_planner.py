@@ -219,7 +219,7 @@ def test_drafts_are_worth_what_tokens_take_where_they_lead(monkeypatch: pytest.M
     assert found > 1.005 * goodput()
     with_worth, without = worths
     other, *_, copied = np.frombuffer(with_worth, np.float32)
-    assert copied < 0.9 < 1.1 < other
+    assert other > 1.3 * copied
     assert without == b""
 
 
