@@ -148,7 +148,8 @@ class RandomLengths:
 
         table = np.log(np.cumprod(self.rng.uniform(0.1, 1.0, (5, 3)), axis=0))
         curve = CostCurve("ragged", [1.0, 16.0, 40.0], np.sort(self.rng.uniform(0, 9, 3)))
-        given = self.rng.uniform(0.5, 2.0, batch.size), None, int(batch.ceiling.max(initial=0))
+        correction = self.rng.uniform(0.5, 2.0, batch.size)
+        given = correction, None, self.rng.uniform(0.5, 1.5, 3), int(batch.ceiling.max(initial=0))
         levels = Noted(table, *given, float(self.rng.uniform(0, 3)), 5, curve, DraftCost())
         levels.expect((features[0] > 0.3).astype(np.int64) + (features[0] > 0.6))
         return Ready(by, levels)
