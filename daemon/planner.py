@@ -191,13 +191,12 @@ class Planner:
 
         None where drafts' own confidences say what they are worth.
         """
-        if self.engine.hello.limits.confidences:
+        continuation = self.engine.learned.continuation
+        if self.engine.hello.limits.confidences or not continuation.is_known:
             return None
         if self._num_decisions < YOUNG or self._num_decisions % TABLE_EVERY == 0:
             pace, table = outlook.pace(alone), np.exp(outlook.table)
-            self._places = (
-                None if pace is None else self.engine.learned.continuation.places(table, pace)
-            )
+            self._places = None if pace is None else continuation.places(table, pace)
         return self._places
 
     def _order(

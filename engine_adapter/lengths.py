@@ -41,6 +41,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+# `np.unique` imports it when first called, which takes 20 ms: no step is to wait for that.
 import numpy.ma
 import numpy.typing as npt
 

@@ -88,6 +88,11 @@ class Continuation:
         self._counts = np.zeros((size, size + 1))
         self._news = 1.0  #: what a step counts: ever more, in place of all others ever less
 
+    @property
+    def is_known(self) -> bool:
+        """Whether there are counts: never of one bucket, of too many, or of trees."""
+        return bool(self._counts.any())
+
     def note(
         self,
         buckets: npt.NDArray[np.integer],
@@ -109,15 +114,14 @@ class Continuation:
             self._news = 1.0
 
     def places(self, survival: npt.NDArray[np.floating], pace: Pace) -> Places | None:
-        """What tokens take, by survivals [K, num_buckets]; None while nothing is known."""
-        every = self._counts.sum(axis=0)
-        total = float(every.sum())
-        if not total:
+        """What tokens take, by survivals [K, num_buckets]; None while nothing `is_known`."""
+        if not self.is_known:
             return None
+        every = self._counts.sum(axis=0)
         depths = np.arange(len(survival) + 1.0)
         by_depth = np.zeros((len(depths), self._num_buckets + 1))
         survival.cumsum(axis=0, out=by_depth[1:, :-1])
-        share, token_s = every / total, pace.slot_s
+        share, token_s = every / every.sum(), pace.slot_s
         lengths, gains = np.zeros(self._num_buckets + 1, np.intp), by_depth[0]
         for _ in range(4):  # Dinkelbach's: lengths that pay at this price, and the price of these
             value = by_depth * token_s - pace.per_draft_s * depths[:, None]
