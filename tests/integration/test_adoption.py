@@ -91,27 +91,33 @@ def goodput(costs: Costs, acceptance: float, batch: int, length: int) -> float:
 
 
 def test_canary_measures_the_gain_and_steers_its_share() -> None:
+    # Length 0 is best here, and the engine's own is 3.
+    truth = goodput(BUSY, 0.6, 24, 0) / goodput(BUSY, 0.6, 24, 3) - 1
+    measured, held = [], []
+    for seed in range(6):  # one engine's luck with its drafts is up to 3% of the gain
+        event, share = canary_of(seed)
+        low, high = event.measured_over_static_low, event.measured_over_static_high
+        assert low is not None and high is not None and high - low < 0.2
+        assert event.gain_over_static == pytest.approx(truth, abs=0.08)
+        assert event.num_compared_static >= 10 and event.stance == "canary"
+        assert 0.4 < share < 0.7
+        measured.append(event.measured_over_static)
+        held.append(low < truth < high)
+    assert np.mean(measured) == pytest.approx(truth, abs=0.03)
+    assert sum(held) >= 4  # of intervals of 95%
+
+
+def canary_of(seed: int) -> tuple[GainEvent, float]:
+    """The last gain of a canary of 120 s, and the share of time that was the engine's own."""
     without_probes = {"adoption__canary_share": 0.5, "control__probe_share": 0.0}
     with adoption([0.6] * 24, BUSY, mode="canary", **without_probes) as pair:
+        pair.engine.rng = np.random.default_rng(seed)
         pair.run(120)
-        event = pair.last_gain()
-        # Length 0 is best here, and the engine's own is 3.
-        truth = goodput(BUSY, 0.6, 24, 0) / goodput(BUSY, 0.6, 24, 3) - 1
-        assert event.measured_over_static_low is not None
-        assert event.measured_over_static_high is not None
-        # Of 95% intervals one in twenty misses: by little, and not by the width of one.
-        assert (
-            event.measured_over_static_low - 0.03 < truth < event.measured_over_static_high + 0.03
-        )
-        assert event.measured_over_static_high - event.measured_over_static_low < 0.2
-        assert event.gain_over_static is not None
-        assert event.gain_over_static == pytest.approx(truth, abs=0.06)
-        assert event.num_compared_static >= 10 and event.stance == "canary"
         own_step_s = BUSY.base_s + BUSY.token_s * 24 * 4
         own_s = pair.sources(len(pair.engine.choices))["own"] * own_step_s
-        assert 0.4 < own_s / 120 < 0.7  # of the time, whatever the number of steps
         assert not [n for n in pair.bus.of(NoteEvent) if n.kind == "retreat"]
         assert pair.link.stats.num_errors == pair.link.stats.num_bad_frames == 0
+        return pair.last_gain(), own_s / 120
 
 
 def test_control_compares_for_what_it_may_cost_and_knows_its_gain() -> None:
