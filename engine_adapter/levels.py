@@ -30,9 +30,9 @@ from smartspec.engine_adapter.lengths import (
     request_survivals,
     request_weights,
 )
-from smartspec.engine_adapter.ranking import Stretch, best_count, stretches
+from smartspec.engine_adapter.ranking import Stretch, best_count, freely, stretches
 
-NUM_LEVELS = 32
+NUM_LEVELS = 16
 NEVER = 255  #: in the place of the level of a draft that is never worth it, or beyond the depth
 
 #: The levels of a request's drafts in one bucket: of the first 0, 1, 2, ... of them.
@@ -101,6 +101,7 @@ class Levels:
         self._last = [0.0, *self._worths]  #: worth of an item of the last of so many levels
         self._size, self._most = size, size * depth
         self._where: tuple[int, list[Stretch]] = -1, []  #: with so many other tokens
+        self._freely = 0  #: the same: up to so many drafts all are worth it
         self._weight_sum = float(size if weight is None else weight.sum())
         self._curve = curve
 
@@ -122,6 +123,7 @@ class Levels:
                 self._curve, price, before, self._most, by_depth_s, per_draft_s, self._losses
             )
             self._where = num_other_tokens, where
+            self._freely = freely(where, self._last[-1])
         return where
 
     def split(self, found: Sequence[bytes], num_other_tokens: int) -> tuple[int, int]:
@@ -133,6 +135,9 @@ class Levels:
         num_other_tokens : as of `choose_lengths`
         """
         every = b"".join(found)
+        where = self.prepare(num_other_tokens)
+        if len(every) <= self._freely:
+            return len(self._worths), 0
         count, gain = 0, self._weight_sum
         counts, gains = [count], [gain]
         for level, worth in enumerate(self._worths):
@@ -141,7 +146,6 @@ class Levels:
             gain += number * worth
             counts.append(count)
             gains.append(gain)
-        where = self.prepare(num_other_tokens)
         best, _, _ = best_count(where, counts, gains, self._last)
         if best == count:
             return len(self._worths), 0

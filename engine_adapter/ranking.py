@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 from smartspec.engine_adapter.lengths import UNIFORM, CostCurve, DraftCost, Ladder, possible
 
+TINY = 1e-12  #: of a price: what two pieces that meet may differ by
+
 _begin = attrgetter("begin")
 
 
@@ -78,6 +80,17 @@ def stretches(
             level = bisect_left(losses, -draft_price)
             found.append((low, high, level, value_of_time * at_0_s, draft_price))
     return found
+
+
+def freely(where: Sequence[Stretch], least: float) -> int:
+    """Up to how many drafts each one more costs no more than ``least``, what any brings."""
+    (count, _, _, price, _), *pieces = where
+    for low, high, _, at_0, draft_price in pieces:
+        begins = at_0 + low * draft_price
+        if draft_price > least or begins - price > (low - count) * least + TINY * abs(price):
+            break
+        count, price = high, at_0 + high * draft_price
+    return count
 
 
 def best_count(

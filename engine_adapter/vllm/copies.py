@@ -21,6 +21,7 @@ from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 STEPS = 16.0  #: of log odds, in which lifts are kept: rates are right to within 0.016
 MOST = 127  #: of a lift; Python keeps all numbers that the sum of two can be
+NOTHING = b""  #: the levels of no draft
 MIDDLE = 64  #: in the place of no lift
 #: Odds over those of any token, by the sum of two lifts.
 _ODDS = np.exp((np.arange(2 * MOST + 1) - 2 * MIDDLE) / STEPS)
@@ -179,13 +180,11 @@ class Copies:
     def _levels(self, requests: list[Any], drafts: list[list[int]], levels: Levels) -> list[bytes]:
         """Levels of the drafts of each request."""
         before, drafted, buckets = self._before.lifts, self._drafted.lifts, levels.buckets
-        theirs = [
-            buckets[before[request._all_token_ids[-1]] + drafted[its[0]]] if its else 0
-            for request, its in zip(requests, drafts, strict=True)
-        ]
         return [
-            row[bucket][len(its)]
-            for row, bucket, its in zip(levels.table, theirs, drafts, strict=True)
+            row[buckets[before[request._all_token_ids[-1]] + drafted[its[0]]]][len(its)]
+            if its
+            else NOTHING
+            for row, request, its in zip(levels.table, requests, drafts, strict=True)
         ]
 
     def _make_room(self, found: Found) -> None:

@@ -13,7 +13,7 @@ from smartspec.engine_adapter.lengths import (
     Ladder,
     choose_lengths,
 )
-from smartspec.engine_adapter.ranking import Ranking
+from smartspec.engine_adapter.ranking import Ranking, freely, stretches
 
 
 def _ladder(rng: np.random.Generator, size: int, longest: int) -> Ladder:
@@ -70,3 +70,21 @@ def test_fewest_drafts_are_chosen_when_they_neither_bring_nor_cost() -> None:
     flat = CostCurve(RAGGED, [1.0, 9.0], [1.0, 1.0])
     ladder = Ladder(np.array([[0.5], [0.0], [0.0]]))
     assert Ranking(ladder, 1.0, 3, [flat], DraftCost()).choose(0).lengths == [1]
+
+
+def test_drafts_are_taken_freely_as_far_as_none_costs_more_than_any_brings() -> None:
+    curve = CostCurve(RAGGED, [1.0, 5.0, 7.0, 9.0], [1.0, 1.4, 1.6, 5.6])  # 0.1, 0.1 and 2 a token
+
+    def free(
+        least: float, drafting_s: float = 0.0, per_draft_s: float = 0.0, before: int = 2
+    ) -> int:
+        found = stretches(curve, 1.0, before, 7, drafting_s, per_draft_s, [-0.9, -least])
+        return freely(found, least)
+
+    assert free(0.5) == 5 and free(0.05) == 0
+    assert free(0.5, per_draft_s=0.45) == 0
+    assert free(0.5, drafting_s=0.3) == 5  # which the first draft pays
+    assert free(0.5, drafting_s=0.45) == 0  # which it does not
+    assert free(2.5) == 7
+    jump = CostCurve(RAGGED, [1.0, 5.0, 5.5, 9.0], [1.0, 1.4, 2.4, 2.5])
+    assert freely(stretches(jump, 1.0, 2, 7, 0.0, 0.0, [-0.5]), 0.5) == 3
