@@ -236,18 +236,18 @@ def idle(machine: Machine, make: Callable[[Machine], Estimator], seed: int) -> I
     before = np.array([estimator.predict(x) for x in shapes[::5]])
     one = shape(Step(1, 1, 500))
     seconds = estimator.predict(one)
+    inside = []
     try:
         for _ in range(100_000):
             estimator.learn(one, seconds)
         after = np.array([estimator.predict(x) for x in shapes[::5]])
+        for step, took_s, excluded in zip(later.steps, later.seen_s, later.is_outlier, strict=True):
+            x = shape(step)
+            if not excluded:
+                inside.append(abs(estimator.predict(x) - took_s) <= Z90 * estimator.std(x))
+            estimator.learn(x, float(took_s))
     except (ArithmeticError, ValueError, np.linalg.LinAlgError):
         return Idled(math.nan, math.nan)
-    inside = []
-    for step, seconds, excluded in zip(later.steps, later.seen_s, later.is_outlier, strict=True):
-        x = shape(step)
-        if not excluded:
-            inside.append(abs(estimator.predict(x) - seconds) <= Z90 * estimator.std(x))
-        estimator.learn(x, float(seconds))
     return Idled(float(np.abs(after / before - 1.0).max()), float(np.mean(inside)))
 
 
