@@ -595,6 +595,15 @@ def test_feasible_target_is_met_more_often_than_without_it(seed: int) -> None:
     assert shares[True] > shares[False] + 0.4, shares
 
 
+@pytest.mark.parametrize("meet", [True, False])
+def test_drafts_are_worth_a_token_each_where_targets_are_met(meet: bool) -> None:
+    target = np.zeros(8, np.float32)
+    target[0] = 1.0
+    _, source = planned(np.full(8, 0.6), meet_targets=meet, token_time_target_s=target)
+    assert source.engine.learned.continuation.is_known
+    assert (source.decisions[-1].policy.worth == b"") == meet
+
+
 def test_target_that_cannot_be_met_is_reported_and_bends_nothing() -> None:
     target = np.zeros(32, np.float32)
     target[:2] = 0.001
