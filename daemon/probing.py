@@ -167,7 +167,8 @@ def _loss_s(outlook: Outlook, optimum: Optimum, length: int) -> float:
     """Time lost by a step of this length for all, at the value of time."""
     best = optimum.choice
     lengths, gain = outlook.ladder.at(length)
-    seconds = min(_seconds(outlook, curve, lengths) for curve in outlook.possible())
+    given = lengths, outlook.num_prompt_tokens, outlook.num_drafts(lengths)
+    seconds = min(batch_seconds(curve, outlook.draft, *given) for curve in outlook.possible())
     return (best.gain - gain) / optimum.value_of_time + seconds - best.seconds
 
 

@@ -158,6 +158,16 @@ def test_sweep_tries_lengths_near_the_best_again_and_no_others() -> None:
     assert ran.count(8) == 1
 
 
+def test_sweep_tries_the_best_lengths_again_when_a_lookup_often_finds_nothing() -> None:
+    costs = Costs(base_s=0.02, token_s=0.001, noise=0.0)  # were all drafts there, 8 would be dear
+    engine, source = steered([0.9] * 8, costs, max_length=8, match_rate=0.25, share=0.0)
+    while source.planner.prober.sweeping:
+        engine.step()
+    tried = [d.policy.depth for d in source.decisions if d.order.is_sweep]
+    assert source.decisions[-1].lengths.max() == 8
+    assert tried.count(8) > LOOKS
+
+
 def test_no_sweep_is_made_when_it_is_not_wanted_or_the_engine_is_warm() -> None:
     engine, source = steered([0.05] * 4, sweep=False, share=0.0)
     for _ in range(150):
