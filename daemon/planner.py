@@ -224,7 +224,7 @@ class Planner:
             context_tokens = observation.report.context_tokens / len(batch.ids)
             self._fallback = by_batch(engine, context_tokens)
         self._num_decisions += 1
-        sweep_length = self.prober.sweep_length(observation) if steering else None
+        sweep_length = self.prober.sweep_length(observation, outlook) if steering else None
         # Targets bind a step as a whole, which is not known before it is drafted.
         has_targets = self._has_targets(batch)
         by_confidence = limits.confidences and steering and sweep_length is None and not has_targets
