@@ -17,8 +17,10 @@ Settings were tuned on seeds from 1000; reported are those from 0.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,7 @@ RECORDED = Path(__file__).parent / "data" / "step_times.npz"
 BEFORE = 300  #: steps after the sweep that are not counted
 STEADY = 1500  #: steps after these that are
 SLOWED = 400  #: steps after the machine has become slower
+SETTLED = 8  #: steps after an outlier in which what was learned of it shows
 Z90 = 1.645
 
 
@@ -163,7 +166,7 @@ class Score(NamedTuple):
     floor: float  #: the same of the noiseless truth
     coverage90: float
     recover_steps: float  #: see `_recovery`
-    moved: float  #: greatest change of a prediction by one outlier, as a share
+    moved: float  #: by which a prediction is off, `SETTLED` steps after an outlier, for its sake
     learn_us: float
 
 
@@ -184,16 +187,21 @@ def play(estimator: Estimator, run: Stream, steady_to: int) -> Score:
     by_time = sorted(range(steady_from), key=lambda i: run.true_s[i])
     beside = [shapes[by_time[steady_from // 20]], shapes[by_time[-steady_from // 20]]]
     moved = learn_s = 0.0
+    twins: deque[tuple[int, Estimator, list[StepShape]]] = deque()  # that were spared an outlier
     for i, (x, seconds) in enumerate(zip(shapes, run.seen_s.tolist(), strict=True)):
         predicted[i], spread[i] = estimator.predict(x), estimator.std(x)
-        watched = run.is_outlier[i] and steady_from <= i < steady_to
-        probes = [x, *beside] if watched else []
-        before = [estimator.predict(probe) for probe in probes]
+        if run.is_outlier[i] and steady_from <= i < steady_to - SETTLED:
+            twins.append((i, copy.deepcopy(estimator), [x, *beside]))
+        for since, twin, _ in twins:
+            if since < i:
+                twin.learn(x, seconds)
         began = time.perf_counter()
         estimator.learn(x, seconds)
         learn_s += time.perf_counter() - began
-        for probe, old in zip(probes, before, strict=True):
-            moved = max(moved, abs(estimator.predict(probe) / old - 1.0))
+        while twins and twins[0][0] + SETTLED <= i:
+            _, twin, probes = twins.popleft()
+            ratios = (estimator.predict(probe) / twin.predict(probe) for probe in probes)
+            moved = max(moved, *(abs(ratio - 1.0) for ratio in ratios))
     steady = np.zeros(num_steps, bool)
     steady[steady_from:steady_to] = True
     steady &= ~run.is_outlier
@@ -236,18 +244,18 @@ def idle(machine: Machine, make: Callable[[Machine], Estimator], seed: int) -> I
     before = np.array([estimator.predict(x) for x in shapes[::5]])
     one = shape(Step(1, 1, 500))
     seconds = estimator.predict(one)
+    inside = []
     try:
         for _ in range(100_000):
             estimator.learn(one, seconds)
         after = np.array([estimator.predict(x) for x in shapes[::5]])
+        for step, took_s, excluded in zip(later.steps, later.seen_s, later.is_outlier, strict=True):
+            x = shape(step)
+            if not excluded:
+                inside.append(abs(estimator.predict(x) - took_s) <= Z90 * estimator.std(x))
+            estimator.learn(x, float(took_s))
     except (ArithmeticError, ValueError, np.linalg.LinAlgError):
         return Idled(math.nan, math.nan)
-    inside = []
-    for step, seconds, excluded in zip(later.steps, later.seen_s, later.is_outlier, strict=True):
-        x = shape(step)
-        if not excluded:
-            inside.append(abs(estimator.predict(x) - seconds) <= Z90 * estimator.std(x))
-        estimator.learn(x, float(seconds))
     return Idled(float(np.abs(after / before - 1.0).max()), float(np.mean(inside)))
 
 

@@ -126,7 +126,8 @@ class Outlook(NamedTuple):
         presence = self.ladder.presence
         if presence is None:
             presence = np.ones(self.ladder.size)
-        return self._replace(worth=places.worth / places.ease(self.bucket, presence))
+        ease = places.ease(self.bucket, presence, self.weight)
+        return self._replace(worth=places.worth / ease)
 
     def optimum(self, alone: Optimum) -> Optimum:
         """The best lengths for the step as it is, drafts counting for what they are worth."""

@@ -106,7 +106,7 @@ class Planner:
             return dataclasses.replace(self._last, is_news=False)
         outlook = Outlook.of(engine, observation, self._survivals())
         alone = outlook.alone()
-        places = self._where(outlook, alone)
+        places = self._where(observation.batch, outlook, alone)
         if places is not None:
             outlook = outlook.among(places)
         optimum = outlook.optimum(alone)
@@ -176,6 +176,10 @@ class Planner:
             and told.may_hold(observation)
         )
 
+    def _has_targets(self, batch: Batch) -> bool:
+        """Whether requests' targets bend lengths, and not goodput alone."""
+        return self._meet_targets and batch.target is not None
+
     def _survivals(self) -> npt.NDArray[np.float32]:
         """The acceptance table, log survivals [K, num_buckets]; for some decisions the same."""
         if (
@@ -186,13 +190,15 @@ class Planner:
             self._table = np.ascontiguousarray(self.engine.acceptance.log_survival().T)
         return self._table
 
-    def _where(self, outlook: Outlook, alone: Optimum) -> Places | None:
+    def _where(self, batch: Batch, outlook: Outlook, alone: Optimum) -> Places | None:
         """What tokens take where answers go on; for some decisions the same.
 
-        None where drafts' own confidences say what they are worth.
+        None where drafts' own confidences say what they are worth, or where targets are to be met.
         """
         continuation = self.engine.learned.continuation
-        if self.engine.hello.limits.confidences or not continuation.is_known:
+        if self.engine.hello.limits.confidences or self._has_targets(batch):
+            return None
+        if not continuation.is_known:
             return None
         if self._num_decisions < YOUNG or self._num_decisions % TABLE_EVERY == 0:
             pace, table = outlook.pace(alone), np.exp(outlook.table)
@@ -218,9 +224,9 @@ class Planner:
             context_tokens = observation.report.context_tokens / len(batch.ids)
             self._fallback = by_batch(engine, context_tokens)
         self._num_decisions += 1
-        sweep_length = self.prober.sweep_length(observation) if steering else None
+        sweep_length = self.prober.sweep_length(observation, outlook) if steering else None
         # Targets bind a step as a whole, which is not known before it is drafted.
-        has_targets = self._meet_targets and batch.target is not None
+        has_targets = self._has_targets(batch)
         by_confidence = limits.confidences and steering and sweep_length is None and not has_targets
         waiting = observation.report.num_waiting
         reason = in_words(optimum, none.goodput, waiting, by_confidence)

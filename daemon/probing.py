@@ -21,7 +21,7 @@ from smartspec.engine_adapter.lengths import I64, CostCurve, batch_seconds
 from smartspec.engine_adapter.optimum import Optimum
 
 NEAR, LOOKS = 0.4, 4  #: share of a step's time that a length may lose to be tried so often more
-MAX_TRIES = 50  #: steps that one length of the sweep may take to find something to draft
+MAX_TRIES = 50  #: steps in which one length of the sweep may find something to draft, or room
 PROBE_TOKENS = 8  #: of a draft model in one probe, whose requests share the drafter's forwards
 SPACING = 8  #: decisions between two probes, or two looks at what one would cost
 #: Lengths probed in turn, 0 for the longest: while some requests speculate, and while none does.
@@ -97,18 +97,24 @@ class Prober:
             self._sweep.pop(0)
             self._tries = 0
 
-    def sweep_length(self, observation: Observation) -> int | None:
+    def sweep_length(self, observation: Observation, outlook: Outlook) -> int | None:
         """The length that all requests should try next to seed the models; None: no sweep now.
 
         Each call goes on to the next, since what was told shows only some steps later. The short
-        ones come last, so that what is told again meanwhile costs little.
+        ones come last, so that what is told again meanwhile costs little. What ceilings cut for all
+        waits for requests that can have it, for as many steps as drafts are waited for.
         """
         if observation.report.num_waiting:
             return None
-        if self._sweep:
-            self._sweep.append(self._sweep.pop(0))
-            return self._sweep[-1]
-        return self._near.pop(0) if self._near else None
+        if not self._sweep:
+            return self._near.pop(0) if self._near else None
+        ceiling = outlook.ladder.ceiling  # None for lookups: what they will find is not known
+        deepest = self.max_length if ceiling is None else int(ceiling.max())
+        length = next((length for length in self._sweep if length <= deepest), None)
+        if length is not None:
+            self._sweep.remove(length)
+            self._sweep.append(length)
+        return length
 
     def plan(self, observation: Observation, outlook: Outlook, optimum: Optimum) -> tuple[int, int]:
         """Length and number of requests to probe in the next step; (0, 0) for none."""
@@ -167,7 +173,8 @@ def _loss_s(outlook: Outlook, optimum: Optimum, length: int) -> float:
     """Time lost by a step of this length for all, at the value of time."""
     best = optimum.choice
     lengths, gain = outlook.ladder.at(length)
-    seconds = min(_seconds(outlook, curve, lengths) for curve in outlook.possible())
+    given = lengths, outlook.num_prompt_tokens, outlook.num_drafts(lengths)
+    seconds = min(batch_seconds(curve, outlook.draft, *given) for curve in outlook.possible())
     return (best.gain - gain) / optimum.value_of_time + seconds - best.seconds
 
 

@@ -3,17 +3,18 @@
 A lookup's drafts are known right before the step that verifies them, when there is no time to look
 at each of them, let alone to sort them. But all that a request may find is known before: as many
 drafts as there can be, in each of the buckets of the acceptance table. So all these *possible*
-items are sorted while a step runs, and divided into levels, of one in `NUM_LEVELS` of them each.
-What was found is then so many items of each level, which a string of bytes can hold and count: the
-lengths are found by counting, without an array.
+items are sorted while a step runs, and divided into levels: one for each worth, or, of more than
+`NUM_LEVELS` worths, of one in `NUM_LEVELS` of the items each. What was found is then so many items
+of each level, which a string of bytes can hold and count: the lengths are found by counting,
+without an array.
 
 What that loses
 ---------------
 Items of one level are worth nearly the same, and count as if they were worth the same. Whole levels
 are taken, but where a piece of the cost curve ends within one; of that one it does not matter much
-which items are taken. Of up to `NUM_LEVELS` possible worths each is a level of its own, and nothing
-is lost. Items that are worth less than a token costs anywhere on the curve are never taken, and
-have no level.
+which items are taken. Of up to `NUM_LEVELS` worths each is a level of its own, and nothing is lost.
+Items that are worth less than a token costs anywhere on the curve are never taken, and have no
+level.
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ class Levels:
         least = value_of_time * (cheapest + draft.per_token_s)
         rising = np.sort(items, axis=None)
         step = -(-len(rising) // NUM_LEVELS) or 1
-        bounds = np.unique(rising[rising.searchsorted(least) :: step])
+        rising = rising[rising.searchsorted(least) :]
+        bounds = rising[np.diff(rising, prepend=-1.0) > 0]
+        if len(bounds) > NUM_LEVELS:
+            bounds = np.unique(rising[::step])
         place = bounds.searchsorted(items, side="right")  # 0: never
         total = np.bincount(place.ravel(), items.ravel(), minlength=len(bounds) + 1)[:0:-1]
         number = np.bincount(place.ravel(), minlength=len(bounds) + 1)[:0:-1]

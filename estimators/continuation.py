@@ -56,14 +56,19 @@ class Places(NamedTuple):
     token_s: float  #: of a token, behind any bucket
     worth: npt.NDArray[np.float32]  #: [num_buckets], of an accepted draft, in tokens
 
-    def ease(self, buckets: npt.NDArray[np.integer], presence: npt.NDArray[np.floating]) -> float:
+    def ease(
+        self,
+        buckets: npt.NDArray[np.integer],
+        presence: npt.NDArray[np.floating],
+        weight: npt.NDArray[np.floating] | None = None,
+    ) -> float:
         """Seconds of a token where requests are now, [B] each, over `token_s`.
 
-        Divided by it, worths are in tokens of that batch, as goodput is.
+        Divided by it, worths are in tokens of that batch, as goodput is: tokens count by ``weight``
+        (None: all 1), seconds do not.
         """
-        length, gain = (
-            float((row[buckets] * presence).mean()) for row in (self.lengths, self.gains)
-        )
+        length = float((self.lengths[buckets] * presence).mean())
+        gain = float(np.average(self.gains[buckets] * presence, weights=weight))
         return float(self.pace.token_s(length, gain) / self.token_s)
 
 

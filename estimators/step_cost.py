@@ -311,8 +311,9 @@ class StepCost(Regressor):
                 clipped = clipped or draft.clipped
             self._overhead.add(max(step_s - part_s, 0.0))
         # Precisions are in units of the noise: the quieter the machine, the sooner it, and not the
-        # prior, is believed.
-        self._solver.prior_weight = (self._filters[name].noise / _NOISE) ** 2
+        # prior, is believed. More than at first the prior never counts: what looks like noise may
+        # be that the prior is wrong, and would be for ever.
+        self._solver.prior_weight = min(1.0, self._filters[name].noise / _NOISE) ** 2
         young = self._num_observed < YOUNG
         if young or num_changes < solver.num_loosened or self._num_observed % SOLVED_EVERY == 0:
             solver.solve()

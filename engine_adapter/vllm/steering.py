@@ -141,6 +141,9 @@ class Steering:
         self._group = Group.of([], {})
         self._probed: dict[str, int] = {}
         self._plan: Plan | None = None  #: of the next step
+        self._head: Any = None  #: of the queue, where there is a place for it in the batch
+        #: The head that a step left waiting, though it could have begun; and how many ran then.
+        self._left: tuple[Any, int] = None, 0
         self._copies = Copies()  #: of a lookup
         self._pending: tuple[Group, DecodeBatch, Choice, Found | None] | None = None
         self._steps: dict[int, Step] = {}  #: scheduled
@@ -244,18 +247,37 @@ class Steering:
         self._group = Group.of(controlled, numbers)
 
     def _expected_prefill(self) -> int:
-        """Prompt tokens that will share the pass: of chunks under way, and of the next prompt."""
+        """Prompt tokens that will share the pass: of chunks under way, and of the next prompt.
+
+        Of a prompt that the last step left waiting none are expected until somebody has left: it
+        lacks KV room, a slot for its adapter, or what else may take hundreds of steps to come.
+        """
         scheduler = self._scheduler
-        tokens = 0
+        tokens, head, num_running = 0, None, len(scheduler.running)
         if self._has_prefill:
             tokens = sum(
                 request.num_tokens - request.num_computed_tokens
                 for request in scheduler.running
                 if request.is_prefill_chunk
             )
-        if len(scheduler.running) < scheduler.max_num_running_reqs and scheduler.waiting:
-            tokens += scheduler.waiting.peek_request().num_tokens
+        if num_running < scheduler.max_num_running_reqs and scheduler.waiting:
+            head = scheduler.waiting.peek_request()
+            left, num_ran = self._left
+            if head is not left or num_running < num_ran:
+                tokens += head.num_tokens
+        self._head = head
         return int(min(tokens, scheduler.max_num_scheduled_tokens))
+
+    def _note_head(self, step: Step) -> None:
+        """Note whether a step left the queue's head waiting, though it could have begun."""
+        scheduler, head = self._scheduler, self._head
+        if (
+            head is not None
+            and step.output.total_num_scheduled_tokens < scheduler.max_num_scheduled_tokens
+            and scheduler.waiting
+            and scheduler.waiting.peek_request() is head
+        ):
+            self._left = head, len(step.running)
 
     def _room(self, request: Any, most: int) -> int:
         """Drafts that still fit into a request's answer, ``most`` into all of it."""
@@ -320,6 +342,7 @@ class Steering:
         step = self._steps.get(id(output))
         if step is not None:
             self._weigh(step)
+            self._note_head(step)
         self._report()
         self._follow(step.group if step is not None else None)
         # Until the next step requests may leave, or wait to join; nobody else will decode in it.

@@ -77,6 +77,17 @@ def test_place_of_the_batch_is_told_against_all_places() -> None:
     assert places.ease(np.array([COPIED]), np.zeros(1)) == pytest.approx(1.0 / (1.3 / 2.2))
 
 
+def test_place_of_the_batch_is_that_of_weighted_tokens_by_plain_seconds() -> None:
+    places = seen(3000, (COPIED, True, COPIED), (OTHER, True, OTHER)).places(SURVIVAL, PACE)
+    assert places is not None
+    both, all_found, weight = np.array([COPIED, OTHER]), np.ones(2), np.array([6.0, 2.0])
+    # (1 + 0.2 * 3 / 2) s a request, in which one of mean weight brings 1 + 2.4 * 6 / 8 tokens.
+    assert places.ease(both, all_found, weight) == pytest.approx((1.3 / 2.8) / (1.3 / 2.2))
+    alike = np.array([COPIED, COPIED])  # where weights change nothing
+    assert places.ease(alike, all_found, weight) == pytest.approx(places.ease(alike, all_found))
+    assert places.ease(both, all_found, np.full(2, 3.0)) == pytest.approx(1.0)
+
+
 def test_what_is_older_than_the_memory_is_forgotten() -> None:
     where = seen(int(MEMORY), (COPIED, True, COPIED), (OTHER, True, OTHER))
     for _ in range(int(5 * MEMORY)):  # half of the steps each, wherever the step before was

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from smartspec.engine_adapter import levels
 from smartspec.engine_adapter.lengths import (
     RAGGED,
     CostCurve,
@@ -19,7 +18,7 @@ from smartspec.engine_adapter.lengths import (
     request_weights,
     step_seconds,
 )
-from smartspec.engine_adapter.levels import NEVER, Levels
+from smartspec.engine_adapter.levels import NEVER, NUM_LEVELS, Levels
 
 
 class Batch(NamedTuple):
@@ -97,22 +96,41 @@ def _batch(rng: np.random.Generator, size: int, longest: int, num_buckets: int) 
     )
 
 
+def _batch_of_few_worths(rng: np.random.Generator) -> Batch:
+    """Of requests that differ in so few ways that there are no more worths than levels."""
+    longest, num_buckets = int(rng.integers(1, 6)), int(rng.integers(1, 4))
+    batch = _batch(rng, int(rng.integers(0, 40)), longest, num_buckets)
+    kinds = rng.integers(0, NUM_LEVELS // (longest * num_buckets), len(batch.found))
+    correction = rng.gamma(4.0, 0.25, NUM_LEVELS).astype(np.float32)[kinds]
+    weight = None if batch.weight is None else rng.uniform(0.5, 2.0, NUM_LEVELS)[kinds]
+    return batch._replace(correction=correction, weight=weight)
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_lengths_are_the_best_when_there_are_no_more_worths_than_levels(
-    seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(levels, "NUM_LEVELS", 32)
+def test_lengths_are_the_best_when_there_are_no_more_worths_than_levels(seed: int) -> None:
     rng = np.random.default_rng(seed)
     cut = 0
     for _ in range(150):
-        batch = _batch(rng, int(rng.integers(0, 4)), 5, int(rng.integers(1, 3)))
-        made = batch.levels(5)
+        batch = _batch_of_few_worths(rng)
+        made = batch.levels(len(batch.log_survival))
         for prompts in (0, *rng.integers(0, 60, 3).tolist(), 100_000):
             lengths = batch.lengths(made, prompts)
             best = batch.value(batch.exact(prompts), prompts)
             assert batch.value(lengths, prompts) == pytest.approx(best, rel=1e-6, abs=1e-6)
             cut += int(lengths.sum()) < int(batch.found.sum())
     assert cut > 50
+
+
+@pytest.mark.parametrize(("correction", "its_level"), [(0.1, 0), (2.0, 1)])
+def test_one_request_of_twenty_has_a_level_of_its_own_when_it_is_worth_another(
+    correction: float, its_level: int
+) -> None:
+    corrections = np.append(correction, np.ones(19))
+    curve = CostCurve(RAGGED, [20.0, 21.0, 22.0, 40.0], [1.0, 1.1, 3.0, 4.0])  # one draft pays
+    levels = Levels(np.log([[0.5]]), corrections, None, None, 1, 1.0, 1, curve, DraftCost())
+    found = [levels.of(row, 0, 1) for row in range(20)]
+    assert found == [bytes([its_level]), *[bytes([1 - its_level])] * 19]
+    assert levels.split(found[:2], 0) == (1, 0)  # the better of the two
 
 
 @pytest.mark.parametrize("size", [16, 64, 256])

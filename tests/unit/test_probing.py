@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -21,6 +22,7 @@ from smartspec.daemon.probing import (
     SHARE_WHILE_OFF,
     sweep_lengths,
 )
+from smartspec.engine_adapter.base import DecodeBatch
 
 BUSY = Costs(base_s=0.004, token_s=0.002, noise=0.0)
 CHEAP = Costs(base_s=0.03, token_s=0.0005, noise=0.0)
@@ -36,15 +38,14 @@ def steered(
     sweep: bool = True,
     max_length: int = 5,
     late: int = 0,
+    of: type[ScriptedEngine] = ScriptedEngine,
     **more: Any,
-) -> tuple[ScriptedEngine, Steering]:
+) -> tuple[Any, Steering]:
     greeting = hello(lookup=lookup, max_length=max_length, static_length=min(3, max_length))
     engine = Engine(greeting)
     planner = Planner(engine, daemon_epoch=1, probe_share=share, seed_sweep=sweep)
     source = Steering(engine, planner, late=late)
-    scripted = ScriptedEngine(
-        source, np.array(acceptance), costs, max_length, lookup=lookup, **more
-    )
+    scripted = of(source, np.array(acceptance), costs, max_length, lookup=lookup, **more)
     return scripted, source
 
 
@@ -156,6 +157,49 @@ def test_sweep_tries_lengths_near_the_best_again_and_no_others() -> None:
     ran = [int(choice.lengths.max()) for choice in engine.choices]
     assert ran.count(3) > LOOKS  # which the engine ran of its own accord once
     assert ran.count(8) == 1
+
+
+def test_sweep_tries_the_best_lengths_again_when_a_lookup_often_finds_nothing() -> None:
+    costs = Costs(base_s=0.02, token_s=0.001, noise=0.0)  # were all drafts there, 8 would be dear
+    engine, source = steered([0.9] * 8, costs, max_length=8, match_rate=0.25, share=0.0)
+    while source.planner.prober.sweeping:
+        engine.step()
+    tried = [d.policy.depth for d in source.decisions if d.order.is_sweep]
+    assert source.decisions[-1].lengths.max() == 8
+    assert tried.count(8) > LOOKS
+
+
+class Capped(ScriptedEngine):
+    """Its requests have less room than the engine's longest length."""
+
+    cap = 3
+
+    def batch(self) -> DecodeBatch:
+        batch = super().batch()
+        return dataclasses.replace(batch, ceiling=np.minimum(batch.ceiling, self.cap))
+
+
+def test_sweep_takes_no_steps_for_lengths_that_no_request_can_have() -> None:
+    engine, source = steered([0.05] * 4, DRAFTING, lookup=False, max_length=8, share=0.0, of=Capped)
+    for _ in range(40):
+        engine.step()
+    tried = [d.policy.depth for d in source.decisions if d.order.is_sweep]
+    assert tried == [2, 1, 0, 0]  # crossed off once the next decision has been made
+    assert not any(choice.lengths.any() for choice in engine.choices[-30:])
+    for _ in range(2 * MAX_TRIES):
+        engine.step()
+    assert not source.planner.prober.sweeping
+
+
+def test_sweep_goes_on_when_requests_come_that_can_have_longer_lengths() -> None:
+    engine, source = steered([0.05] * 4, DRAFTING, lookup=False, max_length=8, share=0.0, of=Capped)
+    for _ in range(MAX_TRIES // 2):
+        engine.step()
+    engine.cap = 8
+    for _ in range(5):
+        engine.step()
+    tried = [d.policy.depth for d in source.decisions if d.order.is_sweep]
+    assert tried[:6] == [2, 1, 0, 0, 8, 4]
 
 
 def test_no_sweep_is_made_when_it_is_not_wanted_or_the_engine_is_warm() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
+from smartspec.daemon.state.learned import COST_KNOTS
 from smartspec.estimators.least_squares import RecursiveLeastSquares, ResidualFilter
 from smartspec.estimators.size_levels import SIZES
 from smartspec.estimators.step_cost import MAX_GRIDS, StepCost, StepShape
@@ -529,6 +530,21 @@ def test_prior_counts_for_less_when_the_machine_is_quiet() -> None:
         return abs((high - low) / 10 / 0.004 - 1.0)
 
     assert distance(0.003) < 0.05 < distance(0.1)
+
+
+def test_steps_are_believed_when_they_are_many_times_what_the_prior_expects() -> None:
+    # A knee at 40 tokens, met after three steps before it: what is off is the prior, not the steps.
+    model = StepCost(knots=COST_KNOTS)
+
+    def seconds(num_tokens: int) -> float:
+        return 0.02 + 0.0002 * num_tokens + 0.004 * max(0, num_tokens - 40)
+
+    for num_tokens in [20, 20, 20, *[60, 40, 20, 100, 80] * 6]:
+        took_s = seconds(num_tokens)
+        model.observe(StepShape(20, num_tokens, 0, 4000), took_s, 0.0, took_s + 1e-4)
+    for num_tokens in (20, 60, 80, 100):
+        expected_s = model.seconds(StepShape(20, num_tokens, 0, 4000))
+        assert expected_s == pytest.approx(seconds(num_tokens), rel=0.3)
 
 
 def test_alarm_is_raised_soon_on_a_shift_and_not_when_outliers_come_singly() -> None:
