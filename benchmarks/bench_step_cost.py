@@ -36,7 +36,7 @@ from step_streams import NOISE, Stream, cpu_like, shape, stream
 from smartspec.daemon.state.learned import COST_KNOTS
 from smartspec.estimators.drift import CumulativeSum
 from smartspec.estimators.least_squares import ResidualFilter
-from smartspec.estimators.step_cost import StepCost, StepShape
+from smartspec.estimators.step_cost import SOLVED_EVERY, StepCost, StepShape
 from smartspec.lab.profiles.machines import MACHINES, Machine, Step
 from smartspec.lab.public_data import data_folder
 
@@ -44,7 +44,7 @@ RECORDED = Path(__file__).parent / "data" / "step_times.npz"
 BEFORE = 300  #: steps after the sweep that are not counted
 STEADY = 1500  #: steps after these that are
 SLOWED = 400  #: steps after the machine has become slower
-SETTLED = 8  #: steps after an outlier in which what was learned of it shows
+SETTLED = SOLVED_EVERY  #: steps after an outlier in which what was learned of it shows
 Z90 = 1.645
 
 

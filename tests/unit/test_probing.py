@@ -49,6 +49,15 @@ def steered(
     return scripted, source
 
 
+def sweep_through(engine: ScriptedEngine, source: Steering) -> None:
+    """Run to the sweep's end; it has one."""
+    for _ in range(100):
+        if not source.planner.prober.sweeping:
+            return
+        engine.step()
+    pytest.fail("the sweep goes on")
+
+
 def expected_goodput(engine: ScriptedEngine, skip: int) -> float:
     """Tokens per second of the steps after ``skip``, chance taken out of acceptance and time."""
     tokens = seconds = 0.0
@@ -152,8 +161,7 @@ def test_sweep_goes_on_while_policies_are_on_their_way(late: int) -> None:
 def test_sweep_tries_lengths_near_the_best_again_and_no_others() -> None:
     costs = Costs(base_s=0.02, token_s=0.002, noise=0.0)
     engine, source = steered([0.6] * 4, costs, max_length=8, share=0.0)
-    while source.planner.prober.sweeping:
-        engine.step()
+    sweep_through(engine, source)
     ran = [int(choice.lengths.max()) for choice in engine.choices]
     assert ran.count(3) > LOOKS  # which the engine ran of its own accord once
     assert ran.count(8) == 1
@@ -162,8 +170,7 @@ def test_sweep_tries_lengths_near_the_best_again_and_no_others() -> None:
 def test_sweep_tries_the_best_lengths_again_when_a_lookup_often_finds_nothing() -> None:
     costs = Costs(base_s=0.02, token_s=0.001, noise=0.0)  # were all drafts there, 8 would be dear
     engine, source = steered([0.9] * 8, costs, max_length=8, match_rate=0.25, share=0.0)
-    while source.planner.prober.sweeping:
-        engine.step()
+    sweep_through(engine, source)
     tried = [d.policy.depth for d in source.decisions if d.order.is_sweep]
     assert source.decisions[-1].lengths.max() == 8
     assert tried.count(8) > LOOKS
