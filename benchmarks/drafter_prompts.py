@@ -3,8 +3,8 @@
 * openai/grade-school-math @ 3101c7d, `data/train.jsonl`, MIT;
 * yizhongw/self-instruct @ 0b26cca, Apache-2.0: `data/seed_tasks.jsonl`, which people wrote,
   `human_eval/user_oriented_instructions.jsonl`, and of `data/finetuning/t0_train_50k`, which is
-  taken from T0's training data, CNN/DailyMail (Apache-2.0), CommonGen, CommonsenseQA, DuoRC and
-  Gigaword (MIT), Quoref, ROPES, CosmosQA and QASC (CC BY 4.0);
+  taken from T0's training data, in all its templates, CNN/DailyMail (Apache-2.0), CommonGen,
+  CommonsenseQA, DuoRC and Gigaword (MIT), Quoref, ROPES, CosmosQA and QASC (CC BY 4.0);
 * sentences of our own: tasks over subjects, and German to translate.
 
 What has 8 words in a row with a Spec-Bench prompt is left out. The order is shuffled, so that any
@@ -28,10 +28,14 @@ from typing import Any, NamedTuple
 
 from spec_bench import FILE
 
+from smartspec.lab.distill.answers import unlike
 from smartspec.lab.public_data import data_folder
 
 T0 = "data/finetuning/t0_train_50k/data_per_template"
-WORDS = 8  #: in a row, that no prompt may share with Spec-Bench
+SETS = (
+    *("cnn_dailymail", "common_gen", "commonsense_qa", "cosmos_qa", "duorc", "gigaword"),
+    *("qasc", "quoref", "ropes"),
+)
 MAX_CHARACTERS = 2000
 MAX_PASSAGE = 1500  #: characters of an article or passage
 
@@ -169,14 +173,19 @@ class Source(NamedTuple):
     folder: Path
 
     def rows(self, path: str) -> list[dict[str, Any]]:
-        command = ["git", "-C", str(self.folder), "show", f"HEAD:{path}"]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = self._git("show", f"HEAD:{path}").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+
+    def files(self, folder: str) -> list[str]:
+        return self._git("ls-tree", "--name-only", "HEAD", f"{folder}/").splitlines()
+
+    def _git(self, *words: str) -> str:
+        command = ["git", "-C", str(self.folder), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def of_grade_school(source: Source, count: int) -> list[str]:
-    rows = source.rows("grade_school_math/data/train.jsonl")
-    return [row["question"] for row in rows[:count]]
+def of_grade_school(source: Source) -> list[str]:
+    return [row["question"] for row in source.rows("grade_school_math/data/train.jsonl")]
 
 
 def of_self_instruct(source: Source) -> Iterator[str]:
@@ -184,22 +193,9 @@ def of_self_instruct(source: Source) -> Iterator[str]:
         for row in source.rows(path):
             for instance in row["instances"]:
                 yield "\n\n".join(filter(None, (row["instruction"], instance["input"])))
-    templates = {
-        "ropes_prompt_beginning": 60,
-        "cosmos_qa_context_description_question_text": 110,
-        "cosmos_qa_context_answer_to_question": 50,
-        "qasc_qa_with_combined_facts_1": 60,
-        "common_gen_topic_to_sentence": 40,
-        "common_gen_Given_concepts_type_2": 40,
-        "commonsense_qa_answer_given_question_without_options": 100,
-        "gigaword_write_an_article": 100,
-        "gigaword_generate_summary_for_this": 50,
-    }
-    for name, count in templates.items():
-        rows = source.rows(f"{T0}/{name}.jsonl")
-        # The templates of a set share its rows: each takes another part of them.
-        rows = rows[-count:] if name.endswith(("to_question", "for_this", "type_2")) else rows
-        yield from (row["prompt"].strip() for row in rows[:count])
+    for path in source.files(T0):
+        if Path(path).name.startswith(SETS):
+            yield from (row["prompt"].strip() for row in source.rows(path))
     articles = source.rows(f"{T0}/cnn_dailymail_3_0_0_news_summary.jsonl")
     for number, row in enumerate(articles):
         article = max(row["prompt"].split("\n"), key=len)[:MAX_PASSAGE]
@@ -210,29 +206,24 @@ def of_self_instruct(source: Source) -> Iterator[str]:
         yield PASSAGES[number % len(PASSAGES)].format(context[:MAX_PASSAGE], question)
         yield question  # alone, from memory
     plots = source.rows(f"{T0}/duorc_SelfRC_answer_question.jsonl")
-    for number, row in enumerate(plots[:150]):
+    for number, row in enumerate(plots):
         told = row["prompt"]
         question = told.split("Question: ")[1].split("\nMovie plot title:")[0]
         plot = told.split("Movie plot: ")[1]
         yield PASSAGES[number % len(PASSAGES)].format(plot[:MAX_PASSAGE], question)
 
 
-def of_our_own(rng: random.Random) -> Iterator[str]:
+def of_our_own() -> Iterator[str]:
     pairs = list(itertools.product(TASKS, SUBJECTS))
-    yield from (task.format(subject) for task, subject in rng.sample(pairs, 1100))
+    yield from (task.format(subject) for task, subject in pairs)
     german = list(itertools.product(WHO, WHEN, WHAT))
-    for words in rng.sample(german, 400):
+    for words in german:
         yield "Translate German to English: " + " ".join(words)
     questions = [
         *itertools.product(CLOSED_BOOK, COUNTRIES),
         *itertools.product(OF_SUBJECTS, SUBJECTS),
     ]
-    yield from (question.format(about) for question, about in rng.sample(questions, 350))
-
-
-def runs_of_words(text: str) -> set[tuple[str, ...]]:
-    words = text.lower().split()
-    return {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+    yield from (question.format(about) for question, about in questions)
 
 
 def main() -> None:
@@ -240,25 +231,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("grade_school_math", type=Path)
     parser.add_argument("self_instruct", type=Path)
-    parser.add_argument("--num-math", type=int, default=750)
     arguments = parser.parse_args()
     rng = random.Random(1)
     found = [
-        *of_grade_school(Source(arguments.grade_school_math), arguments.num_math),
+        *of_grade_school(Source(arguments.grade_school_math)),
         *of_self_instruct(Source(arguments.self_instruct)),
-        *of_our_own(rng),
+        *of_our_own(),
     ]
-    held_out: set[tuple[str, ...]] = set()
-    exact = set()
-    for line in (data_folder() / FILE).read_text().splitlines():
-        for turn in json.loads(line)["turns"]:
-            held_out |= runs_of_words(turn)
-            exact.add(turn.strip().lower())
-    prompts = [
-        text
-        for text in dict.fromkeys(prompt[:MAX_CHARACTERS].strip() for prompt in found)
-        if text.lower() not in exact and not runs_of_words(text) & held_out
-    ]
+    prompts = unlike(
+        list(dict.fromkeys(prompt[:MAX_CHARACTERS].strip() for prompt in found)),
+        data_folder() / FILE,
+    )
     rng.shuffle(prompts)
     for text in prompts:
         print(json.dumps({"prompt": text}, ensure_ascii=False))

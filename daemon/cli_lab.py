@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -202,11 +203,20 @@ class Loss(enum.StrEnum):
 
 @app.command()
 def distill(
-    prompts: Annotated[Path, typer.Argument(help='JSON lines, each with a "prompt".')],
+    prompts: Annotated[
+        Path | None, typer.Argument(help='JSON lines, each with a "prompt".')
+    ] = None,
+    own_prompts: Annotated[
+        int, typer.Option(min=0, help="So many the model makes up itself, in a user's place.")
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="The drafter's file; none: only answer the prompts.")
     ] = None,
     work: Annotated[Path, typer.Option(help="Folder of the answers.")] = Path("build/distill"),
+    unlike: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines to test on: what has 8 words of them in a row is not asked."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face id or local path.")] = None,
     start: Annotated[Path | None, typer.Option(help="A drafter to train on from.")] = None,
     train_only: Annotated[
@@ -225,12 +235,19 @@ def distill(
     hot: Annotated[float, typer.Option(min=0, help="Temperature of every third answer.")] = 0.8,
     part: Annotated[int, typer.Option(min=0, help="Answer this part of the prompts only.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Of so many, for a process each.")] = 1,
+    answer_minutes: Annotated[
+        float, typer.Option(min=0, help="No prompt is begun later.", show_default="no end")
+    ] = math.inf,
     num_rounds: Annotated[
         int, typer.Option(min=1, help="Drafts in a row that it is trained for.")
     ] = 5,
     loss: Annotated[Loss, typer.Option(help="What is made small.")] = Loss.kl,
     epochs: Annotated[int, typer.Option(min=1, help="Times that each answer is shown.")] = 3,
+    train_minutes: Annotated[
+        float, typer.Option(min=0, help="Fewer epochs if they take longer.", show_default="no end")
+    ] = math.inf,
     learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = 1e-3,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Of a step, about.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of answers and training.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: cuda if any.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU.")] = None,
@@ -246,21 +263,27 @@ def distill(
             layers=command.parse_layers(layers),
             num_draft_tokens=num_draft_tokens,
             intermediate_size=intermediate_size,
+            own_prompts=own_prompts,
             max_prompt_tokens=max_prompt_tokens,
             max_answer_tokens=max_answer_tokens,
             hot=hot,
             part=part,
             parts=parts,
+            answer_minutes=answer_minutes,
             num_rounds=num_rounds,
             loss=loss.value,
             epochs=epochs,
+            train_minutes=train_minutes,
             learning_rate=learning_rate,
+            batch_tokens=batch_tokens,
             seed=seed,
         )
     except ValueError:
         fail(f"--layers {layers}: expected layer numbers, e.g. 3,15,30")
     if train_only and out is None:
         fail("--train-only: give --out, the file to write")
+    if prompts is None and not own_prompts and not train_only:
+        fail("nothing to answer: give a file of prompts, or --own-prompts")
     raise typer.Exit(
         command.run(
             prompts,
@@ -268,6 +291,7 @@ def distill(
             work,
             recipe,
             model=model,
+            unlike=unlike,
             start=start,
             train_only=train_only,
             device=device,

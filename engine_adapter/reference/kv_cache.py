@@ -61,8 +61,8 @@ class KvCache(Cache):
         return keys, values
 
     @torch.inference_mode()
-    def move(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy the first ``num_tokens`` slots of one row to another."""
+    def move(self, source: int | slice, target: int | Tensor, num_tokens: int) -> None:
+        """Copy the first ``num_tokens`` slots of one row to another, or of many to as many."""
         for layer in (*self._keys.values(), *self._values.values()):
             layer[target, :, :num_tokens] = layer[source, :, :num_tokens]
 

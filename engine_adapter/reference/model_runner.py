@@ -105,6 +105,35 @@ class ModelRunner:
         return output.logits[0], states[places]
 
     @torch.inference_mode()
+    def forward_rows(
+        self, first_row: int, tokens: Tensor, slots: Tensor, keep: Tensor, num_context: int
+    ) -> Tensor:
+        """Logits [len(keep), vocabulary] of a pass over as many tokens in each of many rows.
+
+        All of it is on the device already, and no row is looked at by itself.
+
+        Parameters
+        ----------
+        first_row : of those, one after the other, that the tokens belong to
+        tokens, slots : [rows, Q]; what comes after a row's last token may be anything
+        keep : of which tokens, counted row by row, logits are wanted
+        num_context : slots read of every row, at least as many as any has
+        """
+        rows = torch.arange(first_row, first_row + len(tokens), device=self.device)
+        self.cache.write_at(rows.repeat_interleave(tokens.shape[1]), slots.flatten())
+        group = Group(first_row, len(tokens), num_context, slots, gather=None, scatter=None)
+        output = self.model(
+            input_ids=tokens.reshape(1, -1),
+            position_ids=slots.reshape(1, -1),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            **{attention.KEYWORD: [group]},
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    @torch.inference_mode()
     def _pass(
         self,
         segments: Sequence[Segment],

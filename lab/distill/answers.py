@@ -1,17 +1,18 @@
-"""The target's own answers, with what its layers held while it gave them.
+"""The target's own answers, to prompts that are given or that it makes up itself.
 
 A drafter has to foresee what *this* target says, so it learns from nothing else: on-policy data,
-after DistillSpec (Zhou et al. 2024). The hidden states are kept too: the head reads them, and from
-the last of them follows the target's distribution, by one product with its output matrix.
+after DistillSpec (Zhou et al. 2024). Prompts of its own are what a chat model says when it is
+given the beginning of a user's turn ("Magpie", Xu et al. 2024).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +24,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartspec.engine_adapter.reference.feature_head import fingerprint
-from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
+from smartspec.engine_adapter.reference.model_runner import ModelRunner
 
 SHARD_ANSWERS = 128
-POOL_PROMPTS = 512  #: of which those of like lengths are answered together
-PASS_PROMPT_TOKENS = 256  #: of new prompts in one pass, about
-FORMAT = "answers-2"
+POOL_PROMPTS = 4096  #: of which those of like lengths are answered together
+PREFILL_TOKENS = 1 << 14  #: of prompts taken in together, with what fills them up to one length
+TAKING_IN = 8  #: one of so many rows is for prompts that are taken in
+CHECK_STEPS = 16  #: after so many steps it is looked who is done, and others begin
+CONTEXT_STEP = 64  #: rows are read up to a multiple of it
+FORMAT = "answers-3"
 #: An answer that goes round in circles of up to so many tokens, for so many, has no more to teach.
 LONGEST_LOOP = 32
 LOOP_TOKENS = 96
+RUN_WORDS = 8  #: in a row, that tell that a text is taken from another
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  #: stands for what a user says, in a chat template
 
 
 class Asked(NamedTuple):
@@ -47,119 +53,168 @@ class Answer(NamedTuple):
     tokens: Tensor  #: [T] int64
     num_prompt: int
     temperature: float
-    features: Tensor  #: [T - 1, layers * hidden_size] fp16, after each token but the last
-    log_mass: Tensor  #: [T - 1], log of the sum of exp(logits) after each token but the last
 
 
-@dataclass
-class _Row:
-    """An answer in the making."""
+class _Rows:
+    """Answers in the making: a row of the cache each; the last rows are for prompts taken in.
 
-    place: int
-    asked: Asked
-    tokens: list[int]
-    features: list[Tensor] = field(default_factory=list)
-    log_mass: list[Tensor] = field(default_factory=list)
+    Every row takes a token in every step, also those that have nothing to say: so nothing is done
+    by Python for any single one, and an accelerator may have thousands.
+    """
 
-    @property
-    def said(self) -> list[int]:
-        return self.tokens[len(self.asked.tokens) :]
+    def __init__(self, runner: ModelRunner, eos_token_ids: frozenset[int], seed: int) -> None:
+        self._runner = runner
+        num_rows, width, device = runner.cache.num_rows, runner.cache.max_model_len, runner.device
+        self._taking_in = max(1, num_rows // TAKING_IN)
+        size = num_rows - self._taking_in
+        self.free = list(range(size))
+        self.asked: dict[int, tuple[int, Asked]] = {}  #: by row, with its place
+        self._tokens = torch.zeros(size, width, dtype=torch.long, device=device)
+        self._last = torch.zeros(size, dtype=torch.long, device=device)  # slot of the latest token
+        self._begin = torch.zeros_like(self._last)  # slot of the first answer token
+        self._temperature = torch.zeros(size, device=device)
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._longest = 0  # slot of any row's latest token, at most
 
-    @property
-    def loops(self) -> bool:
-        late = self.said[-LOOP_TOKENS:]
-        periods = range(1, LONGEST_LOOP + 1)
-        return len(late) == LOOP_TOKENS and any(late[n:] == late[:-n] for n in periods)
+    def fill(self, waiting: list[tuple[int, Asked]]) -> None:
+        """Take in prompts from the end of ``waiting`` as long as there are rows."""
+        while waiting and self.free:
+            count = min(len(self.free), len(waiting), self._taking_in)
+            longest = max(len(prompt.tokens) for _, prompt in waiting[-count:])
+            count = min(count, max(1, PREFILL_TOKENS // longest))
+            self._take_in([waiting.pop() for _ in range(count)])
 
-    def done(self) -> Answer:
-        features, log_mass = torch.cat(self.features), torch.cat(self.log_mass)
-        num_prompt = len(self.asked.tokens)
-        tokens = torch.tensor(self.tokens)
-        return Answer(tokens, num_prompt, self.asked.temperature, features, log_mass)
+    def _take_in(self, asked: Sequence[tuple[int, Asked]]) -> None:
+        rows = [self.free.pop() for _ in asked]
+        self.asked |= zip(rows, asked, strict=True)
+        device = self._tokens.device
+        at = torch.tensor(rows, device=device)
+        sizes = torch.tensor([len(prompt.tokens) for _, prompt in asked], device=device)
+        width = int(sizes.max())
+        filled = [prompt.tokens + [0] * (width - len(prompt.tokens)) for _, prompt in asked]
+        tokens = torch.tensor(filled, device=device)
+        ends = torch.arange(len(rows), device=device) * width + sizes - 1
+        slots = torch.arange(width, device=device).expand_as(tokens)
+        first = len(self._tokens)
+        logits = self._runner.forward_rows(first, tokens, slots, ends, width)
+        self._runner.cache.move(slice(first, first + len(rows)), at, width)
+        self._temperature[at] = torch.tensor([p.temperature for _, p in asked], device=device)
+        self._tokens[at, :width] = tokens
+        self._tokens[at, sizes] = self._draw(logits, self._temperature[at])
+        self._begin[at] = self._last[at] = sizes
+        self._longest = max(self._longest, width)
+
+    def step(self) -> None:
+        """One token more for every row."""
+        slots = self._last[:, None]
+        wide = -(-(self._longest + 1) // CONTEXT_STEP) * CONTEXT_STEP
+        logits = self._runner.forward_rows(
+            0,
+            self._tokens.gather(1, slots),
+            slots,
+            torch.arange(len(self._last), device=self._last.device),
+            min(wide, self._tokens.shape[1]),
+        )
+        self._last = (self._last + 1).clamp_(max=self._tokens.shape[1] - 1)
+        self._tokens.scatter_(
+            1, self._last[:, None], self._draw(logits, self._temperature)[:, None]
+        )
+        self._longest = min(self._longest + 1, self._tokens.shape[1] - 1)
+
+    def _draw(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """The largest logit with Gumbel's noise: a draw from the softmax, greedy at 0; [rows]."""
+        drawn = logits.argmax(-1)
+        hot = temperature.nonzero()[:, 0]
+        noise = torch.empty(len(hot), logits.shape[1], device=logits.device)
+        noise.exponential_(generator=self._generator).log_().mul_(temperature[hot, None])
+        drawn[hot] = (logits[hot] - noise).argmax(-1)
+        return drawn
+
+    def done(self, max_answer_tokens: int) -> Iterator[tuple[int, Answer]]:
+        """Answers that have come to an end, with their places; their rows are free again."""
+        tokens, last, begin = self._tokens.cpu(), self._last.cpu(), self._begin.cpu()
+        places = torch.arange(tokens.shape[1])
+        over = torch.isin(tokens, self._eos.cpu()) & (places >= begin[:, None])
+        over |= places >= begin[:, None] + max_answer_tokens - 1
+        over |= (places == last[:, None]) & loops(tokens, begin, last)[:, None]
+        end = over.long().argmax(1)
+        for row in (end <= last).nonzero()[:, 0].tolist():
+            if row in self.asked:
+                place, asked = self.asked.pop(row)
+                text = tokens[row, : int(end[row]) + 1].clone()
+                yield place, Answer(text, len(asked.tokens), asked.temperature)
+                self.free.append(row)
+        idle = torch.tensor(self.free, dtype=torch.long, device=self._last.device)
+        self._last[idle] = 0
+        self._longest = int(self._last.max())
+
+
+def loops(tokens: Tensor, begin: Tensor, last: Tensor) -> Tensor:
+    """Which answers [R], from ``begin`` to ``last`` of ``tokens`` [R, W], go round in circles."""
+    places = last[:, None] + torch.arange(1 - LOOP_TOKENS, 1)
+    late = tokens.gather(1, places.clamp(min=0))
+    same = [(late[:, n:] == late[:, :-n]).all(-1) for n in range(1, LONGEST_LOOP + 1)]
+    return torch.stack(same).any(0) & (places[:, 0] >= begin)
 
 
 def answer(
     runner: ModelRunner,
     asked: Sequence[Asked],
-    layers: Sequence[int],
     eos_token_ids: frozenset[int],
     max_answer_tokens: int,
     seed: int = 0,
+    until: float = math.inf,
 ) -> Iterator[tuple[int, Answer]]:
     """Answers, with the places of their prompts, in the order in which they are done.
 
-    As many are decoded together as the runner has rows.
+    Many are decoded together, as the runner has rows: those of like lengths should be neighbours.
+
+    Parameters
+    ----------
+    runner : with `CHECK_STEPS` more tokens of room than prompt and answer take
+    until : of `time.monotonic`; later no prompt is begun
     """
-    generator = torch.Generator().manual_seed(seed)
-    # Rows are read as far as the longest of them: those of like lengths run together.
-    order = [
-        place
-        for begin in range(0, len(asked), POOL_PROMPTS)
-        for place in sorted(
-            range(begin, min(begin + POOL_PROMPTS, len(asked))), key=lambda i: len(asked[i].tokens)
-        )
-    ]
-    waiting = [(place, asked[place]) for place in reversed(order)]
-    rows: dict[int, _Row] = {}
-    free = list(range(runner.cache.num_rows))
-    while waiting or rows:
-        segments = [
-            Segment(row, len(known.tokens) - 1, known.tokens[-1:], 1) for row, known in rows.items()
-        ]
-        room = PASS_PROMPT_TOKENS  # so that passes are of one size, about
-        while waiting and free and room > 0:
-            place, prompt = waiting.pop()
-            rows[free[-1]] = _Row(place, prompt, list(prompt.tokens))
-            segments.append(Segment(free.pop(), 0, prompt.tokens, len(prompt.tokens)))
-            room -= len(prompt.tokens)
-        logits, features = runner.forward_with_features(segments, layers)
-        sizes = [len(segment.tokens) for segment in segments]
-        states = torch.split(features.half().cpu(), sizes)
-        masses = torch.split(logits.float().logsumexp(-1).cpu(), sizes)
-        last = logits[torch.tensor(sizes, device=logits.device).cumsum(0) - 1].float().cpu()
-        for segment, line, state, log_mass in zip(segments, last, states, masses, strict=True):
-            known = rows[segment.row]
-            if known.asked.temperature > 0:
-                chances = (line / known.asked.temperature).softmax(-1).cumsum(-1)
-                drawn = chances[-1] * torch.rand(1, generator=generator)
-                token = min(int(torch.searchsorted(chances, drawn)), len(chances) - 1)
-            else:
-                token = int(line.argmax())
-            known.features.append(state.clone())
-            known.log_mass.append(log_mass)
-            known.tokens.append(token)
-            enough = len(known.said) >= max_answer_tokens
-            if token in eos_token_ids or enough or known.loops:
-                yield known.place, known.done()
-                free.append(segment.row)
-                del rows[segment.row]
+    rows = _Rows(runner, eos_token_ids, seed)
+    waiting = list(enumerate(asked))[::-1]
+    while waiting or rows.asked:
+        rows.fill(waiting)
+        for _ in range(CHECK_STEPS):
+            rows.step()
+        yield from rows.done(max_answer_tokens)
+        if time.monotonic() > until:
+            waiting.clear()
 
 
-def origin(target: PreTrainedModel, layers: Sequence[int]) -> dict[str, str]:
+def origin(target: PreTrainedModel) -> dict[str, str]:
     """What all answers that a drafter learns from must share; written into each shard."""
-    layers_read = ",".join(map(str, layers))
-    return {"format": FORMAT, "target": fingerprint(target), "layers": layers_read}
+    return {"format": FORMAT, "target": fingerprint(target)}
 
 
 def record(
-    folder: Path, runner: ModelRunner, asked: Sequence[Asked], layers: Sequence[int], **how: Any
+    folder: Path,
+    runner: ModelRunner,
+    asked: Sequence[Asked],
+    until: float = math.inf,
+    **how: Any,
 ) -> Iterator[list[Answer]]:
-    """Answer all prompts into a folder of shards; what is there already is not asked again.
+    """Answer prompts into a folder of shards; what is there already is not asked again.
 
-    ``how`` : as of `answer`. Yields each shard when it is written. Raises ValueError where a shard
-    is there that was made in another way.
+    ``until``, ``how`` : as of `answer`. Yields each shard when it is written. Raises ValueError
+    where a shard is there that was made in another way.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    asked = _pooled(asked)
     begins = range(0, len(asked), SHARD_ANSWERS)
     files = [folder / f"{begin:06}.safetensors" for begin in begins]
-    common = origin(runner.model, layers)
+    common = origin(runner.model)
     origins = [{**common, "recipe": _recipe(asked[i : i + SHARD_ANSWERS], how)} for i in begins]
     there = [file.exists() for file in files]
     for file, expected in compress(zip(files, origins, strict=True), there):
         check(file, expected)
     todo = [i for i in range(len(asked)) if not there[i // SHARD_ANSWERS]]
     shards: dict[int, dict[int, Answer]] = {}
-    for place, found in answer(runner, [asked[i] for i in todo], layers, **how):
+    for place, found in answer(runner, [asked[i] for i in todo], until=until, **how):
         number, within = divmod(todo[place], SHARD_ANSWERS)
         shard = shards.setdefault(number, {})
         shard[within] = found
@@ -167,6 +222,12 @@ def record(
             whole = [found for _, found in sorted(shards.pop(number).items())]
             write(files[number], whole, origins[number])
             yield whole
+
+
+def _pooled(asked: Sequence[Asked]) -> list[Asked]:
+    """Those of like lengths are neighbours, within a pool: rows are read up to the longest."""
+    pools = (asked[i : i + POOL_PROMPTS] for i in range(0, len(asked), POOL_PROMPTS))
+    return [one for pool in pools for one in sorted(pool, key=lambda one: len(one.tokens))]
 
 
 def _recipe(asked: Sequence[Asked], how: Mapping[str, Any]) -> str:
@@ -200,8 +261,6 @@ def write(path: Path, answers: Sequence[Answer], origin: dict[str, str]) -> None
         "sizes": torch.tensor([[len(a.tokens), a.num_prompt] for a in answers]),
         "temperature": torch.tensor([a.temperature for a in answers]),
         "tokens": torch.cat([a.tokens for a in answers]).int(),
-        "features": torch.cat([a.features for a in answers]),
-        "log_mass": torch.cat([a.log_mass for a in answers]).float(),
     }
     save_file(columns, scratch, origin)
     scratch.rename(path)
@@ -210,37 +269,59 @@ def write(path: Path, answers: Sequence[Answer], origin: dict[str, str]) -> None
 def read(path: Path) -> list[Answer]:
     """What `write` wrote. Raises ValueError."""
     with _opened(path) as file:
-        sizes = file.get_tensor("sizes")
-        num_tokens, num_prompt = sizes[:, 0], sizes[:, 1]
-        columns = (
-            file.get_tensor("tokens").long().split(num_tokens.tolist()),
-            num_prompt.tolist(),
-            file.get_tensor("temperature").tolist(),
-            file.get_tensor("features").split((num_tokens - 1).tolist()),
-            file.get_tensor("log_mass").split((num_tokens - 1).tolist()),
-        )
-    return [Answer(*row) for row in zip(*columns, strict=True)]
+        num_tokens, num_prompt = file.get_tensor("sizes").T.tolist()
+        tokens = file.get_tensor("tokens").long().split(num_tokens)
+        temperature = file.get_tensor("temperature").tolist()
+    return [Answer(*row) for row in zip(tokens, num_prompt, temperature, strict=True)]
 
 
-def read_prompts(file: Path, tokenizer: Any, max_tokens: int, hot: float) -> list[Asked]:
-    """Prompts of a file of JSON lines, each with a text as ``prompt``, in the chat template.
-
-    Every third is to be answered at the temperature ``hot``, the others greedily. What takes more
-    than ``max_tokens`` is left out. Raises ValueError.
-    """
-    found: list[Asked] = []
+def read_prompts(file: Path) -> list[str]:
+    """Of a file of JSON lines, each with a text as ``prompt``. Raises ValueError."""
+    found = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
-            text = json.loads(line)["prompt"]
+            found.append(json.loads(line)["prompt"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: expected an object with a prompt") from error
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        tokens = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
-        if 0 < len(tokens) <= max_tokens:
-            found.append(Asked(tokens, hot if len(found) % 3 == 0 else 0.0))
-    if not found:
-        raise ValueError(f"{file} holds no prompt of at most {max_tokens} tokens")
     return found
+
+
+def runs_of_words(text: str) -> set[tuple[str, ...]]:
+    """All that a text has of `RUN_WORDS` words in a row; of a shorter one, all its words."""
+    words = text.lower().split()
+    return {tuple(words[i : i + RUN_WORDS]) for i in range(max(1, len(words) - RUN_WORDS + 1))}
+
+
+def unlike(texts: Sequence[str], file: Path) -> list[str]:
+    """Texts that share no run of words with any text in a file of JSON lines."""
+    avoided: set[tuple[str, ...]] = set()
+    for line in file.read_text().splitlines():
+        for value in json.loads(line).values():
+            for text in value if isinstance(value, list) else [value]:
+                avoided |= runs_of_words(str(text))
+    return [text for text in texts if not runs_of_words(text) & avoided]
+
+
+def in_template(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[list[int]]:
+    """Tokens of prompts, in the chat template if there is one; those with too many are left out."""
+    whole = (_turn(text, tokenizer) for text in texts)
+    plain = not tokenizer.chat_template
+    found = [tokenizer.encode(text, add_special_tokens=plain) for text in whole]
+    return [tokens for tokens in found if 0 < len(tokens) <= max_tokens]
+
+
+def _turn(text: str, tokenizer: Any) -> str:
+    if not tokenizer.chat_template:
+        return text
+    told = [{"role": "user", "content": text}]
+    turn: str = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+    return turn
+
+
+def before_user(tokenizer: Any) -> list[int]:
+    """What comes before a user's words. Raises ValueError where there is no such thing."""
+    before, mark, _ = _turn(MARK, tokenizer).partition(MARK)
+    if not (before and mark):
+        raise ValueError("prompts of its own take a model with a chat template: give a file")
+    tokens: list[int] = tokenizer.encode(before, add_special_tokens=False)
+    return tokens

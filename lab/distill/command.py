@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +21,10 @@ from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.lab.distill import answers as data
 from smartspec.lab.distill import training
 
-NUM_ROWS = 128  #: answers that are decoded together
+#: Rows of the cache, those that take prompts in among them: on a CPU; where there is more to use.
+NUM_ROWS, NUM_ROWS_ACCELERATOR = 144, 2304
+OWN_PROMPT_TEMPERATURE = 1.0
+OWN_PROMPT_SEED = 1 << 20  #: other luck than the answers'
 MIN_ANSWER_TOKENS = 8  #: shorter answers are left out
 
 Load = Callable[..., models.LoadedModel]  #: the target, given its ``dtype``
@@ -34,9 +39,11 @@ class Recipe:
     layers : after how many of the target's layers its states are read; (): after a tenth of them,
         half, and all
     num_draft_tokens : how many tokens it can draft, the most frequent
+    own_prompts : so many the target makes up itself, beside those that are given
     max_prompt_tokens, max_answer_tokens : longer prompts are left out, longer answers ended
     hot : temperature of every third answer; the others are greedy
     part, parts : which of how many processes answers; the others' prompts are left alone
+    answer_minutes, train_minutes : at most, of each
     held_out : answers that are not trained on, but scored
     num_rounds : drafts in a row that are trained for
     """
@@ -44,27 +51,31 @@ class Recipe:
     layers: tuple[int, ...] = ()
     num_draft_tokens: int = 8192
     intermediate_size: int = 1536
+    own_prompts: int = 0
     max_prompt_tokens: int = 800
     max_answer_tokens: int = 192
     hot: float = 0.8
     part: int = 0
     parts: int = 1
+    answer_minutes: float = math.inf
     held_out: int = 64
     num_rounds: int = 5
     loss: training.Loss = "kl"
     epochs: int = 3
+    train_minutes: float = math.inf
     learning_rate: float = 1e-3
     batch_tokens: int = 2048
     seed: int = 0
 
 
 def run(
-    prompts: Path,
+    prompts: Path | None,
     out: Path | None,
     work: Path,
     recipe: Recipe,
     *,
     model: str | None = None,
+    unlike: Path | None = None,
     start: Path | None = None,
     train_only: bool = False,
     device: str = "auto",
@@ -75,9 +86,10 @@ def run(
 
     Parameters
     ----------
-    prompts : what the target is to answer
+    prompts : what the target is to answer, beside its own
     out : the drafter's file; None: only answer
     work : folder of the answers
+    unlike : texts to be tested on: what shares eight words in a row with them is not asked
     start : a drafter to train on from
     train_only : make do with the answers that there are
     """
@@ -87,9 +99,9 @@ def run(
     told: dict[str, Any] = {}
     try:
         if not train_only:
-            told |= _answer(prompts, work, recipe, start, load)
+            told |= _answer(prompts, work, unlike, recipe, load)
         if out is not None:
-            told |= _train(out, work, prompts, recipe, start, load)
+            told |= _train(out, work, recipe, start, load)
     except (models.ModelNotAvailable, OSError, RuntimeError, ValueError) as error:
         print(f"smartspec distill: {error}", file=sys.stderr)
         return 2
@@ -101,10 +113,8 @@ def run(
     return 0
 
 
-def _layers(recipe: Recipe, target: Any, start: Path | None) -> tuple[int, ...]:
-    """Those of the drafter to train on from, if there is one. Raises ValueError."""
-    if start is not None:
-        return feature_head.load(start, target).config.layers
+def _layers(recipe: Recipe, target: Any) -> tuple[int, ...]:
+    """Those that a new drafter reads. Raises ValueError."""
     depth = target.config.get_text_config().num_hidden_layers
     if any(not 0 <= layer <= depth for layer in recipe.layers):
         told = ",".join(map(str, recipe.layers))
@@ -112,53 +122,110 @@ def _layers(recipe: Recipe, target: Any, start: Path | None) -> tuple[int, ...]:
     return recipe.layers or (max(1, depth // 10), depth // 2, depth)
 
 
-def _shards(work: Path, target: Any, layers: tuple[int, ...]) -> list[Path]:
+def _shards(work: Path, target: Any) -> list[Path]:
     """Files of all parts' answers. Raises ValueError where one is not of this target."""
     files = sorted(work.glob("part-*/[0-9]*.safetensors"))
-    expected = data.origin(target, layers)
+    expected = data.origin(target)
     for file in files:
         data.check(file, expected)
     return files
 
 
 def _answer(
-    prompts: Path, work: Path, recipe: Recipe, start: Path | None, load: Load
+    prompts: Path | None, work: Path, unlike: Path | None, recipe: Recipe, load: Load
 ) -> dict[str, Any]:
-    # States are kept in half precision anyhow, and the pass is much faster.
+    # What training reads is as the answers were given; and the pass is much faster.
     target = load(dtype="bfloat16")
-    layers = _layers(recipe, target.model, start)
-    _shards(work, target.model, layers)  # refused now rather than after an hour of answers
+    _layers(recipe, target.model)
+    _shards(work, target.model)  # refused now rather than after an hour of answers
     limit = getattr(target.model.config, "max_position_embeddings", None) or 1 << 30
-    length = min(recipe.max_prompt_tokens + recipe.max_answer_tokens, limit)
-    longest = length - recipe.max_answer_tokens
-    asked = data.read_prompts(prompts, target.tokenizer, longest, recipe.hot)
-    asked = asked[recipe.part :: recipe.parts]
+    room = recipe.max_answer_tokens + data.CHECK_STEPS
+    longest = min(recipe.max_prompt_tokens, limit - room)
+    texts = data.read_prompts(prompts) if prompts is not None else []
+    texts = texts[recipe.part :: recipe.parts]
+    runner = ModelRunner(target.model, _num_rows(target.model, longest + room), longest + room)
+    folder = work / f"part-{recipe.part}"
+    texts += _own_prompts(folder / "own_prompts.jsonl", runner, target, recipe)
+    if unlike is not None:
+        num_found = len(texts)
+        texts = data.unlike(texts, unlike)
+        _say(f"{num_found - len(texts)} of {num_found} prompts left out: like those of {unlike}")
+    given = data.in_template(texts, target.tokenizer, longest)
+    if not given:
+        raise ValueError(f"there is no prompt of at most {longest} tokens: give --own-prompts")
+    random.Random(recipe.seed).shuffle(given)
+    asked = [
+        data.Asked(tokens, recipe.hot if i % 3 == 0 else 0.0) for i, tokens in enumerate(given)
+    ]
+    begin = time.monotonic()
     shards = data.record(
-        work / f"part-{recipe.part}",
-        ModelRunner(target.model, min(NUM_ROWS, len(asked)), length),
+        folder,
+        runner,
         asked,
-        layers,
+        until=begin + 60 * recipe.answer_minutes,
         eos_token_ids=target.eos_token_ids,
         max_answer_tokens=recipe.max_answer_tokens,
         seed=recipe.seed + recipe.part,
     )
     num_answers = num_tokens = 0
-    begin = time.monotonic()
+    said = begin
     for shard in shards:
         num_answers += len(shard)
         num_tokens += sum(len(answer.tokens) - answer.num_prompt for answer in shard)
-        pace = num_tokens / (time.monotonic() - begin)
-        _say(f"{num_answers} of {len(asked)} prompts answered, {pace:.0f} answer tokens/s")
+        if time.monotonic() > said + 2:
+            said = time.monotonic()
+            pace = num_tokens / (said - begin)
+            _say(f"{num_answers} of {len(asked)} prompts answered, {pace:.0f} answer tokens/s")
     return {"num_answers": num_answers, "num_answer_tokens": num_tokens}
 
 
-def _train(
-    out: Path, work: Path, prompts: Path, recipe: Recipe, start: Path | None, load: Load
-) -> dict[str, Any]:
-    loaded = load(dtype="float32")
-    target = loaded.model
-    layers = _layers(recipe, target, start)
-    found = [a for file in _shards(work, target, layers) for a in data.read(file)]
+def _num_rows(target: Any, width: int) -> int:
+    """As many as half of the memory has room for, where it is not a CPU's."""
+    if target.device.type == "cpu":
+        return NUM_ROWS
+    config = target.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_row = 2 * config.num_hidden_layers * heads * size * width * target.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(target.device)
+    return max(NUM_ROWS, min(NUM_ROWS_ACCELERATOR, int(free // 2 // a_row)))
+
+
+def _own_prompts(
+    file: Path, runner: ModelRunner, target: models.LoadedModel, recipe: Recipe
+) -> list[str]:
+    """What the target says in a user's place, made once."""
+    count = recipe.own_prompts // recipe.parts
+    if not count or file.exists():
+        return data.read_prompts(file) if count else []
+    before = data.before_user(target.tokenizer)
+    asked = [data.Asked(before, OWN_PROMPT_TEMPERATURE)] * count
+    _say(f"the model makes up {count} prompts")
+    ends = target.eos_token_ids
+    seed = OWN_PROMPT_SEED + recipe.seed + recipe.part
+    found = [
+        one.tokens[len(before) : -1].tolist()
+        for _, one in data.answer(runner, asked, ends, recipe.max_answer_tokens, seed)
+        if int(one.tokens[-1]) in ends
+    ]
+    texts = [target.tokenizer.decode(tokens).strip() for tokens in found]
+    kept = list(dict.fromkeys(filter(None, texts)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in kept))
+    scratch.rename(file)
+    _say(f"{len(kept)} prompts of its own")
+    return kept
+
+
+def _train(out: Path, work: Path, recipe: Recipe, start: Path | None, load: Load) -> dict[str, Any]:
+    # The target reads the answers as it gave them; its matrices in the head are exact.
+    target = load(dtype="bfloat16").model
+    exact = load(dtype="float32").model
+    layers = (
+        _layers(recipe, target) if start is None else feature_head.load(start, exact).config.layers
+    )
+    found = [a for file in _shards(work, target) for a in data.read(file)]
     # The same answers are held out whatever the number of rounds, or training on from a drafter
     # would be scored on what it was shown before.
     shortest = max(MIN_ANSWER_TOKENS, recipe.num_rounds)
@@ -170,38 +237,39 @@ def _train(
     if not answers or not held_out:
         raise ValueError(f"{work} holds too few answers: {len(found)}")
     if start is None:
-        asked = data.read_prompts(prompts, loaded.tokenizer, recipe.max_prompt_tokens, 0.0)
-        tokens = training.frequent_tokens(
-            answers,
-            (one.tokens for one in asked),
-            recipe.num_draft_tokens,
-            target.config.get_text_config().vocab_size,
-        )
+        vocabulary = target.config.get_text_config().vocab_size
+        tokens = training.frequent_tokens(answers, recipe.num_draft_tokens, vocabulary)
         size = recipe.intermediate_size
-        head = training.new_head(target, answers, layers, size, tokens, recipe.seed)
+        head = training.new_head(exact, answers, layers, size, tokens, recipe.seed)
     else:
-        head = feature_head.load(start, target)
-    size = head.config.hidden_size
-    batches = [training.batch_of(held_out[i : i + 8], size) for i in range(0, len(held_out), 8)]
+        head = feature_head.load(start, exact)
+    batches = [
+        training.batch_of(target, held_out[i : i + 8], layers) for i in range(0, len(held_out), 8)
+    ]
     num_tokens = sum(len(answer.tokens) - answer.num_prompt for answer in answers)
     _say(f"training on {len(answers)} answers of {num_tokens} tokens, and on their prompts")
     progress = training.train(
         head,
+        target,
         answers,
         loss=recipe.loss,
         num_rounds=recipe.num_rounds,
         epochs=recipe.epochs,
+        minutes=recipe.train_minutes,
         learning_rate=recipe.learning_rate,
         batch_tokens=recipe.batch_tokens,
         seed=recipe.seed,
     )
     told: dict[str, Any] = {}
+    scored = 0.0
     for step in progress:
-        line = f"step {step.step} of {step.num_steps}: loss {step.loss:.4f}"
-        if step.step == step.num_steps or step.step % 50 == 0:
+        line = f"step {step.step}, {step.share:.0%}: loss {step.loss:.4f}"
+        if step.share == 1 or step.share > scored + 0.1:
+            scored = step.share
             result = training.score(head, batches, recipe.num_rounds)
             told = {
                 "num_trained_tokens": num_tokens,
+                "num_steps": step.step,
                 "held_out_accepted_per_step": round(result.accepted, 3),
                 "held_out_right_by_depth": [round(share, 3) for share in result.right],
             }

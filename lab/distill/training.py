@@ -10,7 +10,9 @@ up to p - r, and of each later round j the one at p - r + j: what the cache hold
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -25,11 +27,14 @@ from smartspec.lab.distill.answers import Answer
 
 Loss: TypeAlias = Literal["kl", "reverse-kl", "tv"]
 MAX_PROMPT_TOKENS = 256  #: the last of a prompt, that training shows the head
-FIRST_ROUND_SHARE = 0.6  #: of all steps, that train for the first draft alone
+FIRST_ROUND_SHARE = 0.4  #: of the training, that is for the first draft alone
+WARM_UP_SHARE = 0.05  #: of the training, in which the rate rises
 PROMPT_LOSS = 0.5  #: weight of a token in a prompt over one in an answer
 ROUND_WEIGHT = 0.9  #: of each round over the one before
 POOL_ANSWERS = 512  #: of which those of like lengths are trained on together
-CHUNK_TOKENS = 256  #: whose distributions are looked at together
+CHUNK_TOKENS = 256  #: see `_chunk`
+CHUNK_TOKENS_ACCELERATOR = 4096
+FIRST_LOOK = 64  #: answers that tell how large the target's states are
 PROMPT_WEIGHT = 0.3  #: of a token in a prompt over one in an answer, when the frequent are chosen
 
 
@@ -44,44 +49,53 @@ class Batch(NamedTuple):
     log_mass: Tensor  #: [B, P + A], log of the sum of exp of all its logits; infinite: no token
     said: Tensor  #: [B, A], the token that the answer goes on with; -1: none
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.tokens.to(device),
-            self.features.to(device),
-            self.num_prompt,
-            self.present.to(device),
-            self.final.to(device),
-            self.log_mass.to(device),
-            self.said.to(device),
-        )
+
+@torch.no_grad()
+def batch_of(target: PreTrainedModel, answers: Sequence[Answer], layers: Sequence[int]) -> Batch:
+    """Answers of three tokens at least, with what the target's layers hold while it reads them.
+
+    The first token is the target's own, the last only foreseen.
+    """
+    device = target.device
+    text = nn.utils.rnn.pad_sequence([a.tokens for a in answers], batch_first=True).to(device)
+    num_prompt = torch.tensor([[a.num_prompt] for a in answers], device=device)
+    length = torch.tensor([[len(a.tokens) - 1] for a in answers], device=device) - num_prompt
+    P = min(int(num_prompt.max()), MAX_PROMPT_TOKENS)
+    A = int(length.max())
+    # What fills texts up comes after them, and so is seen by none of their tokens.
+    held = target(
+        input_ids=text[:, :-1], output_hidden_states=True, use_cache=False, logits_to_keep=1
+    ).hidden_states
+    places = torch.arange(P + A, device=device) - P + num_prompt  # of the columns, in the texts
+    present = (places >= 0) & (places < num_prompt + length)
+    here = places.clamp(0, text.shape[1] - 2)
+    row = torch.arange(len(answers), device=device)[:, None]
+    before = torch.cat([held[layer] for layer in layers], -1)[row, (here - 1).clamp(min=0)]
+    final = held[-1][row, here]
+    log_mass = torch.full(present.shape, torch.inf, device=device)
+    log_mass[present] = _log_mass(target, final[present])
+    after = text[row, (here + 1)[:, P:]]
+    return Batch(
+        text[row, here] * present,
+        (before * (present & (places > 0))[..., None]).float(),
+        P,
+        present,
+        final,
+        log_mass,
+        torch.where(present[:, P:], after, -1),
+    )
 
 
-def batch_of(answers: Sequence[Answer], hidden_size: int) -> Batch:
-    """Answers of three tokens at least: the first is the target's own, the last only foreseen."""
-    shown = [min(a.num_prompt, MAX_PROMPT_TOKENS) for a in answers]
-    lengths = [len(a.tokens) - 1 - a.num_prompt for a in answers]
-    P, A = max(shown), max(lengths)
-    width = answers[0].features.shape[1]
-    tokens = torch.zeros(len(answers), P + A, dtype=torch.long)
-    features = torch.zeros(len(answers), P + A, width, dtype=torch.float16)
-    present = torch.zeros(len(answers), P + A, dtype=torch.bool)
-    final = torch.zeros(len(answers), P + A, hidden_size, dtype=torch.float16)
-    log_mass = torch.full((len(answers), P + A), torch.inf)
-    said = torch.full((len(answers), A), -1)
-    for i, (answer, before, length) in enumerate(zip(answers, shown, lengths, strict=True)):
-        begin = answer.num_prompt - before
-        end = answer.num_prompt + length
-        here = slice(P - before, P + length)
-        tokens[i, here] = answer.tokens[begin:end]
-        if begin:
-            features[i, here] = answer.features[begin - 1 : end - 1]
-        else:
-            features[i, P - before + 1 : P + length] = answer.features[: end - 1]
-        present[i, here] = True
-        final[i, here] = answer.features[begin:end, -hidden_size:]
-        log_mass[i, here] = answer.log_mass[begin:end]
-        said[i, :length] = answer.tokens[answer.num_prompt + 1 :]
-    return Batch(tokens, features, P, present, final, log_mass, said)
+def _log_mass(target: PreTrainedModel, final: Tensor) -> Tensor:
+    """Of states [N, hidden], some at a time."""
+    matrix: Any = target.get_output_embeddings()  # type: ignore[no-untyped-call]
+    parts = torch.split(final, _chunk(final.device))
+    return torch.cat([matrix(part).float().logsumexp(-1) for part in parts])
+
+
+def _chunk(device: torch.device) -> int:
+    """Tokens whose distributions are looked at together: few stay in a processor's cache."""
+    return CHUNK_TOKENS if device.type == "cpu" else CHUNK_TOKENS_ACCELERATOR
 
 
 def rounds(head: FeatureHead, batch: Batch, num_rounds: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -174,8 +188,9 @@ class Divergence(torch.autograd.Function):
         """
         total = torch.zeros((), device=read.device)
         gradient = torch.empty_like(read)
-        for begin in range(0, len(read), CHUNK_TOKENS):
-            here = slice(begin, begin + CHUNK_TOKENS)
+        size = _chunk(read.device)
+        for begin in range(0, len(read), size):
+            here = slice(begin, begin + size)
             aim = functional.linear(final[here], matrix).float() - log_mass[here, None]
             logits = functional.linear(read[here], matrix).float()
             loss, slope = divergence(kind, aim, logits)
@@ -247,7 +262,6 @@ def score(head: FeatureHead, batches: Sequence[Batch], depth: int) -> Score:
 @torch.inference_mode()
 def runs(head: FeatureHead, batch: Batch, depth: int) -> Tensor:
     """How many drafts of a chain that begins at each place would be right, [B, A]."""
-    batch = batch.to(head.device)
     found = torch.zeros_like(batch.said)
     alive = torch.ones_like(batch.said, dtype=torch.bool)
     A = batch.said.shape[1]
@@ -291,17 +305,19 @@ class Progress(NamedTuple):
     """After some steps of training."""
 
     step: int
-    num_steps: int
+    share: float  #: of the training that is done
     loss: float  #: mean of what was trained since the last, per round and token
 
 
 def train(
     head: FeatureHead,
+    target: PreTrainedModel,
     answers: Sequence[Answer],
     *,
     loss: Loss = "kl",
     num_rounds: int = 5,
     epochs: int = 3,
+    minutes: float = math.inf,
     learning_rate: float = 1e-3,
     batch_tokens: int = 2048,
     seed: int = 0,
@@ -309,41 +325,45 @@ def train(
 ) -> Iterator[Progress]:
     """Train in place; tells how it goes every so many steps, and at the end.
 
-    AdamW, with a learning rate that rises over a twentieth of the steps and falls to zero.
+    AdamW, with a learning rate that rises over a twentieth of the training and falls to zero.
 
     Parameters
     ----------
+    target : whose answers they are; what its layers hold is found again in each step
     num_rounds : as long a chain as is to be drafted well; trained for late, see `rounds_at`
+    minutes : at most; the rate falls to zero then, whatever is left of the epochs
     batch_tokens : tokens of one step, about
     """
-    size = head.config.hidden_size
     rng = random.Random(seed)
     plan = [batch for _ in range(epochs) for batch in _batches(answers, batch_tokens, rng)]
     optimizer = torch.optim.AdamW(head.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.01)
-    warm_up = max(1, len(plan) // 20)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, (len(plan) - step) / (len(plan) - warm_up + 1)),
-    )
-    since: list[float] = []
+    begin = time.monotonic()
+    since: list[Tensor] = []
+    share = 0.0
     for step, chosen in enumerate(plan, 1):
-        batch = batch_of([answers[i] for i in chosen], size).to(head.device)
+        # Never less than before: the clock may be ahead of the steps, and fall behind.
+        share = max(share, step / len(plan), (time.monotonic() - begin) / (60 * minutes))
+        if share > 1:
+            break
+        rate = min(share / WARM_UP_SHARE, (1 - share) / (1 - WARM_UP_SHARE))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * max(rate, 1 / len(plan))
+        batch = batch_of(target, [answers[i] for i in chosen], head.config.layers)
         with torch.autocast(head.device.type, torch.bfloat16):
-            now = rounds_at(step / len(plan), num_rounds)
-            total = mean_loss(head, batch, now, loss)
+            total = mean_loss(head, batch, rounds_at(share, num_rounds), loss)
         total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        rate.step()
-        since.append(total.item())
-        if step % every == 0 or step == len(plan):
-            yield Progress(step, len(plan), sum(since) / len(since))
-            since = []
+        since.append(total.detach())
+        if step % every == 0 and step < len(plan):
+            yield Progress(step, share, float(torch.stack(since).mean()))
+            since = since[-1:]  # of a training that ends here, the last is told
+    yield Progress(step, 1.0, float(torch.stack(since).mean()))
 
 
 def rounds_at(share: float, num_rounds: int) -> int:
-    """Rounds of a step, when that ``share`` of all steps is done: few at first, which is cheap."""
+    """Rounds of a step, when that ``share`` of all is done: few at first, which is cheap."""
     late = (share - FIRST_ROUND_SHARE) / (1 - FIRST_ROUND_SHARE)
     return 1 if late <= 0 else min(num_rounds, 2 + int(late * (num_rounds - 1)))
 
@@ -374,18 +394,16 @@ def _batches(answers: Sequence[Answer], batch_tokens: int, rng: random.Random) -
     return found
 
 
-def frequent_tokens(
-    answers: Iterable[Answer], prompts: Iterable[list[int]], count: int, vocabulary: int
-) -> Tensor:
+def frequent_tokens(answers: Iterable[Answer], count: int, vocabulary: int) -> Tensor:
     """The ``count`` tokens that are most frequent, in rising order of their ids.
 
     In answers and, at a third of the weight, in prompts: they know more of the rare ones.
     """
     counts = torch.zeros(vocabulary)
     for answer in answers:
-        counts += torch.bincount(answer.tokens[answer.num_prompt :], minlength=vocabulary)
-    for prompt in prompts:
-        counts += PROMPT_WEIGHT * torch.bincount(torch.tensor(prompt), minlength=vocabulary)
+        prompt, said = answer.tokens.tensor_split([answer.num_prompt])
+        counts += torch.bincount(said, minlength=vocabulary)
+        counts += PROMPT_WEIGHT * torch.bincount(prompt, minlength=vocabulary)
     return counts.topk(min(count, vocabulary)).indices.sort().values
 
 
@@ -415,7 +433,8 @@ def new_head(
     torch.manual_seed(seed)
     head = FeatureHead(shape, token_ids, target)
     size = shape.hidden_size
-    last = torch.cat([answer.features[-64:, -size:].float() for answer in answers[:256]])
+    looked = batch_of(target, answers[:FIRST_LOOK], layers)
+    last = looked.final[looked.present].float()
     with torch.no_grad():
         for module in head.modules():
             if isinstance(module, nn.Linear):
@@ -428,7 +447,10 @@ def new_head(
 
 
 def _begin_as(head: FeatureHead, target: Any, text: Tensor) -> None:
-    """Take over the target's last layer, if it has Llama's parts and the head's shape."""
+    """Take over the target's last layer, if it has Llama's parts and the head's shape.
+
+    Of a layer that is narrower than the head's, the head's first units are the layer's.
+    """
     try:
         layer = target.get_decoder().layers[-1]
         attention, mlp = layer.self_attn, layer.mlp
@@ -437,20 +459,24 @@ def _begin_as(head: FeatureHead, target: Any, text: Tensor) -> None:
             (head.key.weight, attention.k_proj.weight),
             (head.value.weight, attention.v_proj.weight),
             (head.output.weight, attention.o_proj.weight),
-            (head.gate.weight, mlp.gate_proj.weight),
-            (head.up.weight, mlp.up_proj.weight),
-            (head.down.weight, mlp.down_proj.weight),
             (head.norm_attention, layer.input_layernorm.weight),
             (head.norm_mlp, layer.post_attention_layernorm.weight),
+        ]
+        wide = [
+            (head.gate.weight, mlp.gate_proj.weight),
+            (head.up.weight, mlp.up_proj.weight),
+            (head.down.weight.T, mlp.down_proj.weight.T),
         ]
     except AttributeError:
         return
     if any(ours.shape != theirs.shape for ours, theirs in pairs):
         return
-    for ours, theirs in pairs:
-        ours.copy_(theirs)
+    if any(len(ours) < len(theirs) for ours, theirs in wide):
+        return
+    for ours, theirs in pairs + wide:
+        ours[: len(theirs)].copy_(theirs)
     text = text[None].to(target.device)
     states = target(input_ids=text, output_hidden_states=True).hidden_states[-2][0]
-    size = float(states.pow(2).mean(-1).sqrt().median())
+    size = float(states.float().pow(2).mean(-1).sqrt().median())
     head.output.weight /= size
     head.down.weight /= size

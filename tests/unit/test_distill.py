@@ -32,7 +32,7 @@ PROMPTS = [[(3 * i + j) % VOCABULARY for j in range(2 + i % 5)] for i in range(1
 def answered(hot: float = 0.0, size: int = 24) -> list[Answer]:
     target = tiny_model("llama").float()
     asked = [Asked(prompt, hot) for prompt in PROMPTS]
-    found = data.answer(ModelRunner(target, 5, 64), asked, LAYERS, frozenset({7}), size)
+    found = data.answer(ModelRunner(target, 5, 64), asked, frozenset({7}), size)
     return [answer for _, answer in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -51,26 +51,71 @@ def test_answers_are_what_the_worker_says() -> None:
         assert answer.tokens.tolist() == prompt + said[number]
 
 
-def test_states_and_masses_are_those_of_the_whole_text() -> None:
+def test_batches_hold_what_the_target_holds_while_it_reads() -> None:
     target = tiny_model("llama").float()
-    runner = ModelRunner(target, 1, 64)
-    for answer in answered(hot=0.9):
+    found = answered(hot=0.9)
+    batch = training.batch_of(target, found, LAYERS)
+    runner = ModelRunner(tiny_model("llama").float(), 1, 64)
+    P = batch.num_prompt
+    assert max(len(prompt) for prompt in PROMPTS) == P
+    for i, answer in enumerate(found):
         size = len(answer.tokens) - 1
-        text = answer.tokens.tolist()[:size]
-        logits, features = runner.forward_with_features([Segment(0, 0, text, size)], LAYERS)
-        torch.testing.assert_close(answer.features.float(), features, atol=0.01, rtol=0.01)
-        torch.testing.assert_close(answer.log_mass, logits.logsumexp(-1), atol=1e-4, rtol=1e-4)
+        text = answer.tokens.tolist()
+        begin, end = P - answer.num_prompt, P + size - answer.num_prompt
+        logits, features = runner.forward_with_features([Segment(0, 0, text[:size], size)], LAYERS)
+        assert batch.present[i].nonzero()[:, 0].tolist() == list(range(begin, end))
+        assert batch.tokens[i, begin:end].tolist() == text[:size]
+        assert batch.said[i, : end - P].tolist() == text[answer.num_prompt + 1 :]
+        assert (batch.said[i, end - P :] == -1).all()
+        near = {"atol": 1e-4, "rtol": 1e-4}
+        torch.testing.assert_close(batch.features[i, begin + 1 : end], features[:-1], **near)
+        assert not batch.features[i, begin].any()
+        torch.testing.assert_close(batch.final[i, begin:end], features[:, -32:], **near)
+        torch.testing.assert_close(batch.log_mass[i, begin:end], logits.logsumexp(-1), **near)
+        assert batch.log_mass[i].isfinite().sum() == size
+
+
+def test_long_prompts_are_shown_by_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny_model("llama").float()
+    found = answered()
+    whole = training.batch_of(target, found, LAYERS)
+    monkeypatch.setattr(training, "MAX_PROMPT_TOKENS", 3)
+    cut = training.batch_of(target, found, LAYERS)
+    assert cut.num_prompt == 3
+    for name in ("tokens", "features", "present", "final", "log_mass"):
+        expected = getattr(whole, name)[:, whole.num_prompt - 3 :]
+        assert torch.equal(getattr(cut, name), expected), name
 
 
 def test_an_answer_that_goes_round_in_circles_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "LOOP_TOKENS", 12)
     monkeypatch.setattr(data, "LONGEST_LOOP", 4)
-    row = data._Row(0, Asked([1, 2], 0.0), [1, 2])
-    for token in [5, 6, 7, 8, 9, 10] + [1, 2, 3] * 3 + [1, 2]:
-        row.tokens.append(token)
-        assert not row.loops
-    row.tokens.append(3)
-    assert row.loops
+    tokens = torch.tensor([[1, 2, 5, 6, 7, 8, 9, 10, *[1, 2, 3] * 4, 0]])
+    begin = torch.tensor([2])
+    ended = [bool(data.loops(tokens, begin, torch.tensor([last]))) for last in range(2, 20)]
+    assert ended == [False] * 17 + [True]
+    assert not data.loops(tokens, torch.tensor([9]), torch.tensor([19]))  # some is the prompt's
+
+
+def test_hot_answers_are_drawn_as_the_target_has_them() -> None:
+    target = tiny_model("llama").float()
+    asked = [Asked([3, 5], 0.7)] * 600
+    found = data.answer(ModelRunner(target, 64, 40), asked, frozenset(), 1)
+    counts = torch.zeros(VOCABULARY)
+    for _, one in found:
+        counts[one.tokens[2]] += 1
+    logits = ModelRunner(target, 1, 8).forward([Segment(0, 0, [3, 5], 1)])[0]
+    expected = 600 * (logits / 0.7).softmax(-1)
+    often = expected > 5
+    assert (((counts - expected) ** 2 / expected)[often]).sum() < 2 * often.sum()
+
+
+def test_no_prompt_is_begun_when_time_is_up(tmp_path: Path) -> None:
+    runner = ModelRunner(tiny_model("llama").float(), 3, 64)
+    asked = [Asked(prompt, 0.0) for prompt in PROMPTS]
+    found = list(data.answer(runner, asked, frozenset(), 8, until=0.0))
+    assert 0 < len(found) < len(PROMPTS)
+    assert all(len(answer.tokens) == answer.num_prompt + 8 for _, answer in found)
 
 
 def test_recording_goes_on_where_it_stopped(
@@ -80,17 +125,15 @@ def test_recording_goes_on_where_it_stopped(
     runner = ModelRunner(tiny_model("llama").float(), 3, 64)
     asked = [Asked(prompt, 0.0) for prompt in PROMPTS]
     how = {"eos_token_ids": frozenset({7}), "max_answer_tokens": 24}
-    assert len(list(data.record(tmp_path, runner, asked, LAYERS, **how))) == 3
+    assert len(list(data.record(tmp_path, runner, asked, **how))) == 3
     files = sorted(tmp_path.iterdir())
     files[1].unlink()
-    (again,) = data.record(tmp_path, runner, asked, LAYERS, **how)
+    (again,) = data.record(tmp_path, runner, asked, **how)
     assert len(again) == 5
     whole = [answer for file in files for answer in data.read(file)]
-    for found, expected in zip(whole, answered(), strict=True):
-        assert found.num_prompt == expected.num_prompt
-        assert found.tokens.tolist() == expected.tokens.tolist()
-        torch.testing.assert_close(found.features, expected.features, atol=0.01, rtol=0.01)
-        torch.testing.assert_close(found.log_mass, expected.log_mass)
+    told = [(answer.num_prompt, answer.tokens.tolist()) for answer in whole]
+    assert told == sorted(told, key=lambda one: one[0])  # of like lengths together
+    assert sorted(told) == sorted((a.num_prompt, a.tokens.tolist()) for a in answered())
 
 
 def test_score_is_what_the_worker_accepts() -> None:
@@ -98,10 +141,10 @@ def test_score_is_what_the_worker_accepts() -> None:
     target = tiny_model("llama").float()
     head = tiny_head(tiny_model("llama")).float()
     found = answered()
-    trained = list(training.train(head, found, num_rounds=4, epochs=30, batch_tokens=60))
+    trained = list(training.train(head, target, found, num_rounds=4, epochs=30, batch_tokens=60))
     assert trained
     head.eval()
-    batches = [training.batch_of(found[i : i + 5], 32) for i in range(0, len(found), 5)]
+    batches = [training.batch_of(target, found[i : i + 5], LAYERS) for i in range(0, len(found), 5)]
     score = training.score(head, batches, 4)
     worker = Worker(
         target, proposer=FeatureChain(head, 4, 64, 4), length_source=FixedLength(4),
@@ -127,7 +170,7 @@ def test_training_lowers_the_loss_and_the_file_can_be_loaded(tmp_path: Path) -> 
     losses = [
         step.loss
         for step in training.train(
-            head, found, epochs=40, learning_rate=1e-2, batch_tokens=60, every=10
+            head, target, found, epochs=40, learning_rate=1e-2, batch_tokens=60, every=10
         )
     ]
     assert losses[-1] < 0.7 * losses[0]
@@ -155,26 +198,12 @@ def test_divergence_is_least_where_the_draft_says_what_the_target_says(
 def test_prompts_teach_the_first_draft_and_later_rounds_come_late() -> None:
     found = answered()
     head = tiny_head(tiny_model("llama")).float()
-    batch = training.batch_of(found, 32)
+    batch = training.batch_of(tiny_model("llama").float(), found, LAYERS)
     rounds = list(training.rounds(head, batch, 3))
     in_prompts = [int(counts[:, : -batch.said.shape[1]].sum()) for _, counts in rounds]
     assert in_prompts == [sum(len(prompt) for prompt in PROMPTS), 0, 0]
-    for i, answer in enumerate(found):
-        masses = batch.log_mass[i][batch.log_mass[i].isfinite()]
-        torch.testing.assert_close(masses, answer.log_mass)
-    assert [training.rounds_at(i / 10, 3) for i in (1, 6, 7, 8, 9, 10)] == [1, 1, 2, 3, 3, 3]
+    assert [training.rounds_at(i / 10, 3) for i in (1, 4, 5, 6, 8, 10)] == [1, 1, 2, 2, 3, 3]
     assert training.rounds_at(1.0, 1) == 1
-
-
-def test_answers_of_like_lengths_run_together_and_keep_their_places(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(data, "POOL_PROMPTS", 4)
-    asked = [Asked(list(range(size)), 0.0) for size in (9, 2, 7, 3, 5, 1)]
-    runner = ModelRunner(tiny_model("llama").float(), 2, 64)
-    found = list(data.answer(runner, asked, LAYERS, frozenset(), 4))
-    assert [place for place, _ in found] == [1, 3, 2, 0, 5, 4]
-    assert all(answer.num_prompt == len(asked[place].tokens) for place, answer in found)
 
 
 @pytest.mark.parametrize("kind", ["kl", "reverse-kl", "tv"])
@@ -202,21 +231,42 @@ def test_gradient_is_the_slope_of_the_divergence(
 
 def test_prompts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-
-    class Letters:
-        chat_template = None
-
-        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-            return [ord(letter) % VOCABULARY for letter in text]
-
     file.write_text('{"prompt": "abc"}\n{"question": "abc"}\n')
     with pytest.raises(ValueError, match="line 2: expected an object with a prompt"):
-        data.read_prompts(file, Letters(), 10, 0.8)
-    file.write_text('{"prompt": "abc"}\n{"prompt": "abcdefghijklmno"}\n{"prompt": "b"}\n')
-    asked = data.read_prompts(file, Letters(), 10, 0.8)
-    assert [(len(one.tokens), one.temperature) for one in asked] == [(3, 0.8), (1, 0.0)]
-    with pytest.raises(ValueError, match="no prompt of at most 0 tokens"):
-        data.read_prompts(file, Letters(), 0, 0.8)
+        data.read_prompts(file)
+    file.write_text('{"prompt": "abc"}\n')
+    assert data.read_prompts(file) == ["abc"]
+
+
+def test_what_one_tests_on_is_not_asked(tmp_path: Path) -> None:
+    file = tmp_path / "tested.jsonl"
+    eight = "who was the first man on the moon"
+    file.write_text(json.dumps({"question_id": 3, "turns": [f"Tell me: {eight}", "And why?"]}))
+    seven = "who was the first man on Mars"
+    texts = [f"I ask {eight.upper()} again", seven, "and why?", "and why so?"]
+    assert data.unlike(texts, file) == [seven, "and why so?"]
+
+
+class Letters:
+    """A tokenizer with a chat template."""
+
+    chat_template = "[]"
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **_: Any) -> str:
+        return f"<{turns[0]['content']}>"
+
+
+def test_prompts_go_into_the_template_and_what_is_too_long_is_left_out() -> None:
+    tokens = data.in_template(["ab", "abcdef", "c"], Letters(), 4)
+    assert ["".join(map(chr, one)) for one in tokens] == ["<ab>", "<c>"]
+    assert data.before_user(Letters()) == [ord("<")]
+    plain = Letters()
+    plain.chat_template = ""
+    with pytest.raises(ValueError, match="take a model with a chat template: give a file"):
+        data.before_user(plain)
 
 
 def test_head_begins_as_the_targets_last_layer_where_it_fits() -> None:
@@ -309,7 +359,7 @@ def test_answers_of_another_model_are_refused(shop: Shop, train_only: bool) -> N
 
 
 @pytest.mark.parametrize(
-    "change", [{"hot": 0.5}, {"seed": 1}, {"max_answer_tokens": 19}, {"parts": 2}, {"layers": (0,)}]
+    "change", [{"hot": 0.5}, {"seed": 1}, {"max_answer_tokens": 19}, {"parts": 2}]
 )
 def test_answers_of_another_recipe_are_refused(shop: Shop, change: dict[str, Any]) -> None:
     assert OF_ANOTHER in str(shop.run(shop.one, **change))
@@ -320,12 +370,21 @@ def test_answers_to_other_prompts_are_refused(shop: Shop) -> None:
     assert OF_ANOTHER in str(shop.run(shop.one))
 
 
-def test_training_asks_only_for_the_target_and_the_layers(shop: Shop) -> None:
+def test_training_asks_only_for_the_target(shop: Shop) -> None:
     out, own = shop.folder / "own.safetensors", {"train_only": True}
-    assert OF_ANOTHER in str(shop.run(shop.one, out, layers=(0, 2), **own))
-    shop.must(shop.one, out, seed=1, max_answer_tokens=10, **own)
+    shop.must(shop.one, out, seed=1, max_answer_tokens=10, layers=(0, 2), **own)
+    target = models.load(shop.one, device="cpu").model
+    assert feature_head.load(out, target).config.layers == (0, 2)
     # From a drafter on, the layers are the drafter's.
-    shop.must(shop.one, out, start=out, layers=())
+    shop.must(shop.one, out, start=out, layers=(), **own)
+    assert feature_head.load(out, target).config.layers == (0, 2)
+    assert "the model has" in str(shop.run(shop.one, out, layers=(99,), **own))
+
+
+def test_time_ends_training_at_the_lowest_rate(shop: Shop) -> None:
+    out = shop.folder / "own.safetensors"
+    shop.must(shop.one, out, epochs=100_000, train_minutes=0.02, train_only=True)
+    feature_head.load(out, models.load(shop.one, device="cpu").model)
 
 
 def test_answers_that_do_not_say_of_whom_they_are_are_refused(shop: Shop) -> None:
