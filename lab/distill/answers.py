@@ -27,7 +27,7 @@ from smartspec.engine_adapter.reference.feature_head import fingerprint
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 
 SHARD_ANSWERS = 128
-POOL_PROMPTS = 4096  #: of which those of like lengths are answered together
+POOL_PROMPTS = 4  #: per row, of which those of like lengths are answered together
 PREFILL_TOKENS = 1 << 14  #: of prompts taken in together, with what fills them up to one length
 TAKING_IN = 8  #: one of so many rows is for prompts that are taken in
 CHECK_STEPS = 16  #: after so many steps it is looked who is done, and others begin
@@ -204,7 +204,7 @@ def record(
     where a shard is there that was made in another way.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    asked = _pooled(asked)
+    asked = _pooled(asked, POOL_PROMPTS * runner.cache.num_rows)
     begins = range(0, len(asked), SHARD_ANSWERS)
     files = [folder / f"{begin:06}.safetensors" for begin in begins]
     common = origin(runner.model)
@@ -224,9 +224,9 @@ def record(
             yield whole
 
 
-def _pooled(asked: Sequence[Asked]) -> list[Asked]:
+def _pooled(asked: Sequence[Asked], size: int) -> list[Asked]:
     """Those of like lengths are neighbours, within a pool: rows are read up to the longest."""
-    pools = (asked[i : i + POOL_PROMPTS] for i in range(0, len(asked), POOL_PROMPTS))
+    pools = (asked[i : i + size] for i in range(0, len(asked), size))
     return [one for pool in pools for one in sorted(pool, key=lambda one: len(one.tokens))]
 
 
