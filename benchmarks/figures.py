@@ -1,9 +1,13 @@
-"""How a benchmark reports: a table for people, ``build/figures/<name>.json`` for the record."""
+"""How a benchmark reports: a table for people, ``build/figures/<name>.json`` for the record.
+
+The environment variable FIGURES_FOLDER names another folder.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from rich.table import Table
 from smartspec.lab import environment
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "build" / "figures"
+FOLDER = Path(os.environ.get("FIGURES_FOLDER") or ROOT / "build" / "figures").absolute()
 
 
 def record(
@@ -43,7 +47,7 @@ def record(
     if notes:
         content["notes"] = dict(notes)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {path.relative_to(ROOT)}")
+    print(f"written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return path
 
 

@@ -19,6 +19,9 @@ from transformers import AttentionInterface
 
 NAME = "smartspec_ragged"
 KEYWORD = "ragged_groups"  #: how a pass's groups travel through the model's keyword arguments
+#: Rows of a mask begin at multiples of so many elements: CUDA's attention with a mask reads no
+#: others, and torch would copy the mask to such in every layer.
+MASK_ALIGNMENT = 16
 
 _IGNORED = {
     "position_ids",
@@ -88,14 +91,16 @@ class Group:
         """
         key = (num_folded, dtype)
         if key not in self._masks:
-            places = torch.arange(self.num_context, device=self.slots.device)
+            aligned = -(-self.num_context // MASK_ALIGNMENT) * MASK_ALIGNMENT
+            places = torch.arange(aligned, device=self.slots.device)
             if self.trees is None:
                 hidden = places > self.slots[:, :, None]
             else:
                 hidden = self.trees.hidden(places)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             bias.masked_fill_(hidden, -torch.inf)
-            self._masks[key] = bias.repeat(1, num_folded, 1)[:, None]
+            mask = bias.repeat(1, num_folded, 1)[:, None]
+            self._masks[key] = mask[..., : self.num_context]
         return self._masks[key]
 
 

@@ -123,9 +123,11 @@ class DraftModel:
             if depth == 0:
                 tokens, sure = self._first_drafts(chosen)
             else:
-                before, last, _ = passes[-1]
-                stayed = torch.from_numpy(np.flatnonzero(np.isin(before, rows)))
-                fresh = last[stayed.to(last.device)]
+                before, fresh, _ = passes[-1]
+                if len(rows) < len(before):
+                    stayed = torch.from_numpy(np.flatnonzero(np.isin(before, rows)))
+                    # To wait here would be to wait for the pass before.
+                    fresh = fresh[stayed.to(fresh.device, non_blocking=True)]
                 segments = [Segment(s.row, s.num_tokens + depth - 1, [0], 1) for s in chosen]
                 logits = self._runner.forward(segments, fresh)
                 self._spent = self._spent.plus(num_forwards=1)

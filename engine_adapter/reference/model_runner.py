@@ -77,6 +77,9 @@ class ModelRunner:
         self.model.train(False)
         pack(self.model)
         self.device = model.device
+        if self.device.type == "cuda":
+            # cuDNN's attention is planned anew for every shape, and contexts grow with every step.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.cache = KvCache(num_rows, max_model_len)
         self._install()
 
@@ -315,7 +318,9 @@ class ModelRunner:
                 f"{name} keeps {self.cache.num_layers} of {layers} layers in the KV cache"
             )
         found = torch.cat(parts).float()
-        tolerance = 0.05 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        # Rounding adds up over layers: of random weights to 0.005 times the root of their number.
+        half = self.model.dtype in (torch.bfloat16, torch.float16)
+        tolerance = max(0.05, 0.02 * layers**0.5) if half else 1e-3
         error = float((found - expected).abs().max() / expected.abs().max())
         if not error <= tolerance:
             raise ModelNotSupported(

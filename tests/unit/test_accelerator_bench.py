@@ -11,7 +11,7 @@ NUM_WORDS = 512
 
 def text(first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens that the target says after ``first``, and their positions."""
-    script, tokens = Script(NUM_WORDS), [first]
+    script, tokens = Script(NUM_WORDS, size), [first]
     for position in range(size - 1):
         said = script.following(torch.tensor(tokens[-1:]), torch.tensor([position]))
         tokens.append(int(said))
@@ -21,7 +21,7 @@ def text(first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("kind", range(len(ACCURACY)))
 def test_drafts_of_a_class_are_right_as_often_as_it_has_it_and_as_sure(kind: int) -> None:
     tokens, positions = text(40 + kind, 4000)
-    script = Script(NUM_WORDS)
+    script = Script(NUM_WORDS, len(tokens))
     assert (tokens % len(ACCURACY) == kind).all() and int(tokens.max()) < NUM_WORDS
     said, sure = script.drafted(tokens, positions)
     right = said == script.following(tokens, positions)
