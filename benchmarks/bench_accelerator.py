@@ -235,6 +235,7 @@ class Turn(NamedTuple):
     s: float = 0.0
     tokens: int = 0
     num_verified: int = 0  #: drafts
+    num_forwards: int = 0  #: of the draft model
     target_s: float = 0.0
     draft_s: float = 0.0
 
@@ -244,6 +245,7 @@ class Turn(NamedTuple):
             self.s + step_s,
             self.tokens + int(facts.num_emitted.sum()),
             self.num_verified + int(facts.num_drafted.sum()),
+            self.num_forwards + facts.num_draft_forwards,
             self.target_s + (facts.target_s or 0.0),
             self.draft_s + (facts.draft_s or 0.0),
         )
@@ -370,7 +372,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="default: wide; tiny on a CPU")
     parser.add_argument("--batches", type=int, nargs="+", help="default: the shape's")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--turn-s", type=float, default=0.4)
+    parser.add_argument("--turn-s", type=float, default=0.35)
     parser.add_argument("--warm-up-s", type=float, default=5.0, help="at each batch size")
     parser.add_argument("--raw", type=Path, default=FOLDER / "accelerator.jsonl")
     args = parser.parse_args()

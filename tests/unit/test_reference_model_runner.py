@@ -18,7 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from smartspec.engine_adapter.reference.attention import ModelNotSupported
+from smartspec.engine_adapter.reference.attention import MASK_ALIGNMENT, Group, ModelNotSupported
 from smartspec.engine_adapter.reference.draft_tree import ROOT, lineage
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import (
@@ -168,6 +168,16 @@ def test_logits_are_right_when_a_tree_grows_over_several_passes() -> None:
     ):  # fmt: skip
         expected = plain_logits(plain, prompt + path)[-1]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_context", [1, 16, 37])
+def test_rows_of_a_mask_are_aligned_when_the_context_is_not(num_context: int) -> None:
+    slots = torch.tensor([[num_context - 1, 0]])
+    mask = Group(0, 1, num_context, slots, None, None).mask(3, torch.float32)
+    assert mask.shape == (1, 1, 6, num_context) and mask.stride(-1) == 1
+    assert all(step % MASK_ALIGNMENT == 0 for step in mask.stride()[:-1])
+    seen = (mask[0, 0] == 0).sum(1)
+    assert seen.tolist() == [num_context, 1] * 3
 
 
 def test_tokens_on_the_device_take_the_place_of_the_segments_own() -> None:
