@@ -278,7 +278,7 @@ def read(path: Path) -> list[Answer]:
 def read_prompts(file: Path) -> list[str]:
     """Of a file of JSON lines, each with a text as ``prompt``. Raises ValueError."""
     found = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text().rstrip("\n").split("\n"), 1):
         try:
             found.append(json.loads(line)["prompt"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -295,7 +295,7 @@ def runs_of_words(text: str) -> set[tuple[str, ...]]:
 def unlike(texts: Sequence[str], file: Path) -> list[str]:
     """Texts that share no run of words with any text in a file of JSON lines."""
     avoided: set[tuple[str, ...]] = set()
-    for line in file.read_text().splitlines():
+    for line in file.read_text().rstrip("\n").split("\n"):
         for value in json.loads(line).values():
             for text in value if isinstance(value, list) else [value]:
                 avoided |= runs_of_words(str(text))
