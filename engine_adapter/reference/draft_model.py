@@ -158,11 +158,11 @@ class DraftModel:
         self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
     ) -> Proposal:
         bands = temperature_bands(s.request.sampling for s in sequences)
-        proposal = self._grow(sequences, Growth(self._calibration, bands, lengths, prices))
+        growth = Growth(self._calibration, bands, lengths, prices)
         # Whose first draft will be looked at in the next step: as far as these prices tell.
-        anew = Growth(self._calibration, bands, lengths, prices).starting()
-        self._goes_on = {sequences[place].id for place in anew.tolist()}
-        return proposal
+        ahead = growth.starting()
+        self._goes_on = {sequences[place].id for place in ahead.tolist()}
+        return self._grow(sequences, growth)
 
     def _note(
         self, sequences: list[Sequence], trees: list[DraftTree], slots: list[list[int]]

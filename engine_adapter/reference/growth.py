@@ -44,7 +44,7 @@ class Cut(NamedTuple):
     @property
     def verified(self) -> list[DraftTree]:
         pairs = zip(self.drafted, self.num_verified.tolist(), strict=True)
-        return [tree.first(size) for tree, size in pairs]
+        return [tree if size == tree.size else tree.first(size) for tree, size in pairs]
 
     def accepted(
         self, drawn: Sequence[Sequence[int]], paths: Sequence[list[int]]
@@ -112,15 +112,19 @@ class Growth:
         self._bands = bands
         self._most = most
         self._prices = prices
-        self._found: tuple[Best, I64] | None = None  # of the candidates as they are
+        # Of the candidates as they are.
+        self._found: tuple[Best, I64] | None = None
+        self._starting: I64 | None = None
 
     def starting(self) -> I64:
         """Whom the drafter should be run for, of those whose root it was not run from yet."""
-        begun = self.candidates.begun
-        roots = Level.of(np.flatnonzero(~begun))
-        least = self._best()[0].least[roots.places]
-        roots = roots.where(self.candidates.open(roots) > least)
-        return roots.where(self._worth_running(roots, not begun.any())).places
+        if self._starting is None:
+            begun = self.candidates.begun
+            roots = Level.of(np.flatnonzero(~begun))
+            least = self._best()[0].least[roots.places]
+            roots = roots.where(self.candidates.open(roots) > least)
+            self._starting = roots.where(self._worth_running(roots, not begun.any())).places
+        return self._starting
 
     def next_level(self, room: npt.ArrayLike) -> Level:
         """What the drafter should run next: nodes whose parents it has run.
@@ -133,7 +137,7 @@ class Growth:
     def add(self, level: Level, children: Children) -> None:
         """What the drafter says may follow each node of ``level``, which it has run."""
         self.candidates.add(level, children)
-        self._found = None
+        self._found = self._starting = None
 
     def cut(self, luck: F64) -> Cut:
         """What was drafted, and what of it is verified."""
