@@ -19,7 +19,6 @@ level.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,13 +30,16 @@ from smartspec.engine_adapter.lengths import (
     request_survivals,
     request_weights,
 )
-from smartspec.engine_adapter.ranking import Stretch, best_count, freely, stretches
+from smartspec.engine_adapter.ranking import PricedCurve, freely
 
 NUM_LEVELS = 16
 NEVER = 255  #: in the place of the level of a draft that is never worth it, or beyond the depth
 
 #: The levels of a request's drafts in one bucket: of the first 0, 1, 2, ... of them.
 Beginnings = tuple[bytes, ...]
+
+#: A step's price in tokens, up to so many drafts: but for them, and of each.
+Line = tuple[int, float, float]
 
 
 class Levels:
@@ -76,7 +78,7 @@ class Levels:
         draft: DraftCost,
     ) -> None:
         size, (max_length, num_buckets) = len(correction), log_survival.shape
-        self._terms = value_of_time, draft.by_depth(depth), draft.per_token_s
+        by_depth_s = draft.by_depth(depth)
         depth = min(depth, max_length, longest)
         buckets = np.tile(np.arange(num_buckets), size)
         items = request_survivals(log_survival[:depth], buckets, np.repeat(correction, num_buckets))
@@ -101,13 +103,11 @@ class Levels:
         self.table = _table(levels, num_buckets)
         self.expect(np.arange(num_buckets))
         self._worths: list[float] = (total / number).tolist()  #: mean of each level, falling
-        self._losses = [-worth for worth in self._worths]
-        self._last = [0.0, *self._worths]  #: worth of an item of the last of so many levels
+        self._priced = PricedCurve(curve, value_of_time, by_depth_s, draft.per_token_s)
         self._size, self._most = size, size * depth
-        self._where: tuple[int, list[Stretch]] = -1, []  #: with so many other tokens
-        self._freely = 0  #: the same: up to so many drafts all are worth it
-        self._weight_sum = float(size if weight is None else weight.sum())
-        self._curve = curve
+        self._prepared_for = -1  #: other tokens. With so many:
+        self._lines: list[Line] = []
+        self._freely = 0  #: up to so many drafts all are worth it
 
     def expect(self, buckets: npt.NDArray[np.integer]) -> None:
         """The bucket of each value that the features of a request may have, [V]."""
@@ -117,21 +117,25 @@ class Levels:
         """The levels of the ``count`` drafts of a request."""
         return self.table[row][self.buckets[value]][count]
 
-    def prepare(self, num_other_tokens: int) -> list[Stretch]:
-        """Where a step with so many other tokens may end: `split` need not find it again."""
-        known, where = self._where
-        if known != num_other_tokens:
-            price, by_depth_s, per_draft_s = self._terms
-            before = self._size + num_other_tokens
-            where = stretches(
-                self._curve, price, before, self._most, by_depth_s, per_draft_s, self._losses
-            )
-            self._where = num_other_tokens, where
-            self._freely = freely(where, self._last[-1])
-        return where
+    def prepare(self, num_other_tokens: int) -> None:
+        """Find what a step with so many other tokens costs: `split` need not find it again."""
+        if num_other_tokens == self._prepared_for:
+            return
+        self._prepared_for = num_other_tokens
+        where = list(self._priced.stretches(self._size + num_other_tokens, self._most))
+        self._freely = freely(where, self._worths[-1] if self._worths else 0.0)
+        self._lines, last = [], -1
+        for low, high, _, price, draft_price in where:
+            for end in (low, high):
+                if end > last:
+                    self._lines.append((end, price, draft_price))
+                    last = end
 
     def split(self, found: Sequence[bytes], num_other_tokens: int) -> tuple[int, int]:
         """What is to be verified: drafts of how many levels, and how many of the next besides.
+
+        Gain and price are straight between the ends of levels and those of pieces of the curve, so
+        that one of these is the best.
 
         Parameters
         ----------
@@ -139,26 +143,32 @@ class Levels:
         num_other_tokens : as of `choose_lengths`
         """
         every = b"".join(found)
-        where = self.prepare(num_other_tokens)
+        self.prepare(num_other_tokens)
         if len(every) <= self._freely:
             return len(self._worths), 0
-        count, gain = 0, self._weight_sum
-        counts, gains = [count], [gain]
+        lines = iter(self._lines)
+        end, price, draft_price = next(lines)
+        count, gain = 0, 0.0
+        best, best_value = (0, 0), -price
         for level, worth in enumerate(self._worths):
             number = every.count(level)
-            count += number
+            if not number:
+                continue
+            begin, count = count, count + number
             gain += number * worth
-            counts.append(count)
-            gains.append(gain)
-        best, _, _ = best_count(where, counts, gains, self._last)
-        if best == count:
-            return len(self._worths), 0
-        split = bisect_right(counts, best) - 1
-        return split, best - counts[split]
+            while end < count:
+                value = gain - (count - end) * worth - price - draft_price * end
+                if value > best_value:
+                    best, best_value = (level, end - begin), value
+                end, price, draft_price = next(lines)
+            value = gain - price - draft_price * count
+            if value > best_value:
+                best, best_value = (level + 1, 0), value
+        return best
 
 
 class _Shared(dict[bytes, Beginnings]):
-    """Beginnings of strings. Equal strings share theirs: they are few, and stay in caches."""
+    """Beginnings of strings."""
 
     def __missing__(self, string: bytes) -> Beginnings:
         self[string] = made = tuple([string[:count] for count in range(len(string) + 1)])
@@ -166,7 +176,17 @@ class _Shared(dict[bytes, Beginnings]):
 
 
 def _table(levels: npt.NDArray[np.uint8], num_buckets: int) -> list[tuple[Beginnings, ...]]:
-    """Of ``levels``, [B * num_buckets, longest], by request and bucket."""
+    """Of ``levels``, [B * num_buckets, longest], by request and bucket.
+
+    Equal strings are one, and so are equal rows: they are few, and stay in caches.
+    """
     longest, every = levels.shape[1], levels.tobytes()
-    strings = [every[i * longest : (i + 1) * longest] for i in range(len(levels))]
-    return list(zip(*[map(_Shared().__getitem__, strings)] * num_buckets, strict=True))
+    width = num_buckets * longest
+    shared, made, table = _Shared(), dict[bytes, tuple[Beginnings, ...]](), []
+    for i in range(len(levels) // num_buckets):
+        row = every[i * width : (i + 1) * width]
+        if row not in made:
+            strings = [row[j * longest : (j + 1) * longest] for j in range(num_buckets)]
+            made[row] = tuple(map(shared.__getitem__, strings))
+        table.append(made[row])
+    return table

@@ -17,6 +17,7 @@ daemon has come or gone is logged too, at INFO and seldom, and never from `choos
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -72,6 +73,7 @@ MAX_RECEIVE_S = 0.005  #: nor one that sends large frames; what is left waits fo
 EVENTS, POLLIN, POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 ROSTERS_KEPT = 16  #: a policy lags a few reports at most
 NO_LENGTHS = np.empty(0, np.int64)
+LONG_AGO = -math.inf
 
 
 #: What is logged of the daemon, by how it is.
@@ -148,7 +150,7 @@ class EngineLink:
         self._endpoint = endpoint
         self._log = logger
         self._told = ""  #: of `TOLD`
-        self._tell_at = -np.inf
+        self._tell_at = LONG_AGO
         self._began_at = clock()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: Any = socket  # zmq's methods have more to them than LinkSocket's
@@ -158,11 +160,11 @@ class EngineLink:
         self._program: Program | None = None
         self._probe_pending = False
         self._daemon_epoch: int | None = None
-        self._refused_until = -np.inf
-        self._heard_at = -np.inf
-        self._policy_heard_at = -np.inf  #: the last word of the daemon whose policy is in force
-        self._sent_at = -np.inf
-        self._next_hello_at = -np.inf
+        self._refused_until = LONG_AGO
+        self._heard_at = LONG_AGO
+        self._policy_heard_at = LONG_AGO  #: the last word of the daemon whose policy is in force
+        self._sent_at = LONG_AGO
+        self._next_hello_at = LONG_AGO
         self._hello_wait_s = HELLO_S[0]
         self._seq = 0
         self._chosen_by: tuple[int, str] = (0, "own")
@@ -172,9 +174,9 @@ class EngineLink:
         self._roster_sent = False
         self._hello_due = False
         self._looked = False  #: whether `choose` has received in this step
-        self._prepared_at = -np.inf  #: when `prepare` has, for the next `choose`
+        self._prepared_at = LONG_AGO  #: when `prepare` has, for the next `choose`
         self._prepared: Ready | None = None  #: for the next step,
-        self._ready_until = -np.inf  #: if that comes before
+        self._ready_until = LONG_AGO  #: if that comes before
         self._writable = False  #: whether the socket took frames when last asked: asking is dear
         self._closed = False
 
@@ -185,7 +187,7 @@ class EngineLink:
         try:
             if self._clock() - self._prepared_at > PREPARED_S:
                 self._receive()
-            self._prepared_at, self._looked, self._prepared = -np.inf, True, None
+            self._prepared_at, self._looked, self._prepared = LONG_AGO, True, None
             choice = self._steer(batch)
             if self._probe_pending and choice is not None and choice.source == "policy":
                 self._probe_pending = False
@@ -237,7 +239,7 @@ class EngineLink:
         ready, self._prepared = self._prepared, None
         if ready is None or self._probe_pending or self._clock() > self._ready_until:
             return None
-        self._prepared_at, self._looked = -np.inf, True
+        self._prepared_at, self._looked = LONG_AGO, True
         self._chosen_by = ready.by.policy_seq, ready.by.source
         self.stats.state = ready.by.source
         return ready
@@ -373,7 +375,7 @@ class EngineLink:
             self._install(newest)
         if self._hello_due:  # once, however often it was asked for
             self._hello_due = False
-            self._next_hello_at = -np.inf
+            self._next_hello_at = LONG_AGO
             self._say_hello()
 
     def _refuse(self, reason: str) -> None:
@@ -390,7 +392,7 @@ class EngineLink:
             # Another daemon, which knows nothing of us. The old one's policy lives out its time.
             self._hello_due = self._daemon_epoch is not None
             self._daemon_epoch = daemon_epoch
-            self._refused_until = -np.inf
+            self._refused_until = LONG_AGO
             self.stats.num_connections += 1
         self._heard_at = self._clock()
         if self._program is not None and self._program.policy.daemon_epoch == daemon_epoch:

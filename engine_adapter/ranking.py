@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
@@ -39,47 +39,63 @@ class Ranked(NamedTuple):
 
 
 #: A piece of the cost curve that the step may end in: the fewest drafts (but 0) that end in it, and
-#: the most; how many levels of drafts bring more than a draft costs here; the step's price in
-#: tokens but for the drafts, and each draft's.
+#: the most; how many drafts bring more than one costs here; the step's price in tokens but for the
+#: drafts, and each draft's.
 Stretch = tuple[int, int, int, float, float]
 
 
-def stretches(
-    curve: CostCurve,
-    value_of_time: float,
-    before: int,
-    most: int,
-    drafting_s: float,
-    per_draft_s: float,
-    losses: Sequence[float],
-    sunk_s: float = 0.0,
-) -> list[Stretch]:
-    """Where a step may end.
-
-    The first is no piece: it is the step without drafts.
+class PricedCurve:
+    """A cost curve in tokens, at what a second is worth: what can be known of it before a step.
 
     Parameters
     ----------
-    before : tokens of the pass without the drafts
-    most : drafts that there can be
+    curve, value_of_time : as of `choose_lengths`
     drafting_s, per_draft_s : what drafting costs where there is any, and for each draft
-    losses : of the levels of drafts: their worths with the sign turned, rising
+    losses : of the drafts: their worths with the sign turned, rising
     sunk_s : what drafting costs where there is none
     """
-    pieces = curve.pieces()
-    first = bisect_right(pieces, before, key=_begin) - 1
-    without_s = pieces[first].at(before) + sunk_s
-    found: list[Stretch] = [(0, 0, 0, value_of_time * without_s, 0.0)]
-    for begin, end, begin_s, slope in islice(pieces, first, None):
-        low, high = max(1, math.ceil(begin - before)), min(most, math.floor(end - before))
-        if low > most:
-            break
-        if low <= high:
+
+    def __init__(
+        self,
+        curve: CostCurve,
+        value_of_time: float,
+        drafting_s: float,
+        per_draft_s: float,
+        losses: Sequence[float] = (),
+        sunk_s: float = 0.0,
+    ) -> None:
+        self._drafting = value_of_time * drafting_s
+        self._sunk = value_of_time * sunk_s
+        self._begins: list[float] = []
+        #: First and last number of tokens, drafts that pay, price of none, of each, of each draft.
+        self._pieces: list[tuple[int, int, int, float, float, float]] = []
+        for begin, end, begin_s, slope in curve.pieces():
             draft_price = value_of_time * (slope + per_draft_s)
-            at_0_s = begin_s + slope * (before - begin) + drafting_s
-            level = bisect_left(losses, -draft_price)
-            found.append((low, high, level, value_of_time * at_0_s, draft_price))
-    return found
+            paying = bisect_left(losses, -draft_price)
+            of_none, of_each = value_of_time * (begin_s - slope * begin), value_of_time * slope
+            priced = math.ceil(begin), math.floor(end), paying, of_none, of_each, draft_price
+            self._begins.append(begin)
+            self._pieces.append(priced)
+
+    def stretches(self, before: int, most: int) -> Iterator[Stretch]:
+        """Where a step may end. The first is no piece: it is the step without drafts.
+
+        Parameters
+        ----------
+        before : tokens of the pass without the drafts
+        most : drafts that there can be
+        """
+        first = bisect_right(self._begins, before) - 1
+        _, _, _, of_none, of_each, _ = self._pieces[first]
+        yield 0, 0, 0, of_none + of_each * before + self._sunk, 0.0
+        drafting, furthest = self._drafting, before + most
+        for begin, end, paying, of_none, of_each, draft_price in islice(self._pieces, first, None):
+            if begin > furthest:
+                break
+            low = begin - before if begin > before else 1
+            high = end - before if end < furthest else most
+            if low <= high:
+                yield low, high, paying, of_none + of_each * before + drafting, draft_price
 
 
 def freely(where: Sequence[Stretch], least: float) -> int:
@@ -91,36 +107,6 @@ def freely(where: Sequence[Stretch], least: float) -> int:
             break
         count, price = high, at_0 + high * draft_price
     return count
-
-
-def best_count(
-    where: Iterable[Stretch],
-    counts: Sequence[int],
-    gains: Sequence[float],
-    worths: Sequence[float],
-) -> tuple[int, float, float]:
-    """How many drafts to take, what the step brings then, and its price in tokens.
-
-    Parameters
-    ----------
-    where : of `stretches`
-    counts, gains : drafts of the best 0, 1, 2, ... levels, and what the step brings with them
-    worths : of a draft of the last of these
-    """
-    most = counts[-1]
-    best, best_value = (0, 0.0, 0.0), -math.inf
-    for low, high, level, price, draft_price in where:
-        if low > most:
-            break
-        count = counts[level]
-        if count < low or count > high:
-            count = low if count < low else min(high, most)
-            level = bisect_left(counts, count)
-        gain = gains[level] - (counts[level] - count) * worths[level]
-        price += draft_price * count
-        if gain - price > best_value:
-            best, best_value = (count, gain, price), gain - price
-    return best
 
 
 class Ranking:
@@ -148,16 +134,23 @@ class Ranking:
         self._value_of_time = value_of_time
         self._curves = curves
         self._draft = draft
-        self._by_depth_s = draft.by_depth(max(depth, ladder.deepest_floor))
-        self._num_forced = int(ladder.forced_drafts)
         rows, loss, gains = ladder.ranked(depth)
         self._rows: list[int] = rows.tolist()
         #: lengths that so many of the items make
         self._known: tuple[int, list[int]] = 0, ladder.lengths(0, depth).tolist()
-        self._losses: list[float] = loss.tolist()
-        self._counts = range(bisect_left(self._losses, math.inf) + 1)
+        losses: list[float] = loss.tolist()
+        self._most = bisect_left(losses, math.inf)
         self._gains: list[float] = gains.tolist()
-        self._worths = [0.0, *(-loss).tolist()]
+        by_depth_s = draft.by_depth(max(depth, ladder.deepest_floor))
+        # What floors take is paid for whatever is chosen.
+        self._forced = forced = int(ladder.forced_drafts)
+        self._forced_price = value_of_time * draft.per_token_s * forced
+        sunk_s = by_depth_s if forced else draft.sunk_s
+        self._priced = {
+            curve: PricedCurve(curve, value_of_time, by_depth_s, draft.per_token_s, losses, sunk_s)
+            for curve in curves
+            if curve.mode != UNIFORM
+        }
         self._uniform: list[tuple[list[int], float]] = []  #: lengths, gain
         if any(curve.mode == UNIFORM for curve in curves):
             for length in range(min(depth, ladder.max_length) + 1):
@@ -200,16 +193,19 @@ class Ranking:
         return best
 
     def _best_ragged(self, curve: CostCurve, num_other_tokens: int) -> Ranked:
-        per_draft_s, forced = self._draft.per_token_s, self._num_forced
-        # What floors take is paid for whatever is chosen.
-        fixed_s = self._by_depth_s + per_draft_s * forced if forced else 0.0
-        drafting_s = 0.0 if forced else self._by_depth_s
-        before, most = self._size + num_other_tokens + forced, self._counts[-1]
-        price, sunk_s = self._value_of_time, 0.0 if forced else self._draft.sunk_s
-        given = drafting_s, per_draft_s, self._losses, sunk_s
-        where = stretches(curve, price, before, most, *given)
-        count, gain, step_price = best_count(where, self._counts, self._gains, self._worths)
-        return Ranked(self._lengths(count), curve.mode, gain, step_price + price * fixed_s)
+        before = self._size + self._forced + num_other_tokens
+        where = self._priced[curve].stretches(before, self._most)
+        best, best_gain, best_price, best_value = 0, 0.0, 0.0, -math.inf
+        for low, high, count, price, draft_price in where:
+            if count < low:
+                count = low
+            elif count > high:
+                count = high
+            gain = self._gains[count]
+            price += draft_price * count
+            if gain - price > best_value:
+                best, best_gain, best_price, best_value = count, gain, price, gain - price
+        return Ranked(self._lengths(best), curve.mode, best_gain, best_price + self._forced_price)
 
     def _lengths(self, count: int) -> list[int]:
         """The lengths that so many items make: the last ones, but for the items in between."""

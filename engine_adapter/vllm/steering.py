@@ -148,7 +148,7 @@ class Steering:
         self._pending: tuple[Group, DecodeBatch, Choice, Found | None] | None = None
         self._steps: dict[int, Step] = {}  #: scheduled
         self._ended: list[Step] = []  #: to be reported
-        self._ended_s = -np.inf
+        self._ended_s = -np.inf  #: the last step that was reported
 
     def close(self) -> None:
         """Take everything out again; idempotent."""
@@ -290,7 +290,9 @@ class Steering:
         """Cut drafts to what is chosen, and set what is drafted next."""
         group = plan.group
         for i, request, most in plan.near:
-            lengths[i] = min(lengths[i], self._room(request, most))
+            room = self._room(request, most)
+            if lengths[i] > room:
+                lengths[i] = room
         if not self._method.is_lookup:
             if lengths:  # else the length of the last batch stands for the next
                 self._live.length = max(lengths)
@@ -341,7 +343,8 @@ class Steering:
         """Do all that can wait until the device runs."""
         step = self._steps.get(id(output))
         if step is not None:
-            self._weigh(step)
+            if step.ceiling is None:
+                self._weigh(step)
             self._note_head(step)
         self._report()
         self._follow(step.group if step is not None else None)
@@ -351,9 +354,7 @@ class Steering:
         self.source.prepare(self._plan.batch, features)
 
     def _weigh(self, step: Step) -> None:
-        """Note who is in the pass and what it reads; idempotent. Before the next ``schedule()``."""
-        if step.ceiling is not None:
-            return
+        """Note who is in the pass and what it reads; once, before the next ``schedule()``."""
         if step.found is not None:
             step.found = step.found.noted(step.group.requests)
         step.weigh()
@@ -371,7 +372,9 @@ class Steering:
         for step in ended:
             if step.found is not None:
                 self._copies.learn(step.found, step.came())
-            facts = step.facts(self._method, num_waiting, kv_usage)
+            begun_s = max(step.scheduled_s, self._ended_s)
+            self._ended_s = step.ended_s
+            facts = step.facts(self._method, begun_s, num_waiting, kv_usage)
             self.stats.num_steps += 1
             self.stats.num_steered_steps += step.choice.source in IN_FORCE
             self.stats.num_drafted += int(facts.num_drafted.sum())
@@ -388,9 +391,9 @@ class Steering:
         step = self._steps.pop(id(output), None)
         if step is None:
             return None
-        step.step_s = max(now - max(step.scheduled_s, self._ended_s), 1e-9)
-        self._ended_s = now
-        self._weigh(step)
+        step.ended_s = now
+        if step.ceiling is None:  # no masks were asked for
+            self._weigh(step)
         step.take_results(result, not self._steps and self._scheduler.running == step.running)
         return step
 

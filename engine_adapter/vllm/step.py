@@ -7,8 +7,8 @@ the device runs a later one (`Step.facts`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass
 from itertools import repeat
 from operator import attrgetter
 from typing import Any
@@ -74,10 +74,9 @@ class Step:
     features: Any = None  #: [F, B], of the group
     context_tokens: int = 0
     num_decode_tokens: int = 0  #: of the group, in the pass
-    step_s: float = 0.0
-    _places: dict[str, int] = field(default_factory=dict)  #: of requests, in `_num_sampled`
-    _sampled: list[list[int]] = field(default_factory=list)  #: what the worker brought
-    _num_sampled: list[int] = field(default_factory=list)  #: of these, before vLLM took them in
+    ended_s: float = 0.0  #: when its results came
+    _result: Any = None  #: vLLM's, of the worker
+    _num_sampled: Sequence[int] = ()  #: of its tokens, before vLLM took them in
     _counts: npt.NDArray[np.bool_] | None = None  #: [B], what vLLM takes in; None: everything
 
     def weigh(self) -> None:
@@ -104,29 +103,32 @@ class Step:
 
         ``is_last``: no step was scheduled since, and nobody has left.
         """
-        self._sampled = result.sampled_token_ids
-        self._num_sampled = list(map(len, self._sampled))
-        self._places = result.req_id_to_index if self._num_sampled else {}
+        self._result = result
+        self._num_sampled = list(map(len, result.sampled_token_ids))
         if not is_last:  # vLLM drops results of requests that are gone, or were preempted
             self._counts = np.array(
                 [not (r.num_stale_output_tokens or r.is_finished()) for r in self.group.requests],
                 bool,
             )
 
+    def _places(self) -> list[int]:
+        """Of the group in what the worker brought, [B]; -1, where nothing follows: not in it."""
+        places = self._result.req_id_to_index if self._num_sampled else {}
+        return list(map(places.get, self.group.names, repeat(-1)))
+
     def came(self) -> list[list[int]]:
         """Tokens that the step brought, [B] of the group."""
-        sampled = [*self._sampled, []]
-        return [sampled[self._places.get(name, -1)] for name in self.group.names]
+        sampled = [*self._result.sampled_token_ids, []]
+        return [sampled[place] for place in self._places()]
 
-    def facts(self, method: Method, num_waiting: int, kv_usage: float) -> StepFacts:
+    def facts(self, method: Method, begun_s: float, num_waiting: int, kv_usage: float) -> StepFacts:
         """What there is to report, once vLLM has taken the results in; load as it is by then."""
         group, ceiling, features = self.group, self.ceiling, self.features
         names, size = group.names, len(group.names)
-        # A request without a result is at the last place, which brings nothing.
-        places = np.fromiter(map(self._places.get, names, repeat(-1)), np.int64, size)
+        places = self._places()
         num_sampled = np.array([*self._num_sampled, 0])[places]
         # vLLM has cut these very lists to what went into the answers.
-        num_emitted = np.array([*map(len, self._sampled), 0])[places]
+        num_emitted = np.array([*map(len, self._result.sampled_token_ids), 0])[places]
         output = self.output
         drafts = output.scheduled_spec_decode_tokens
         num_drafted = sizes(map(drafts.get, names, repeat(())), size)
@@ -148,7 +150,7 @@ class Step:
             num_drafted=num_drafted.astype(np.uint8),
             num_accepted=np.minimum(num_sampled - 1, num_drafted).astype(np.uint8),
             num_emitted=num_emitted.astype(np.uint8),
-            step_s=self.step_s,
+            step_s=max(self.ended_s - begun_s, 1e-9),
             target_s=None,
             draft_s=None,
             context_tokens=self.context_tokens,

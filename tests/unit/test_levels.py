@@ -156,3 +156,10 @@ def test_what_is_never_worth_a_token_has_no_level() -> None:
     assert levels.of(0, 0, 3) == bytes([0, 1]) + never
     assert levels.of(1, 1, 3) == 3 * never
     assert levels.split([levels.of(0, 0, 2), levels.of(1, 1, 1)], 0) == (2, 0)
+
+
+def test_all_is_cut_when_a_policy_drafts_nothing() -> None:
+    curve = CostCurve(RAGGED, [1.0, 4.0], [1.0, 1.1])
+    levels = Levels(np.log([[0.9]]), np.ones(2), None, None, 3, 1.0, 0, curve, DraftCost())
+    found = [levels.of(0, 0, 3), levels.of(1, 0, 0)]
+    assert found == [bytes([NEVER] * 3), b""] and levels.split(found, 0) == (0, 0)

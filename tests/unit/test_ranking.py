@@ -13,7 +13,7 @@ from smartspec.engine_adapter.lengths import (
     Ladder,
     choose_lengths,
 )
-from smartspec.engine_adapter.ranking import Ranking, freely, stretches
+from smartspec.engine_adapter.ranking import PricedCurve, Ranking, freely
 
 
 def _ladder(rng: np.random.Generator, size: int, longest: int) -> Ladder:
@@ -78,8 +78,8 @@ def test_drafts_are_taken_freely_as_far_as_none_costs_more_than_any_brings() -> 
     def free(
         least: float, drafting_s: float = 0.0, per_draft_s: float = 0.0, before: int = 2
     ) -> int:
-        found = stretches(curve, 1.0, before, 7, drafting_s, per_draft_s, [-0.9, -least])
-        return freely(found, least)
+        priced = PricedCurve(curve, 1.0, drafting_s, per_draft_s)
+        return freely(list(priced.stretches(before, 7)), least)
 
     assert free(0.5) == 5 and free(0.05) == 0
     assert free(0.5, per_draft_s=0.45) == 0
@@ -87,4 +87,5 @@ def test_drafts_are_taken_freely_as_far_as_none_costs_more_than_any_brings() -> 
     assert free(0.5, drafting_s=0.45) == 0  # which it does not
     assert free(2.5) == 7
     jump = CostCurve(RAGGED, [1.0, 5.0, 5.5, 9.0], [1.0, 1.4, 2.4, 2.5])
-    assert freely(stretches(jump, 1.0, 2, 7, 0.0, 0.0, [-0.5]), 0.5) == 3
+    priced = PricedCurve(jump, 1.0, 0.0, 0.0)
+    assert freely(list(priced.stretches(2, 7)), 0.5) == 3
