@@ -67,9 +67,9 @@ ARM_SETS = {
     "kinds": (NONE, *fixed("copies", 5), *fixed("chain", 1), *fixed("tree", 2), STEERED),
     "pilot": (
         NONE,
-        *fixed("copies", 3, 5, 8),
-        *fixed("chain", 1, 2),
-        *fixed("tree", 2, 4, 6),
+        *fixed("copies", 5),
+        *fixed("chain", 1, 2, 3),
+        *fixed("tree", 2, 3, 5),
         STEERED,
     ),
 }
