@@ -173,7 +173,7 @@ class Source(NamedTuple):
     folder: Path
 
     def rows(self, path: str) -> list[dict[str, Any]]:
-        lines = self._git("show", f"HEAD:{path}").splitlines()
+        lines = self._git("show", f"HEAD:{path}").split("\n")
         return [json.loads(line) for line in lines if line.strip()]
 
     def files(self, folder: str) -> list[str]:

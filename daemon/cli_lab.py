@@ -282,6 +282,10 @@ def distill(
         fail(f"--layers {layers}: expected layer numbers, e.g. 3,15,30")
     if train_only and out is None:
         fail("--train-only: give --out, the file to write")
+    if train_only and (own_prompts or unlike is not None or answer_minutes < math.inf):
+        fail("--train-only asks nothing: leave --own-prompts, --unlike and --answer-minutes out")
+    if part >= parts:
+        fail(f"--part {part}: expected one of 0 to {parts - 1}, with --parts {parts}")
     if prompts is None and not own_prompts and not train_only:
         fail("nothing to answer: give a file of prompts, or --own-prompts")
     raise typer.Exit(

@@ -319,8 +319,8 @@ class ModelRunner:
             )
         found = torch.cat(parts).float()
         # Rounding adds up over layers: of random weights to 0.005 times the root of their number.
-        half = self.model.dtype in (torch.bfloat16, torch.float16)
-        tolerance = max(0.05, 0.02 * layers**0.5) if half else 1e-3
+        is_half_precision = self.model.dtype in (torch.bfloat16, torch.float16)
+        tolerance = max(0.05, 0.02 * layers**0.5) if is_half_precision else 1e-3
         error = float((found - expected).abs().max() / expected.abs().max())
         if not error <= tolerance:
             raise ModelNotSupported(

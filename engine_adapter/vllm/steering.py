@@ -24,6 +24,7 @@ overlap) and ``update_from_output()``: verification of this step, drafting for t
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -148,7 +149,7 @@ class Steering:
         self._pending: tuple[Group, DecodeBatch, Choice, Found | None] | None = None
         self._steps: dict[int, Step] = {}  #: scheduled
         self._ended: list[Step] = []  #: to be reported
-        self._ended_s = -np.inf  #: the last step that was reported
+        self._ended_s = -math.inf  #: when the last step ended that was reported
 
     def close(self) -> None:
         """Take everything out again; idempotent."""

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from smartspec.engine_adapter.reference.feature_head import fingerprint
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 
 SHARD_ANSWERS = 128
-POOL_PROMPTS = 4  #: per row, of which those of like lengths are answered together
+POOL_PROMPTS = 4096  #: of which those of like lengths are answered together
 PREFILL_TOKENS = 1 << 14  #: of prompts taken in together, with what fills them up to one length
 TAKING_IN = 8  #: one of so many rows is for prompts that are taken in
 CHECK_STEPS = 16  #: after so many steps it is looked who is done, and others begin
@@ -174,7 +173,12 @@ def answer(
     ----------
     runner : with `CHECK_STEPS` more tokens of room than prompt and answer take
     until : of `time.monotonic`; later no prompt is begun
+
+    Raises ValueError where a prompt has no room.
     """
+    longest = max((len(prompt.tokens) for prompt in asked), default=0)
+    if longest + max_answer_tokens + CHECK_STEPS > runner.cache.max_model_len:
+        raise ValueError(f"a prompt of {longest} tokens has no room for its answer")
     rows = _Rows(runner, eos_token_ids, seed)
     waiting = list(enumerate(asked))[::-1]
     while waiting or rows.asked:
@@ -200,33 +204,39 @@ def record(
 ) -> Iterator[list[Answer]]:
     """Answer prompts into a folder of shards; what is there already is not asked again.
 
-    ``until``, ``how`` : as of `answer`. Yields each shard when it is written. Raises ValueError
-    where a shard is there that was made in another way.
+    ``until``, ``how`` : as of `answer`. Yields what is new of each shard when it is written. Raises
+    ValueError where a shard is there that was made in another way.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    asked = _pooled(asked, POOL_PROMPTS * runner.cache.num_rows)
+    asked = _pooled(asked)
     begins = range(0, len(asked), SHARD_ANSWERS)
     files = [folder / f"{begin:06}.safetensors" for begin in begins]
     common = origin(runner.model)
     origins = [{**common, "recipe": _recipe(asked[i : i + SHARD_ANSWERS], how)} for i in begins]
-    there = [file.exists() for file in files]
-    for file, expected in compress(zip(files, origins, strict=True), there):
-        check(file, expected)
-    todo = [i for i in range(len(asked)) if not there[i // SHARD_ANSWERS]]
-    shards: dict[int, dict[int, Answer]] = {}
+    for file, expected in zip(files, origins, strict=True):
+        if file.exists():
+            check(file, expected)
+    shards = [_placed(file) if file.exists() else {} for file in files]
+    todo = [i for i in range(len(asked)) if i % SHARD_ANSWERS not in shards[i // SHARD_ANSWERS]]
+    new: dict[int, list[Answer]] = {}
+
+    def finished(number: int) -> list[Answer]:
+        write(files[number], shards[number], origins[number])
+        return new.pop(number)
+
     for place, found in answer(runner, [asked[i] for i in todo], until=until, **how):
         number, within = divmod(todo[place], SHARD_ANSWERS)
-        shard = shards.setdefault(number, {})
-        shard[within] = found
-        if len(shard) == min(SHARD_ANSWERS, len(asked) - number * SHARD_ANSWERS):
-            whole = [found for _, found in sorted(shards.pop(number).items())]
-            write(files[number], whole, origins[number])
-            yield whole
+        shards[number][within] = found
+        new.setdefault(number, []).append(found)
+        if len(shards[number]) == min(SHARD_ANSWERS, len(asked) - number * SHARD_ANSWERS):
+            yield finished(number)
+    for number in list(new):  # time was up: the rest is asked when it is gone on with
+        yield finished(number)
 
 
-def _pooled(asked: Sequence[Asked], size: int) -> list[Asked]:
+def _pooled(asked: Sequence[Asked]) -> list[Asked]:
     """Those of like lengths are neighbours, within a pool: rows are read up to the longest."""
-    pools = (asked[i : i + size] for i in range(0, len(asked), size))
+    pools = (asked[i : i + POOL_PROMPTS] for i in range(0, len(asked), POOL_PROMPTS))
     return [one for pool in pools for one in sorted(pool, key=lambda one: len(one.tokens))]
 
 
@@ -254,35 +264,59 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is damaged, remove it: {error}") from error
 
 
-def write(path: Path, answers: Sequence[Answer], origin: dict[str, str]) -> None:
-    """A shard: the columns of its answers, one after the other. It appears in one piece."""
+def write(path: Path, answers: Mapping[int, Answer], origin: dict[str, str]) -> None:
+    """A shard: the columns of answers, by their places in it. It appears in one piece."""
     scratch = path.with_suffix(".tmp")
+    places = sorted(answers)
+    found = [answers[place] for place in places]
     columns = {
-        "sizes": torch.tensor([[len(a.tokens), a.num_prompt] for a in answers]),
-        "temperature": torch.tensor([a.temperature for a in answers]),
-        "tokens": torch.cat([a.tokens for a in answers]).int(),
+        "places": torch.tensor(places),
+        "sizes": torch.tensor([[len(a.tokens), a.num_prompt] for a in found]),
+        "temperature": torch.tensor([a.temperature for a in found]),
+        "tokens": torch.cat([a.tokens for a in found]).int(),
     }
     save_file(columns, scratch, origin)
     scratch.rename(path)
 
 
-def read(path: Path) -> list[Answer]:
+def _placed(path: Path) -> dict[int, Answer]:
     """What `write` wrote. Raises ValueError."""
     with _opened(path) as file:
         num_tokens, num_prompt = file.get_tensor("sizes").T.tolist()
         tokens = file.get_tensor("tokens").long().split(num_tokens)
         temperature = file.get_tensor("temperature").tolist()
-    return [Answer(*row) for row in zip(tokens, num_prompt, temperature, strict=True)]
+        places = file.get_tensor("places").tolist()
+    found = [Answer(*row) for row in zip(tokens, num_prompt, temperature, strict=True)]
+    return dict(zip(places, found, strict=True))
+
+
+def read(path: Path) -> list[Answer]:
+    """The answers of a shard. Raises ValueError."""
+    return list(_placed(path).values())
+
+
+def _objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of a file of JSON lines, each with where it stands. Raises ValueError."""
+    # A text may hold other separators, at which splitlines() would cut it.
+    for number, line in enumerate(file.read_text().split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            told = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error
+        if not isinstance(told, dict):
+            raise ValueError(f"{file}, line {number}: expected an object")
+        yield f"{file}, line {number}", told
 
 
 def read_prompts(file: Path) -> list[str]:
     """Of a file of JSON lines, each with a text as ``prompt``. Raises ValueError."""
     found = []
-    for number, line in enumerate(file.read_text().rstrip("\n").split("\n"), 1):
-        try:
-            found.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: expected an object with a prompt") from error
+    for where, told in _objects(file):
+        if not isinstance(told.get("prompt"), str):
+            raise ValueError(f"{where}: expected an object with a prompt")
+        found.append(told["prompt"])
     return found
 
 
@@ -295,8 +329,8 @@ def runs_of_words(text: str) -> set[tuple[str, ...]]:
 def unlike(texts: Sequence[str], file: Path) -> list[str]:
     """Texts that share no run of words with any text in a file of JSON lines."""
     avoided: set[tuple[str, ...]] = set()
-    for line in file.read_text().rstrip("\n").split("\n"):
-        for value in json.loads(line).values():
+    for _, told in _objects(file):
+        for value in told.values():
             for text in value if isinstance(value, list) else [value]:
                 avoided |= runs_of_words(str(text))
     return [text for text in texts if not runs_of_words(text) & avoided]
@@ -318,10 +352,21 @@ def _turn(text: str, tokenizer: Any) -> str:
     return turn
 
 
-def before_user(tokenizer: Any) -> list[int]:
-    """What comes before a user's words. Raises ValueError where there is no such thing."""
-    before, mark, _ = _turn(MARK, tokenizer).partition(MARK)
+def around_user(tokenizer: Any) -> tuple[list[int], str]:
+    """What comes before a user's words, and what after. Raises ValueError where nothing does."""
+    before, mark, after = _turn(MARK, tokenizer).partition(MARK)
     if not (before and mark):
         raise ValueError("prompts of its own take a model with a chat template: give a file")
     tokens: list[int] = tokenizer.encode(before, add_special_tokens=False)
-    return tokens
+    return tokens, after.strip()
+
+
+def as_prompt(answer: Answer, tokenizer: Any, after: str, eos: frozenset[int]) -> str:
+    """What was said in a user's place; empty: it did not come to an end.
+
+    ``after`` : what follows a user's words in the template, where that is no end of a text
+    """
+    said = answer.tokens[answer.num_prompt :].tolist()
+    text: str = tokenizer.decode(said, skip_special_tokens=True)
+    words, turned, _ = text.partition(after) if after else (text, "", "")
+    return words.strip() if turned or said[-1] in eos else ""

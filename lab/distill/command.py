@@ -21,7 +21,7 @@ from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.lab.distill import answers as data
 from smartspec.lab.distill import training
 
-#: Rows of the cache, those that take prompts in among them: on a CPU; where there is more to use.
+#: Rows of the cache, those that take prompts in among them: on a CPU, and at most.
 NUM_ROWS, NUM_ROWS_ACCELERATOR = 144, 2304
 OWN_PROMPT_TEMPERATURE = 1.0
 OWN_PROMPT_SEED = 1 << 20  #: other luck than the answers'
@@ -141,32 +141,34 @@ def _answer(
     limit = getattr(target.model.config, "max_position_embeddings", None) or 1 << 30
     room = recipe.max_answer_tokens + data.CHECK_STEPS
     longest = min(recipe.max_prompt_tokens, limit - room)
+    if longest < 1:
+        raise ValueError(f"the model reads {limit} tokens: lower --max-answer-tokens")
     texts = data.read_prompts(prompts) if prompts is not None else []
     texts = texts[recipe.part :: recipe.parts]
-    runner = ModelRunner(target.model, _num_rows(target.model, longest + room), longest + room)
+    num_own = len(range(recipe.part, recipe.own_prompts, recipe.parts))
+    num_rows = min(_num_rows(target.model, longest + room), 2 + 2 * (len(texts) + num_own))
+    runner = ModelRunner(target.model, num_rows, longest + room)
     folder = work / f"part-{recipe.part}"
-    texts += _own_prompts(folder / "own_prompts.jsonl", runner, target, recipe)
+    begin = time.monotonic()
+    how: dict[str, Any] = {
+        "until": begin + 60 * recipe.answer_minutes,
+        "eos_token_ids": target.eos_token_ids,
+        "max_answer_tokens": recipe.max_answer_tokens,
+    }
+    if num_own:
+        texts += _own_prompts(folder / "own", runner, target, longest, num_own, recipe, how)
     if unlike is not None:
         num_found = len(texts)
         texts = data.unlike(texts, unlike)
         _say(f"{num_found - len(texts)} of {num_found} prompts left out: like those of {unlike}")
     given = data.in_template(texts, target.tokenizer, longest)
     if not given:
-        raise ValueError(f"there is no prompt of at most {longest} tokens: give --own-prompts")
+        raise ValueError(f"there is no prompt of at most {longest} tokens")
     random.Random(recipe.seed).shuffle(given)
     asked = [
         data.Asked(tokens, recipe.hot if i % 3 == 0 else 0.0) for i, tokens in enumerate(given)
     ]
-    begin = time.monotonic()
-    shards = data.record(
-        folder,
-        runner,
-        asked,
-        until=begin + 60 * recipe.answer_minutes,
-        eos_token_ids=target.eos_token_ids,
-        max_answer_tokens=recipe.max_answer_tokens,
-        seed=recipe.seed + recipe.part,
-    )
+    shards = data.record(folder, runner, asked, seed=recipe.seed + recipe.part, **how)
     num_answers = num_tokens = 0
     said = begin
     for shard in shards:
@@ -180,41 +182,39 @@ def _answer(
 
 
 def _num_rows(target: Any, width: int) -> int:
-    """As many as half of the memory has room for, where it is not a CPU's."""
-    if target.device.type == "cpu":
+    """On a GPU as many as half of the memory has room for."""
+    if target.device.type != "cuda":
         return NUM_ROWS
     config = target.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     a_row = 2 * config.num_hidden_layers * heads * size * width * target.dtype.itemsize
     free, _ = torch.cuda.mem_get_info(target.device)
-    return max(NUM_ROWS, min(NUM_ROWS_ACCELERATOR, int(free // 2 // a_row)))
+    return max(2, min(NUM_ROWS_ACCELERATOR, int(free // 2 // a_row)))
 
 
 def _own_prompts(
-    file: Path, runner: ModelRunner, target: models.LoadedModel, recipe: Recipe
+    folder: Path,
+    runner: ModelRunner,
+    target: models.LoadedModel,
+    longest: int,
+    count: int,
+    recipe: Recipe,
+    how: dict[str, Any],
 ) -> list[str]:
-    """What the target says in a user's place, made once."""
-    count = recipe.own_prompts // recipe.parts
-    if not count or file.exists():
-        return data.read_prompts(file) if count else []
-    before = data.before_user(target.tokenizer)
+    """What the target says in a user's place, kept as answers are."""
+    before, after = data.around_user(target.tokenizer)
+    if len(before) > longest:
+        raise ValueError(f"prompts of its own begin with {len(before)} tokens: {longest} may be")
     asked = [data.Asked(before, OWN_PROMPT_TEMPERATURE)] * count
-    _say(f"the model makes up {count} prompts")
-    ends = target.eos_token_ids
     seed = OWN_PROMPT_SEED + recipe.seed + recipe.part
-    found = [
-        one.tokens[len(before) : -1].tolist()
-        for _, one in data.answer(runner, asked, ends, recipe.max_answer_tokens, seed)
-        if int(one.tokens[-1]) in ends
-    ]
-    texts = [target.tokenizer.decode(tokens).strip() for tokens in found]
+    _say(f"the model makes up {count} prompts")
+    for _ in data.record(folder, runner, asked, seed=seed, **how):
+        pass
+    said = [one for file in sorted(folder.glob("[0-9]*.safetensors")) for one in data.read(file)]
+    texts = [data.as_prompt(one, target.tokenizer, after, target.eos_token_ids) for one in said]
     kept = list(dict.fromkeys(filter(None, texts)))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in kept))
-    scratch.rename(file)
-    _say(f"{len(kept)} prompts of its own")
+    _say(f"{len(kept)} of {len(said)} prompts of its own come to an end and differ")
     return kept
 
 
@@ -243,6 +243,7 @@ def _train(out: Path, work: Path, recipe: Recipe, start: Path | None, load: Load
         head = training.new_head(exact, answers, layers, size, tokens, recipe.seed)
     else:
         head = feature_head.load(start, exact)
+    del exact  # but for what the head reads of it
     batches = [
         training.batch_of(target, held_out[i : i + 8], layers) for i in range(0, len(held_out), 8)
     ]
@@ -260,6 +261,7 @@ def _train(out: Path, work: Path, recipe: Recipe, start: Path | None, load: Load
         batch_tokens=recipe.batch_tokens,
         seed=recipe.seed,
     )
+    how = {name: None if value == math.inf else value for name, value in asdict(recipe).items()}
     told: dict[str, Any] = {}
     scored = 0.0
     for step in progress:
@@ -274,7 +276,7 @@ def _train(out: Path, work: Path, recipe: Recipe, start: Path | None, load: Load
                 "held_out_right_by_depth": [round(share, 3) for share in result.right],
             }
             line += f"; held out: {result.accepted:.3f} accepted per step"
-            notes = {"recipe": json.dumps(asdict(recipe)), "result": json.dumps(told)}
+            notes = {"recipe": json.dumps(how), "result": json.dumps(told)}
             head.save(out, notes)
         _say(line)
     return {**told, "file": str(out), "bytes": out.stat().st_size}

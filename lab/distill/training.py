@@ -34,7 +34,7 @@ ROUND_WEIGHT = 0.9  #: of each round over the one before
 POOL_ANSWERS = 512  #: of which those of like lengths are trained on together
 CHUNK_TOKENS = 256  #: see `_chunk`
 CHUNK_TOKENS_ACCELERATOR = 4096
-FIRST_LOOK = 64  #: answers that tell how large the target's states are
+FIRST_LOOK = 64  #: answers, of all, that tell how large the target's states are
 PROMPT_WEIGHT = 0.3  #: of a token in a prompt over one in an answer, when the frequent are chosen
 
 
@@ -338,13 +338,15 @@ def train(
     plan = [batch for _ in range(epochs) for batch in _batches(answers, batch_tokens, rng)]
     optimizer = torch.optim.AdamW(head.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.01)
     begin = time.monotonic()
+    before: list[Tensor] = []
     since: list[Tensor] = []
-    share = 0.0
-    for step, chosen in enumerate(plan, 1):
-        # Never less than before: the clock may be ahead of the steps, and fall behind.
-        share = max(share, step / len(plan), (time.monotonic() - begin) / (60 * minutes))
-        if share > 1:
+    share, num_steps = 0.0, 0
+    for chosen in plan:
+        spent = (time.monotonic() - begin) / max(60 * minutes, 1e-9)
+        if spent > 1 and num_steps:
             break
+        # Never less than before: the clock may be ahead of the steps, and fall behind.
+        share = min(1.0, max(share, (num_steps + 1) / len(plan), spent))
         rate = min(share / WARM_UP_SHARE, (1 - share) / (1 - WARM_UP_SHARE))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * max(rate, 1 / len(plan))
@@ -355,11 +357,12 @@ def train(
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        num_steps += 1
         since.append(total.detach())
-        if step % every == 0 and step < len(plan):
-            yield Progress(step, share, float(torch.stack(since).mean()))
-            since = since[-1:]  # of a training that ends here, the last is told
-    yield Progress(step, 1.0, float(torch.stack(since).mean()))
+        if num_steps % every == 0 and num_steps < len(plan):
+            yield Progress(num_steps, share, float(torch.stack(since).mean()))
+            before, since = since, []
+    yield Progress(num_steps, 1.0, float(torch.stack(since or before).mean()))
 
 
 def rounds_at(share: float, num_rounds: int) -> int:
@@ -433,7 +436,7 @@ def new_head(
     torch.manual_seed(seed)
     head = FeatureHead(shape, token_ids, target)
     size = shape.hidden_size
-    looked = batch_of(target, answers[:FIRST_LOOK], layers)
+    looked = batch_of(target, answers[:: -(-len(answers) // FIRST_LOOK)], layers)
     last = looked.final[looked.present].float()
     with torch.no_grad():
         for module in head.modules():

@@ -110,12 +110,37 @@ def test_hot_answers_are_drawn_as_the_target_has_them() -> None:
     assert (((counts - expected) ** 2 / expected)[often]).sum() < 2 * often.sum()
 
 
-def test_no_prompt_is_begun_when_time_is_up(tmp_path: Path) -> None:
+def test_no_prompt_is_begun_when_time_is_up() -> None:
     runner = ModelRunner(tiny_model("llama").float(), 3, 64)
     asked = [Asked(prompt, 0.0) for prompt in PROMPTS]
     found = list(data.answer(runner, asked, frozenset(), 8, until=0.0))
     assert 0 < len(found) < len(PROMPTS)
     assert all(len(answer.tokens) == answer.num_prompt + 8 for _, answer in found)
+
+
+def test_a_prompt_without_room_is_refused() -> None:
+    runner = ModelRunner(tiny_model("llama").float(), 3, 40)
+    with pytest.raises(ValueError, match="a prompt of 17 tokens has no room"):
+        list(data.answer(runner, [Asked(list(range(17)), 0.0)], frozenset(), 8))
+
+
+def test_what_was_answered_when_time_was_up_is_kept_and_the_rest_asked_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "SHARD_ANSWERS", 5)
+    target = tiny_model("llama").float()
+    asked = [Asked(prompt, 0.0) for prompt in PROMPTS]
+    how = {"eos_token_ids": frozenset({7}), "max_answer_tokens": 24}
+    runner = ModelRunner(target, 4, 64)
+    first = [one for part in data.record(tmp_path, runner, asked, until=0.0, **how) for one in part]
+    assert 0 < len(first) < len(PROMPTS)
+    # With other rows, too: a folder is gone on with wherever there is room.
+    runner = ModelRunner(target, 9, 64)
+    rest = [one for part in data.record(tmp_path, runner, asked, **how) for one in part]
+    assert len(first) + len(rest) == len(PROMPTS)
+    kept = [one for file in sorted(tmp_path.iterdir()) for one in data.read(file)]
+    assert sorted(a.tokens.tolist() for a in kept) == sorted(a.tokens.tolist() for a in answered())
+    assert not list(data.record(tmp_path, runner, asked, **how))
 
 
 def test_recording_goes_on_where_it_stopped(
@@ -234,8 +259,28 @@ def test_prompts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     file.write_text('{"prompt": "abc"}\n{"question": "abc"}\n')
     with pytest.raises(ValueError, match="line 2: expected an object with a prompt"):
         data.read_prompts(file)
-    file.write_text('{"prompt": "abc"}\n')
-    assert data.read_prompts(file) == ["abc"]
+    file.write_text('{"prompt": 3}\n')
+    with pytest.raises(ValueError, match="line 1: expected an object with a prompt"):
+        data.read_prompts(file)
+    file.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1: expected an object"):
+        data.read_prompts(file)
+    file.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n\n")
+    assert data.read_prompts(file) == ["a\u2028b"]
+
+
+def test_a_prompt_of_its_own_ends_where_the_users_turn_does() -> None:
+    class Words:
+        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+            return "".join(chr(token) for token in tokens if token != 7)
+
+    def said(text: str, last: int) -> str:
+        tokens = torch.tensor([1, *map(ord, text), last])
+        return data.as_prompt(Answer(tokens, 1, 1.0), Words(), "[/I]", frozenset({7}))
+
+    assert said(" Why? ", 7) == "Why?"
+    assert said(" Why? [/I] Because.", ord("!")) == "Why?"
+    assert said(" Why", ord("?")) == ""
 
 
 def test_what_one_tests_on_is_not_asked(tmp_path: Path) -> None:
@@ -262,11 +307,11 @@ class Letters:
 def test_prompts_go_into_the_template_and_what_is_too_long_is_left_out() -> None:
     tokens = data.in_template(["ab", "abcdef", "c"], Letters(), 4)
     assert ["".join(map(chr, one)) for one in tokens] == ["<ab>", "<c>"]
-    assert data.before_user(Letters()) == [ord("<")]
+    assert data.around_user(Letters()) == ([ord("<")], ">")
     plain = Letters()
     plain.chat_template = ""
     with pytest.raises(ValueError, match="take a model with a chat template: give a file"):
-        data.before_user(plain)
+        data.around_user(plain)
 
 
 def test_head_begins_as_the_targets_last_layer_where_it_fits() -> None:
@@ -381,10 +426,57 @@ def test_training_asks_only_for_the_target(shop: Shop) -> None:
     assert "the model has" in str(shop.run(shop.one, out, layers=(99,), **own))
 
 
-def test_time_ends_training_at_the_lowest_rate(shop: Shop) -> None:
-    out = shop.folder / "own.safetensors"
-    shop.must(shop.one, out, epochs=2000, train_minutes=0.02, train_only=True)
-    feature_head.load(out, models.load(shop.one, device="cpu").model)
+def test_time_ends_training_at_the_lowest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, found = tiny_model("llama").float(), answered()
+    head = training.new_head(target, found, LAYERS, 24, torch.arange(40))
+    clock = iter(range(1000))  # a second a step
+    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: Any, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    told = list(training.train(head, target, found, epochs=500, minutes=0.5, every=7))
+    assert (told[-1].step, told[-1].share, len(rates)) == (30, 1.0, 30)
+    assert max(rates) == pytest.approx(1e-3, rel=0.05)
+    assert rates[-1] < 0.05 * max(rates)
+    clock = iter(range(0, 1000, 10))
+    (only,) = training.train(head, target, found, epochs=500, minutes=0.0)
+    assert (only.step, only.share) == (1, 1.0)
+
+
+def test_prompts_of_its_own_are_made_once_by_each_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}a {{ m.content }} b{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    work, out = tmp_path / "work", tmp_path / "own.safetensors"
+    recipe = command.Recipe(
+        own_prompts=41, parts=2, max_answer_tokens=12, held_out=2, epochs=1, intermediate_size=24,
+        num_rounds=2,
+    )  # fmt: skip
+    tested = tmp_path / "tested.jsonl"
+    tested.write_text('{"turns": ["never said by anybody"]}\n')
+    told = []
+    for part in (0, 1, 1):
+        own = replace(recipe, part=part)
+        where = None if part == 0 else out
+        status = command.run(
+            None, where, work, own, model=str(model), unlike=tested, device="cpu", as_json=True
+        )
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        told.append((json.loads(printed.out)["num_answers"], printed.err))
+    assert "the model makes up 21 prompts" in told[0][1]
+    assert "the model makes up 20 prompts" in told[1][1]
+    assert told[0][0] > 0 and told[1][0] > 0 and told[2][0] == 0
+    assert command.run(None, None, work, replace(recipe, seed=1), model=str(model)) == 2
+    assert OF_ANOTHER in capsys.readouterr().err
 
 
 def test_answers_that_do_not_say_of_whom_they_are_are_refused(shop: Shop) -> None:
