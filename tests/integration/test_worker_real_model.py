@@ -99,8 +99,8 @@ def test_shipped_drafter_is_small_and_is_right_by_itself(loaded: models.LoadedMo
     alone = FeatureDraft(head, 3, 160, 1, copies=False)
     found = decode(loaded, alone, SamplingParams(), FixedLength(1))
     drafted, accepted = (sum(getattr(f, n) for f in found) for n in ("num_drafted", "num_accepted"))
-    assert drafted >= 20
-    assert accepted / drafted > 0.05  # at chance it would be one in thousands
+    assert drafted >= 15  # the more are right, the fewer steps there are
+    assert accepted / drafted > 0.4  # at chance it would be one in thousands
 
 
 @pytest.mark.timeout(120)
