@@ -64,7 +64,7 @@ def fixed(kind: str, *sizes: int) -> list[Arm]:
 
 ARM_SETS = {
     "lengths": ARMS,
-    "kinds": (NONE, *fixed("copies", 5), *fixed("chain", 1), *fixed("tree", 2), STEERED),
+    "kinds": (NONE, *fixed("copies", 5), *fixed("chain", 3), *fixed("tree", 3), STEERED),
     "pilot": (
         NONE,
         *fixed("copies", 5),
