@@ -14,8 +14,8 @@ What each repetition measured is kept in build/figures/demo_raw.jsonl as it come
 
 `--arms kinds`: the same of kinds of drafts in place of lengths of copies. No speculation, copies,
 chains of the shipped head, and trees of it with copies among their branches, each of a fixed size;
-and SmartSpec, which has all of these to choose from at every step. `--arms pilot` is what the fixed
-sizes were chosen by, from its one repetition with another seed.
+and SmartSpec, which has all of these to choose from at every step. `--arms pilot` plays further
+sizes once, with another seed, to choose fixed ones by.
 
 Run: python benchmarks/bench_demo.py [--arms kinds] [--repetitions 6] [--resume]
 """

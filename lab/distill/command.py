@@ -146,6 +146,7 @@ def _answer(
     texts = data.read_prompts(prompts) if prompts is not None else []
     texts = texts[recipe.part :: recipe.parts]
     num_own = len(range(recipe.part, recipe.own_prompts, recipe.parts))
+    # No more rows than prompts, with those that take prompts in.
     num_rows = min(_num_rows(target.model, longest + room), 2 + 2 * (len(texts) + num_own))
     runner = ModelRunner(target.model, num_rows, longest + room)
     folder = work / f"part-{recipe.part}"
@@ -212,6 +213,11 @@ def _own_prompts(
     for _ in data.record(folder, runner, asked, seed=seed, **how):
         pass
     said = [one for file in sorted(folder.glob("[0-9]*.safetensors")) for one in data.read(file)]
+    if len(said) < count:  # with the rest the prompts, and so the answers, would be others
+        raise ValueError(
+            f"time was up with {len(said)} of {count} prompts of its own: the same command goes on"
+        )
+    said = said[:count]
     texts = [data.as_prompt(one, target.tokenizer, after, target.eos_token_ids) for one in said]
     kept = list(dict.fromkeys(filter(None, texts)))
     _say(f"{len(kept)} of {len(said)} prompts of its own come to an end and differ")

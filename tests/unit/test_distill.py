@@ -449,7 +449,7 @@ def test_time_ends_training_at_the_lowest_rate(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_prompts_of_its_own_are_made_once_by_each_process(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_tiny_model(tmp_path / "model")
     settings = json.loads((model / "tokenizer_config.json").read_text())
@@ -462,6 +462,15 @@ def test_prompts_of_its_own_are_made_once_by_each_process(
     )  # fmt: skip
     tested = tmp_path / "tested.jsonl"
     tested.write_text('{"turns": ["never said by anybody"]}\n')
+    monkeypatch.setattr(command, "NUM_ROWS", 8)  # time is looked at when all have begun that can
+    early = replace(recipe, answer_minutes=0.0, parts=1)
+    assert command.run(None, out, work / "early", early, model=str(model), device="cpu") == 2
+    assert "of 41 prompts of its own: the same command goes on" in capsys.readouterr().err
+    assert not list((work / "early").glob("part-0/[0-9]*"))  # they would be answers to others
+    monkeypatch.undo()
+    later = replace(early, answer_minutes=60.0)
+    assert command.run(None, None, work / "early", later, model=str(model), device="cpu") == 0
+    capsys.readouterr()
     told = []
     for part in (0, 1, 1):
         own = replace(recipe, part=part)
