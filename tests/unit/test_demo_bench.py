@@ -147,9 +147,10 @@ def test_each_kind_is_played_by_a_worker_of_its_own(
         played = [session.play(arm, schedule, [prompt], arm.title) for arm in arms]
         workers = session._workers
     assert [len(one.played.requests) for one in played] == [1] * 4
+    none, copies, chain, tree = (("static", arm.length) for arm in arms)
     assert {name: worker.told for name, worker in workers.items()} == {  # type: ignore[attr-defined]
-        "lookup": [("static", 0), ("static", 5)],
-        "eagle-chain": [("static", 1)],
-        "eagle": [("static", 2)],
+        "lookup": [none, copies],
+        "eagle-chain": [chain],
+        "eagle": [tree],
     }
     assert workers["eagle"].asked == ["p0"] * 2  # type: ignore[attr-defined]
