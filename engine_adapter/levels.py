@@ -32,7 +32,7 @@ from smartspec.engine_adapter.lengths import (
 )
 from smartspec.engine_adapter.ranking import PricedCurve, freely
 
-NUM_LEVELS = 16
+NUM_LEVELS = 8
 NEVER = 255  #: in the place of the level of a draft that is never worth it, or beyond the depth
 
 #: The levels of a request's drafts in one bucket: of the first 0, 1, 2, ... of them.

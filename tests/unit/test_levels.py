@@ -98,7 +98,8 @@ def _batch(rng: np.random.Generator, size: int, longest: int, num_buckets: int) 
 
 def _batch_of_few_worths(rng: np.random.Generator) -> Batch:
     """Of requests that differ in so few ways that there are no more worths than levels."""
-    longest, num_buckets = int(rng.integers(1, 6)), int(rng.integers(1, 4))
+    longest = int(rng.integers(1, 6))
+    num_buckets = int(rng.integers(1, min(NUM_LEVELS // longest, 3) + 1))
     batch = _batch(rng, int(rng.integers(0, 40)), longest, num_buckets)
     kinds = rng.integers(0, NUM_LEVELS // (longest * num_buckets), len(batch.found))
     correction = rng.gamma(4.0, 0.25, NUM_LEVELS).astype(np.float32)[kinds]

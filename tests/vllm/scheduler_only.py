@@ -251,6 +251,8 @@ class Rig:
         from vllm.v1.outputs import DraftTokenIds
 
         output, result = self._in_flight.popleft()
+        # A real worker's lists are made, or unpickled, right before they are taken in.
+        result.sampled_token_ids = [tokens.copy() for tokens in result.sampled_token_ids]
         self.scheduler.update_from_output(output, result)
         if self._depth == 1:
             drafts = list(map(self.worker.drafts, result.req_ids))
