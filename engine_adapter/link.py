@@ -101,11 +101,22 @@ class LinkStats:
     last_reason: str = ""
 
 
+class Known(NamedTuple):
+    """Lengths that hold whatever else is in the pass."""
+
+    lengths: list[int]  #: [B]
+
+    def choose(self, num_other_tokens: int) -> Known:
+        """In the place of `Ranking.choose`."""
+        return self
+
+
 class Ready(NamedTuple):
     """A choice that was prepared, but for what only the step itself will tell."""
 
-    by: Choice  #: who chooses; it has no lengths yet
-    lengths: Ranking | Levels  #: of a batch that is known, or is yet to find its drafts
+    by: Choice  #: who chooses
+    #: of a batch that is known, or is yet to find its drafts; of one that no policy decides on
+    lengths: Ranking | Levels | Known
 
 
 class LinkSocket(Protocol):
@@ -218,9 +229,9 @@ class EngineLink:
         """Do now what the next `choose` would: for an engine that waits for its device.
 
         Takes in what has arrived, which the next `choose` then does not, unless the engine has
-        stood still since. Where a policy decides, `ready` has the lengths of ``batch`` then; with
-        ``features``, [F, V], those of one that is yet to find its drafts, each request with one of
-        these values.
+        stood still since. `ready` has the lengths of ``batch`` then; with ``features``, [F, V], and
+        where a policy decides, those of one that is yet to find its drafts, each request with one
+        of these values.
         """
         self._prepared = None
         try:
@@ -234,7 +245,7 @@ class EngineLink:
     def ready(self) -> Ready | None:
         """What was prepared for the step to be scheduled; None: it is `choose` that knows.
 
-        In place of `choose`: once, and where it would be a policy that chooses.
+        In place of `choose`, once.
         """
         ready, self._prepared = self._prepared, None
         if ready is None or self._probe_pending or self._clock() > self._ready_until:
@@ -314,9 +325,9 @@ class EngineLink:
 
     def _prepare(self, batch: DecodeBatch, features: F32 | None) -> Ready | None:
         program = self._program
+        self._ready_until = self._prepared_at + PREPARED_S
         if program is None or self._clock() - self._policy_heard_at > program.policy.ttl_s:
-            self._steer(batch)  # the fallback keeps what it chose
-            return None
+            return self._prepare_alone(batch)
         lengths = program.rank(batch) if features is None else program.level(batch, features)
         if lengths is None:
             return None
@@ -326,8 +337,19 @@ class EngineLink:
         else:
             lengths.prepare(batch.num_prefill_tokens)
         policy_until = self._policy_heard_at + program.policy.ttl_s
-        self._ready_until = min(self._prepared_at + PREPARED_S, policy_until)
+        self._ready_until = min(self._ready_until, policy_until)
         return Ready(Choice(NO_LENGTHS, policy_seq=program.policy.seq), lengths)
+
+    def _prepare_alone(self, batch: DecodeBatch) -> Ready:
+        """Where the daemon is silent."""
+        choice = self._steer(batch)
+        if choice is None or self._program is None:
+            choice = self._own.choose(batch)
+        else:
+            policy = self._program.policy
+            fallback_until = self._policy_heard_at + policy.ttl_s + policy.fallback_s
+            self._ready_until = min(self._ready_until, fallback_until)
+        return Ready(choice, Known(choice.lengths.tolist()))
 
     def _steer(self, batch: DecodeBatch) -> Choice | None:
         program = self._program

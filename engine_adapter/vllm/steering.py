@@ -173,6 +173,9 @@ class Steering:
         elif isinstance(ready.lengths, Levels):
             found = self._cut_found(plan, ready.lengths)
             self._pending = plan.group, plan.batch, ready.by, found
+        elif ready.by.source not in IN_FORCE:
+            self._leave()
+            self._pending = plan.group, plan.batch, ready.by, None
         else:
             lengths = ready.lengths.choose(self._expected_prefill()).lengths.copy()
             choice = self._put_in(plan, ready.by, lengths)
@@ -188,9 +191,13 @@ class Steering:
         if choice.source in IN_FORCE:
             choice = self._put_in(plan, choice, choice.lengths.tolist())
         else:
-            self._probed = {}
-            self._scheduler.dynamic_sd_lookup = self._original
+            self._leave()
         return plan.group, batch, choice, found
+
+    def _leave(self) -> None:
+        """Leave a step to the engine as it is configured."""
+        self._probed = {}
+        self._scheduler.dynamic_sd_lookup = self._original
 
     def _make_plan(self) -> Plan:
         """What lengths are to be chosen for in the next step, as far as it is known now."""

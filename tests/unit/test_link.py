@@ -233,8 +233,6 @@ def test_choice_is_ready_for_drafts_that_are_yet_to_be_found(pair: Pair) -> None
 
 
 def test_nothing_is_ready_when_it_is_not_the_prepared_policy_that_chooses(pair: Pair) -> None:
-    pair.link.prepare(decode_batch())
-    assert pair.link.ready() is None  # nobody steers
     pair.deliver(policy(ttl_s=1.0))
     pair.link.prepare(decode_batch())
     pair.clock.now += 0.6
@@ -251,6 +249,31 @@ def test_nothing_is_ready_when_it_is_not_the_prepared_policy_that_chooses(pair: 
     assert pair.link.ready() is None  # another policy has come
     pair.link.prepare(decode_batch())
     assert pair.link.ready() is not None
+
+
+def test_fallback_and_the_engines_own_lengths_are_ready_when_the_daemon_is_silent(
+    pair: Pair,
+) -> None:
+    def prepared(after_s: float) -> tuple[str, int, list[int]] | None:
+        pair.link.prepare(decode_batch())
+        pair.clock.now += after_s
+        ready = pair.link.ready()
+        if ready is None:
+            return None
+        assert not isinstance(ready.lengths, Levels)
+        assert pair.link.stats.state == ready.by.source
+        return ready.by.source, ready.by.policy_seq, ready.lengths.choose(7).lengths
+
+    own = ("own", 0, pair.link.choose(decode_batch()).lengths.tolist())
+    assert prepared(0.0) == own  # nobody has steered yet
+    pair.deliver(policy(ttl_s=1.0, fallback_s=10.0))
+    pair.clock.now += 1.1
+    fallback = pair.link.choose(decode_batch())
+    assert fallback.source == "fallback" and fallback.lengths.tolist() != own[2]
+    assert prepared(0.0) == ("fallback", 0, fallback.lengths.tolist())
+    pair.clock.now += 9.5
+    assert prepared(0.45) is None  # it has run out in between
+    assert prepared(0.0) == own
 
 
 def test_policy_is_in_force_when_the_engine_stood_still_after_preparing(pair: Pair) -> None:
