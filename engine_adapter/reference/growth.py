@@ -98,6 +98,7 @@ class Growth:
     bands : [B], of temperature
     most : [B], nodes
     prices : of the step; None: as many nodes as there may be
+    chains : whether one path alone is drafted
     """
 
     def __init__(
@@ -106,8 +107,9 @@ class Growth:
         bands: I64,
         most: I64,
         prices: Prices | None = None,
+        chains: bool = False,
     ) -> None:
-        self.candidates = Candidates(calibration, bands)
+        self.candidates = Candidates(calibration, bands, chains)
         self._calibration = calibration
         self._bands = bands
         self._most = most

@@ -82,7 +82,7 @@ class TreeDraftModel(DraftModel):
         self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices | None
     ) -> Growth:
         bands = temperature_bands(s.request.sampling for s in sequences)
-        growth = Growth(self._calibration, bands, lengths, prices)
+        growth = Growth(self._calibration, bands, lengths, prices, chains=not self.trees)
         if self._lookup is not None:
             tokens = [text for text, _ in self._copies]
             growth.candidates.copy(tokens, [likely for _, likely in self._copies])
