@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="3,5", help="fixed ones that are timed")
     parser.add_argument("--drafter", type=Path, default=DEFAULT_DRAFTER)
     parser.add_argument("--rows", default=",".join(ACCEPTED), help="of acceptance")
-    parser.add_argument("--skip-per-task", type=int, default=0, help="prompts to tune by: the next")
+    parser.add_argument("--skip-per-task", type=int, default=0, help="to tune by the next")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     if arguments.threads:
