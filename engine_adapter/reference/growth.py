@@ -8,7 +8,8 @@ likelier than its parent.
 
 Prices (prices.py) decide; without them each tree gets as many nodes as it was given beforehand, the
 most probable of all: nodes are run, level by level, as long as their children could be among these.
-EAGLE-2 (Li et al. 2024) grows trees so with a fixed width and depth.
+EAGLE-2 (Li et al. 2024) grows trees so with a fixed width and depth. A chain is the likeliest child
+of each node in turn, and grows in the same way.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ class TreeDraftModel(DraftModel):
     Its cache is kept in step as by `DraftModel`; what was accepted of a tree is moved together in
     it too. Requests of which the latest tokens occurred before are not looked at beforehand.
 
+    With `trees` False and one child of each node it drafts chains: one path of the candidates.
+
     Parameters
     ----------
     runner, max_length, max_pass_tokens : those of `DraftModel`; lengths are numbers of nodes
