@@ -13,7 +13,7 @@ What each repetition measured is kept in build/figures/demo_raw.jsonl as it come
 `--resume` goes on from there after an interruption.
 
 `--arms kinds`: the same of kinds of drafts in place of lengths of copies. No speculation, copies,
-chains of the shipped head, and trees of it with copies among their branches, each of a fixed size;
+chains of the shipped head's drafts and of copied tokens, and trees of these, each of a fixed size;
 and SmartSpec, which has all of these to choose from at every step. `--arms pilot` plays further
 sizes once, with another seed, to choose fixed ones by.
 

@@ -1,9 +1,9 @@
 """The shipped drafter on Spec-Bench, of which it was shown nothing: acceptance, cost, goodput.
 
 * *acceptance*: greedy answers of the default model, five drafts, eight requests together: drafts
-  accepted per step, by task; as the worker drafts, trees with copies among their branches; trees of
-  the head by itself, and its chains; beside them chains of the target without five of its thirty
-  layers.
+  accepted per step, by task; as the worker drafts, trees with copies among their branches; chains
+  with copies; trees and chains of the head by itself; beside them chains of the target without five
+  of its thirty layers.
 * *forward*: a pass of the drafter over one token, and of the target, in turns, after 300 tokens.
 * *goodput* at batch 1: each prompt is answered without speculation, with chains and trees of fixed
   sizes, and as the product does it: trees with copies, of sizes that the daemon chooses (in this
@@ -13,7 +13,8 @@
 Without times, nothing depends on what else the machine does.
 
 Run: python benchmarks/bench_drafter.py [--prompts-per-task 12] [--timed-per-task 3]
-     [--lengths 3,5] [--drafter FILE] [--threads 2]
+     [--rows mixed_chain,head_chain] [--skip-per-task 0] [--lengths 3,5] [--drafter FILE]
+     [--threads 2]
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from smartspec.engine_adapter.reference.proposer import Proposer
 from smartspec.engine_adapter.reference.service import DEFAULT_DRAFTER
 from smartspec.engine_adapter.reference.worker import Worker
 
+ACCEPTED = ("drafter", "mixed_chain", "head", "head_chain", "copy")
 DRAFTS = 5
 ROWS = 8
 MOST = 8  #: drafts, as the worker has them
@@ -109,11 +111,28 @@ def by_task(asked: Sequence[Prompt], found: dict[int, Decoded]) -> dict[str, Dec
     return sums
 
 
-def first_of_each(per_task: int) -> list[Prompt]:
+def first_of_each(per_task: int, skipped: int = 0) -> list[Prompt]:
     chosen = []
     for task in TASKS:
-        chosen += [prompt for prompt in prompts() if prompt.task == task][:per_task]
+        mine = [prompt for prompt in prompts() if prompt.task == task]
+        chosen += mine[skipped : skipped + per_task]
     return chosen
+
+
+def proposer_for(row: str, target: models.LoadedModel, head: FeatureHead) -> Proposer:
+    match row:
+        case "drafter":
+            return FeatureDraft(head, ROWS, MODEL_LEN, DRAFTS)
+        case "mixed_chain":
+            return FeatureChain(head, ROWS, MODEL_LEN, DRAFTS)
+        case "head":
+            return FeatureDraft(head, ROWS, MODEL_LEN, DRAFTS, copies=False)
+        case "head_chain":
+            return FeatureChain(head, ROWS, MODEL_LEN, DRAFTS, copies=False)
+        case "copy":
+            thin: Any = models.without_layers(target.model, models.DEFAULT_DRAFT_DROP_LAYERS)
+            return DraftModel(ModelRunner(thin, ROWS, MODEL_LEN), DRAFTS)
+    raise ValueError(f"row {row} is none of {', '.join(ACCEPTED)}")
 
 
 def acceptance(
@@ -166,11 +185,15 @@ def goodput(
     """
     arms = {"none": worker_for(target, None, FixedLength(0), 1)}
     for length in lengths:
-        tree, chain = FeatureDraft(head, 1, MODEL_LEN, length), FeatureChain(head, 1, MODEL_LEN)
-        arms[f"tree_{length}"] = worker_for(target, tree, FixedLength(length), 1)
-        arms[f"chain_{length}"] = worker_for(target, chain, FixedLength(length), 1)
+        timed: dict[str, Proposer] = {
+            "tree": FeatureDraft(head, 1, MODEL_LEN, length),
+            "mixed_chain": FeatureChain(head, 1, MODEL_LEN),
+            "chain": FeatureChain(head, 1, MODEL_LEN, copies=False),
+        }
+        for kind, proposer in timed.items():
+            arms[f"{kind}_{length}"] = worker_for(target, proposer, FixedLength(length), 1)
     shipped = FeatureDraft(head, 1, MODEL_LEN, MOST)
-    steered = {"copies_daemon": PromptLookup(MOST), "daemon": shipped}
+    steered: dict[str, Proposer] = {"copies_daemon": PromptLookup(MOST), "daemon": shipped}
     others = [prompt for prompt in prompts() if prompt not in asked]
     for arm, proposer in steered.items():
         arms[arm] = worker_for(target, proposer, daemon_for(proposer, 1), 1)
@@ -213,7 +236,8 @@ def main() -> None:
     parser.add_argument("--timed-per-task", type=int, default=3, help="0: no times")
     parser.add_argument("--lengths", default="3,5", help="fixed ones that are timed")
     parser.add_argument("--drafter", type=Path, default=DEFAULT_DRAFTER)
-    parser.add_argument("--without-copy", action="store_true", help="leave the truncated copy out")
+    parser.add_argument("--rows", default=",".join(ACCEPTED), help="of acceptance")
+    parser.add_argument("--skip-per-task", type=int, default=0, help="to tune by the next")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     if arguments.threads:
@@ -222,15 +246,9 @@ def main() -> None:
     head = feature_head.load(arguments.drafter, target.model)
     figures: dict[str, float] = {}
     if arguments.prompts_per_task:
-        proposers: dict[str, Proposer] = {
-            "drafter": FeatureDraft(head, ROWS, MODEL_LEN, DRAFTS),
-            "head": FeatureDraft(head, ROWS, MODEL_LEN, DRAFTS, copies=False),
-            "head_chain": FeatureChain(head, ROWS, MODEL_LEN, DRAFTS),
-        }
-        if not arguments.without_copy:
-            thin: Any = models.without_layers(target.model, models.DEFAULT_DRAFT_DROP_LAYERS)
-            proposers["copy"] = DraftModel(ModelRunner(thin, ROWS, MODEL_LEN), DRAFTS)
-        figures |= acceptance(target, proposers, first_of_each(arguments.prompts_per_task))
+        proposers = {row: proposer_for(row, target, head) for row in arguments.rows.split(",")}
+        asked = first_of_each(arguments.prompts_per_task, arguments.skip_per_task)
+        figures |= acceptance(target, proposers, asked)
         show(f"accepted per step, {DRAFTS} drafts", figures, "accepted_per_step")
     if arguments.timed_per_task:
         figures |= forward_share(target, head, repetitions=60)

@@ -64,7 +64,7 @@ def proposer_for(kind: str, head: FeatureHead) -> Proposer:
         case "copies":
             return PromptLookup(max(SIZES[kind]))
         case "chains":
-            return FeatureChain(head, ROWS, MODEL_LEN, max(SIZES[kind]))
+            return FeatureChain(head, ROWS, MODEL_LEN, max(SIZES[kind]), copies=False)
         case "trees":
             return FeatureDraft(head, ROWS, MODEL_LEN, MOST, copies=False)
     return FeatureDraft(head, ROWS, MODEL_LEN, MOST)

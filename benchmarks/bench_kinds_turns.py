@@ -87,7 +87,7 @@ def proposer_for(arm: str, head: FeatureHead, batch: int) -> Proposer:
     if arm in ("none", "copy_3"):
         return PromptLookup(MOST)
     if arm == "chain_2":
-        return FeatureChain(head, batch, MODEL_LEN, MOST)
+        return FeatureChain(head, batch, MODEL_LEN, MOST, copies=False)
     return FeatureDraft(head, batch, MODEL_LEN, MOST)
 
 

@@ -9,6 +9,9 @@ product of the rates along a path is the *chance* of its last node.
 All requests are in the same arrays [B, W + 1], a column per node in the order in which they were
 proposed, so that an operation takes about as long for many requests as for one. The last column is
 the root, whose index is thus `ROOT`.
+
+Where drafts are to be *chains*, one path is the best: after each node its likeliest child. The
+drafter then proposes one child of each, so that there is a choice only where a copy goes on too.
 """
 
 from __future__ import annotations
@@ -97,6 +100,7 @@ class Candidates:
     ----------
     calibration : of all kinds, with `num_bands` bands
     bands : [B], of the requests' temperatures
+    chains : whether one path alone is drafted; of nodes that are run there is then one child each
 
     >>> candidates = Candidates(Calibration(Candidates.num_bands()), np.array([0]))
     >>> candidates.copy([[7, 8]], [[0.5, 0.8]])
@@ -106,6 +110,11 @@ class Candidates:
     [DraftTree(tokens=[7, 8, 9], parents=[-1, 0, -1])]
     >>> best.chances.round(3).tolist()  # 0.75 and 0.4: over 1
     [[0.652, 0.522, 0.348]]
+    >>> chain = Candidates(Calibration(Candidates.num_bands()), np.array([0]), chains=True)
+    >>> chain.copy([[7, 8]], [[0.5, 0.8]])
+    >>> chain.add(Level.of([0]), Children(np.array([[9]]), np.array([[0.4]])))
+    >>> chain.trees(chain.best(np.array([3])))
+    [DraftTree(tokens=[7, 8], parents=[-1, 0])]
     """
 
     tokens: I64  #: [B, W + 1]
@@ -117,8 +126,9 @@ class Candidates:
     _left: F64  #: share of that which no child has
     _own: F64  #: confidences
 
-    def __init__(self, calibration: Calibration, bands: I64) -> None:
+    def __init__(self, calibration: Calibration, bands: I64, chains: bool = False) -> None:
         size = len(bands)
+        self._chains = chains
         self.lineages: list[list[int]] = [[] for _ in bands]  #: of nodes run: slots of parents
         self._calibration = calibration
         self._temperatures = bands
@@ -264,14 +274,32 @@ class Candidates:
         width = max(1, int(most.max(initial=0)), int(self._num.max(initial=0)))
         if width >= self.tokens.shape[1]:
             self._allot(width)
-        sizes = np.minimum(most, self._num)
-        order = (-self._chances[:, :width]).argsort(axis=1, kind="stable")
+        of_all = self._chances[:, :width]
+        if self._chains:
+            of_all = np.where(self._passed_over(width), -1.0, of_all)
+        sizes = np.minimum(most, (of_all >= 0).sum(axis=1))
+        order = (-of_all).argsort(axis=1, kind="stable")
         nodes: I64 = order[:, : max(1, int(most.max(initial=0)))]
         chances = np.where(
-            np.arange(nodes.shape[1]) < sizes[:, None], self._chances[self._rows, nodes], 0.0
+            np.arange(nodes.shape[1]) < sizes[:, None], of_all[self._rows, nodes], 0.0
         )
         least = np.where(sizes == most, chances[self._rows[:, 0], sizes - 1], 0.0)
         return Best(nodes, chances, sizes, np.where(most > 0, least, 1.0))
+
+    def _passed_over(self, width: int) -> Bools:
+        """[B, width], what a chain does not take: beside it, or before it, another is likelier.
+
+        What a draft is passed over for is the copy that goes on from its parent, and the other way
+        round; with a copied token goes the rest of the copy. None of these was run.
+        """
+        columns, num_copied = np.arange(width), self._num_copied[:, None]
+        rivals = self.parents[:, :width] + 1  # a copy goes on with the next node
+        is_copy = columns < num_copied
+        beside = ~is_copy & (rivals < num_copied) & (rivals >= 0)
+        likelier = self._chances[:, :width] > self._chances[self._rows, rivals]
+        left_at = np.where(beside & likelier, rivals, width).min(axis=1)
+        passed_over: Bools = np.where(is_copy, columns >= left_at[:, None], beside & ~likelier)
+        return passed_over
 
     def frontier(self, best: Best) -> Level:
         """Of the best, those that the drafter can run, and whose children could be among them.

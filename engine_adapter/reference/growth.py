@@ -8,7 +8,8 @@ likelier than its parent.
 
 Prices (prices.py) decide; without them each tree gets as many nodes as it was given beforehand, the
 most probable of all: nodes are run, level by level, as long as their children could be among these.
-EAGLE-2 (Li et al. 2024) grows trees so with a fixed width and depth.
+EAGLE-2 (Li et al. 2024) grows trees so with a fixed width and depth. A chain is the likeliest child
+of each node in turn, and grows in the same way.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class Growth:
     bands : [B], of temperature
     most : [B], nodes
     prices : of the step; None: as many nodes as there may be
+    chains : whether one path alone is drafted
     """
 
     def __init__(
@@ -106,8 +108,9 @@ class Growth:
         bands: I64,
         most: I64,
         prices: Prices | None = None,
+        chains: bool = False,
     ) -> None:
-        self.candidates = Candidates(calibration, bands)
+        self.candidates = Candidates(calibration, bands, chains)
         self._calibration = calibration
         self._bands = bands
         self._most = most

@@ -33,6 +33,8 @@ class TreeDraftModel(DraftModel):
     Its cache is kept in step as by `DraftModel`; what was accepted of a tree is moved together in
     it too. Requests of which the latest tokens occurred before are not looked at beforehand.
 
+    With `trees` False and one child of each node it drafts chains: one path of the candidates.
+
     Parameters
     ----------
     runner, max_length, max_pass_tokens : those of `DraftModel`; lengths are numbers of nodes
@@ -82,7 +84,7 @@ class TreeDraftModel(DraftModel):
         self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices | None
     ) -> Growth:
         bands = temperature_bands(s.request.sampling for s in sequences)
-        growth = Growth(self._calibration, bands, lengths, prices)
+        growth = Growth(self._calibration, bands, lengths, prices, chains=not self.trees)
         if self._lookup is not None:
             tokens = [text for text, _ in self._copies]
             growth.candidates.copy(tokens, [likely for _, likely in self._copies])

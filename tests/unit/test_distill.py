@@ -172,7 +172,7 @@ def test_score_is_what_the_worker_accepts() -> None:
     batches = [training.batch_of(target, found[i : i + 5], LAYERS) for i in range(0, len(found), 5)]
     score = training.score(head, batches, 4)
     worker = Worker(
-        target, proposer=FeatureChain(head, 4, 64, 4), length_source=FixedLength(4),
+        target, proposer=FeatureChain(head, 4, 64, 4, copies=False), length_source=FixedLength(4),
         max_num_running=4, max_model_len=64, eos_token_ids=frozenset({7}),
     )  # fmt: skip
     for prompt in PROMPTS:

@@ -24,6 +24,11 @@ def candidates(calibration: Calibration | None = None) -> Candidates:
     return Candidates(calibration or Calibration(Candidates.num_bands()), GREEDY)
 
 
+def chain(calibration: Calibration | None = None) -> Candidates:
+    """Of one greedy request that is drafted one path."""
+    return Candidates(calibration or Calibration(Candidates.num_bands()), GREEDY, chains=True)
+
+
 def add(one: Candidates, node: int, tokens: list[int], own: list[float], place: int = 0) -> None:
     one.add(Level.of([place], node), Children(np.array([tokens]), np.array([own])))
 
@@ -142,8 +147,71 @@ def test_no_node_is_likelier_than_its_parent_whatever_was_learned() -> None:
         one.learn([rng.integers(0, 3, 3).tolist()])
 
 
-def test_a_batch_is_as_each_of_its_requests_by_itself() -> None:
+@pytest.mark.parametrize(
+    ("own", "tokens"), [(0.4, [5, 6, 7]), (0.6, [8])], ids=["copy_likelier", "draft_likelier"]
+)
+def test_a_chain_takes_the_likelier_of_draft_and_copy(own: float, tokens: list[int]) -> None:
+    one = chain()
+    one.copy([[5, 6, 7]], [[0.5, 0.9, 0.9]])
+    add(one, ROOT, [8], [own])
+    assert one.trees(best(one, 9)) == [DraftTree.chain(tokens)]
+    assert one.trees(best(one, 1)) == [DraftTree.chain(tokens[:1])]
+    assert best(one, 0).sizes.tolist() == [0]
+
+
+def test_a_chain_goes_on_from_a_copied_token_as_from_a_draft() -> None:
+    one = chain()
+    one.copy([[5, 6, 7]], [[0.5, 0.3, 0.9]])
+    add(one, ROOT, [5], [0.5])
+    assert frontier(one, 3) == [0]
+    one.run(Level.of([0], 0), [9])
+    add(one, 0, [8], [0.6])
+    assert frontier(one, 3) == [3]  # nor the copied token that was passed over
+    one.run(Level.of([0], 3), [9])
+    add(one, 3, [9], [0.8])
+    assert one.trees(best(one, 3)) == [DraftTree.chain([5, 8, 9])]
+
+
+def test_what_a_chain_passed_over_is_learned_of_too() -> None:
+    calibration = Calibration(Candidates.num_bands())
+    for own in (0.2, 0.8) * 100:
+        one = chain(calibration)
+        one.copy([[5]], [[0.5]])
+        add(one, ROOT, [7], [own])
+        one.learn([[5]] if own > 0.5 else [[7]])  # whichever was not taken is right
+    drafted = calibration.rates([0.2, 0.8], Kind.DRAFTED * NUM_BANDS)
+    assert drafted[0] > 0.8 and drafted[1] < 0.2
+
+
+def test_a_chain_is_one_path_on_which_no_other_child_is_likelier() -> None:
+    rng = np.random.default_rng(5)
+    calibration = Calibration(Candidates.num_bands())
+    num_mixed = 0
+    for _ in range(400):
+        one = chain(calibration)
+        copy = rng.integers(0, 3, 5).tolist()
+        one.copy([copy], [rng.random(5).tolist()])
+        level = Level.of([0])
+        while level.size:
+            said = Children(rng.integers(0, 3, (level.size, 1)), rng.random((level.size, 1)))
+            one.add(level, said)
+            level = one.run(one.frontier(best(one, 5)), [9])
+        found = best(one, 5)
+        nodes = found.nodes[0, : found.sizes[0]].tolist()
+        assert one.trees(found) == [DraftTree.chain(one.tokens[0, nodes].tolist())]
+        for parent, node in zip([ROOT, *nodes], nodes, strict=False):
+            children = np.flatnonzero(one.parents[0, :-1] == parent)
+            assert one._chances[0, node] == one._chances[0, children].max()
+        copied = [node < 5 for node in nodes]
+        num_mixed += copied[0] and not copied[-1]
+        one.learn([rng.integers(0, 3, 6).tolist()])
+    assert num_mixed > 50
+
+
+@pytest.mark.parametrize("chains", [False, True], ids=["trees", "chains"])
+def test_a_batch_is_as_each_of_its_requests_by_itself(chains: bool) -> None:
     """Whatever the others have, and however many nodes there are in all."""
+    num_children = 1 if chains else 8
     rng = np.random.default_rng(8)
     calibration = Calibration(Candidates.num_bands())
     for fill in range(40):
@@ -152,15 +220,16 @@ def test_a_batch_is_as_each_of_its_requests_by_itself() -> None:
         bands = rng.integers(0, NUM_BANDS, size)
         copies = [rng.integers(0, 9, n).tolist() for n in rng.integers(0, 5, size)]
         sure = [rng.random(len(copy)).tolist() for copy in copies]
-        batch = Candidates(calibration, bands)
+        batch = Candidates(calibration, bands, chains)
         batch.copy(copies, sure)
-        alone = [Candidates(calibration, bands[i : i + 1]) for i in range(size)]
+        alone = [Candidates(calibration, bands[i : i + 1], chains) for i in range(size)]
         for one, copy, own in zip(alone, copies, sure, strict=True):
             one.copy([copy], [own])
         level = Level.of(np.flatnonzero(rng.random(size) < 0.7))
         for _ in range(1 + fill % 6):
-            tokens = np.array([rng.permutation(9)[:8] for _ in range(level.size)]).reshape(-1, 8)
-            own = rng.dirichlet(np.full(9, 0.3), level.size)[:, :8]
+            drawn = [rng.permutation(9)[:num_children] for _ in range(level.size)]
+            tokens = np.array(drawn, np.int64).reshape(-1, num_children)
+            own = rng.dirichlet(np.full(9, 0.3), level.size)[:, :num_children]
             batch.add(level, Children(tokens, own))
             for at, (place, node) in enumerate(zip(*level, strict=True)):
                 here = Children(tokens[at : at + 1], own[at : at + 1])
@@ -175,4 +244,4 @@ def test_a_batch_is_as_each_of_its_requests_by_itself() -> None:
                 ran = one.run(one.frontier(mine), [20])
                 assert ran.nodes.tolist() == level.nodes[level.places == place].tolist()
                 assert one.lineages[0] == batch.lineages[place]
-    assert batch.tokens.shape[1] > WIDTH + 1  # columns were added on the way
+    assert chains or batch.tokens.shape[1] > WIDTH + 1  # columns were added on the way

@@ -17,7 +17,7 @@ from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.candidates import Candidates
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
-from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.feature_head import FeatureHead, HeadNotUsable
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.sequence import Request, Sequence
@@ -142,6 +142,40 @@ def test_head_catches_up_with_what_it_did_not_read_while_text_was_copied() -> No
     with torch.inference_mode():
         expected = paths_by_hand(head, sequence.tokens, 6)
     assert paths_of(proposer.propose([sequence], np.array([6])).drafts[0]) == expected
+
+
+def test_a_chain_is_of_the_heads_first_choices_and_of_what_is_copied() -> None:
+    """And the head goes on from a copied token as from its own."""
+    head = tiny_head(tiny_model("llama"))
+    rng = np.random.default_rng(2)
+    kinds = set()
+    for _ in range(12):
+        proposer = FeatureChain(head, 1, MAX_LEN, 5)
+        for _ in range(300):  # of copies the first token is right as a rule, no other is
+            one = Candidates(proposer._calibration, np.zeros(1, np.int64))
+            one.copy([[1, 2]], [[0.7, 0.7]])
+            one.learn([[1, 9]])
+        tokens = rng.integers(0, VOCABULARY, 9).tolist()
+        tokens += tokens[:3]
+        sequence = Sequence(1, Request(tokens), 20, 0, 0.0)
+        sequence.row = 0
+        target = ModelRunner(tiny_model("llama"), 1, MAX_LEN)
+        known = [Segment(0, 0, tokens[:-1], 0)]
+        proposer.read([sequence], [target.forward_with_features(known, LAYERS)[1]])
+        proposer.available([sequence])
+        tree = proposer.propose([sequence], np.array([5])).drafts[0]
+        assert tree == DraftTree.chain(tree.tokens) and tree.size == 5
+        text, told = (tokens[3:] * 2)[:5], ""
+        for depth, token in enumerate(tree.tokens):
+            before = tuple(tree.tokens[:depth])
+            if token == text[depth] and before == tuple(text[:depth]):
+                told += "c"
+                continue
+            with torch.inference_mode():
+                assert token == children_by_hand(head, tokens, before)[0][1]
+            told += "h"
+        kinds.add(told)
+    assert {"c", "h"} in map(set, kinds)
 
 
 def test_states_do_not_pile_up_when_nothing_is_drafted() -> None:
