@@ -54,6 +54,7 @@ class Estimator(Protocol):
     def learn(self, x: StepShape, seconds: float) -> None: ...
     def predict(self, x: StepShape) -> float: ...
     def std(self, x: StepShape) -> float: ...
+    def settled(self) -> Estimator: ...
 
 
 class Ours:
@@ -71,6 +72,12 @@ class Ours:
 
     def std(self, x: StepShape) -> float:
         return self.model.std(x)
+
+    def settled(self) -> Ours:
+        """A copy that has taken in every step, not only those up to a multiple of eight."""
+        settled = copy.deepcopy(self)
+        settled.model._solver.solve()
+        return settled
 
 
 class Guarded:
@@ -115,6 +122,9 @@ class Guarded:
             distribution = self.model.predict_one(self._x(x), with_dist=True)
             return self._unit_s * float(distribution.sigma)
         return self._filter.noise * self.predict(x)
+
+    def settled(self) -> Guarded:
+        return self
 
 
 def _bayes(beta: float = 1.0, smoothing: float | None = None) -> Any:
@@ -200,7 +210,8 @@ def play(estimator: Estimator, run: Stream, steady_to: int) -> Score:
         learn_s += time.perf_counter() - began
         while twins and twins[0][0] + SETTLED <= i:
             _, twin, probes = twins.popleft()
-            ratios = (estimator.predict(probe) / twin.predict(probe) for probe in probes)
+            one, other = estimator.settled(), twin.settled()
+            ratios = (one.predict(probe) / other.predict(probe) for probe in probes)
             moved = max(moved, *(abs(ratio - 1.0) for ratio in ratios))
     steady = np.zeros(num_steps, bool)
     steady[steady_from:steady_to] = True
