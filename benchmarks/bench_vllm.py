@@ -36,7 +36,7 @@ CHURN_TOKENS = 20, 200  #: of an answer
 WARM_UP = 40
 STEPS = 200
 TTL_S = 1.0
-FALLBACK_S = 10.0  #: longer than a phase without the daemon takes
+FALLBACK_S = 20.0  #: longer than a phase without the daemon takes
 OURS = ("own", "meanwhile")  #: times in our own code, in the two calls and while the model runs
 
 
