@@ -118,7 +118,7 @@ def inside(endpoint: str, load: str, size: int, daemon: int, step_s: float) -> d
     steps(WARM_UP)
     found["daemon_dead"] = steps(STEPS)
     assert link.state == "own", link.state
-    assert rigs["steered"].scheduler.smartspec_stats.num_errors == 0
+    assert rigs["steered"].scheduler.smartspec_stats.num_errors == link.num_errors == 0
     return found
 
 
