@@ -3,8 +3,8 @@
 A lookup's drafts are known right before the step that verifies them, when there is no time to look
 at each of them, let alone to sort them. But all that a request may find is known before: as many
 drafts as there can be, in each of the buckets of the acceptance table. So all these *possible*
-items are sorted while a step runs, and divided into levels: one for each worth, or, of more than
-`NUM_LEVELS` worths, of one in `NUM_LEVELS` of the items each. What was found is then so many items
+items are sorted while a step runs, and divided into levels: one for each worth, or, of more worths
+than levels, of as large a share of the items each. What was found is then so many items
 of each level, which a string of bytes can hold and count: the lengths are found by counting,
 without an array.
 
@@ -12,7 +12,7 @@ What that loses
 ---------------
 Items of one level are worth nearly the same, and count as if they were worth the same. Whole levels
 are taken, but where a piece of the cost curve ends within one; of that one it does not matter much
-which items are taken. Of up to `NUM_LEVELS` worths each is a level of its own, and nothing is lost.
+which items are taken. Of no more worths than levels each is a level of its own: nothing is lost.
 Items that are worth less than a token costs anywhere on the curve are never taken, and have no
 level.
 """
@@ -32,7 +32,9 @@ from smartspec.engine_adapter.lengths import (
 )
 from smartspec.engine_adapter.ranking import PricedCurve, freely
 
-NUM_LEVELS = 8
+NUM_LEVELS = 16
+FAST_LEVELS = 8  #: of more than `MANY` requests: counting takes time, and precision is there anyway
+MANY = 32
 NEVER = 255  #: in the place of the level of a draft that is never worth it, or beyond the depth
 
 #: The levels of a request's drafts in one bucket: of the first 0, 1, 2, ... of them.
@@ -89,10 +91,11 @@ class Levels:
         cheapest = min(piece.slope for piece in curve.pieces() if piece.end > size)
         least = value_of_time * (cheapest + draft.per_token_s)
         rising = np.sort(items, axis=None)
-        step = -(-len(rising) // NUM_LEVELS) or 1
+        most = FAST_LEVELS if size > MANY else NUM_LEVELS
+        step = -(-len(rising) // most) or 1
         rising = rising[rising.searchsorted(least) :]
         bounds = rising[np.diff(rising, prepend=-1.0) > 0]
-        if len(bounds) > NUM_LEVELS:
+        if len(bounds) > most:
             bounds = np.unique(rising[::step])
         place = bounds.searchsorted(items, side="right")  # 0: never
         total = np.bincount(place.ravel(), items.ravel(), minlength=len(bounds) + 1)[:0:-1]

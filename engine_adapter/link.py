@@ -248,7 +248,9 @@ class EngineLink:
         In place of `choose`, once.
         """
         ready, self._prepared = self._prepared, None
-        if ready is None or self._probe_pending or self._clock() > self._ready_until:
+        if ready is None or self._clock() > self._ready_until:
+            return None
+        if self._probe_pending and ready.by.source == "policy":
             return None
         self._prepared_at, self._looked = LONG_AGO, True
         self._chosen_by = ready.by.policy_seq, ready.by.source

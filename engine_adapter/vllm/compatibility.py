@@ -21,8 +21,8 @@ READ_BY_SCHEDULE = ("dynamic_sd_lookup", "spec_token_ids", "num_computed_tokens"
 SET_BY_SCHEDULER = (
     "dynamic_sd_lookup",
     "kv_cache_manager",
-    "max_model_len",
     "max_num_running_reqs",
+    "max_num_scheduled_tokens",
     "num_spec_tokens",
     "requests",
     "running",
@@ -42,10 +42,12 @@ SET_BY_REQUEST = (
     "spec_token_ids",
     "status",
 )
+NEW_REQUEST_FIELDS = ("num_computed_tokens", "prompt_token_ids")
 OUTPUT_FIELDS = (
     "num_invalid_spec_tokens",
     "num_scheduled_tokens",
     "num_spec_tokens_to_schedule",
+    "scheduled_new_reqs",
     "scheduled_spec_decode_tokens",
     "total_num_scheduled_tokens",
 )
@@ -67,8 +69,10 @@ def problems() -> list[str]:
 
     Raises `ImportError` where vLLM cannot be imported.
     """
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.v1.core.sched.request_queue import RequestQueue
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
@@ -77,10 +81,19 @@ def problems() -> list[str]:
         Scheduler, "update_from_output", ("scheduler_output", "model_runner_output")
     )
     found += _missing_parameters(Scheduler, "get_grammar_bitmask", ("scheduler_output",))
+    for owner, name in (
+        (Scheduler, "get_request_counts"),
+        (KVCacheManager, "usage"),
+        (Request, "is_finished"),
+        (RequestQueue, "peek_request"),
+    ):
+        if not hasattr(owner, name):
+            found.append(f"{owner.__name__}.{name} does not exist")
     found += _missing_names(Scheduler.schedule, READ_BY_SCHEDULE, "Scheduler.schedule reads no")
     found += _missing_names(Scheduler.__init__, SET_BY_SCHEDULER, "Scheduler sets no")
     found += _missing_names(Request.__init__, SET_BY_REQUEST, "Request sets no")
     found += _missing_fields(SchedulerOutput, OUTPUT_FIELDS)
+    found += _missing_fields(NewRequestData, NEW_REQUEST_FIELDS)
     found += _missing_fields(ModelRunnerOutput, RESULT_FIELDS)
     if not issubclass(AsyncScheduler, Scheduler):
         found.append("AsyncScheduler is not a Scheduler")

@@ -52,7 +52,8 @@ def refusal(config: Any) -> str | None:
         return "no speculation is configured (--speculative-config)"
     if config.parallel_config.data_parallel_size > 1:
         # Each rank has a scheduler of its own; of a mixture of experts all ranks must run the
-        # same passes, and would wait for ever for one that drafts less often than they do.
+        # same passes, and would wait for ever for one that drafts less often than they do. Of
+        # other models vLLM has told each rank by now that it is alone: see `_name`.
         return "data_parallel_size > 1: ranks that disagree on a length can wait for each other"
     if config.model_config.runner_type != "generate":
         return f"runner type {config.model_config.runner_type!r} does not generate"
@@ -74,7 +75,7 @@ def hello(config: Any, settings: Settings) -> Hello:
     method = method_of(config)
     graph_sizes = _graph_sizes(config)
     return Hello(
-        engine=settings.engine or f"vllm-{_name_of(model)}",
+        engine=_name(config, settings),
         # The one place where the time of day is right: it must differ after a reboot.
         epoch=time.time_ns(),
         fingerprint=Fingerprint(
@@ -85,7 +86,7 @@ def hello(config: Any, settings: Settings) -> Hello:
             engine_version=_text(compatibility.version()),
             accelerator=_text(_device_name()),
             parallelism=_parallelism(config.parallel_config),
-            dtype=_text(str(model.dtype).removeprefix("torch.")),
+            dtype=_dtype(config),
             attention_backend=_attention_backend(config),
         ),
         limits=Limits(
@@ -98,6 +99,25 @@ def hello(config: Any, settings: Settings) -> Hello:
             drafts_known_first=method.is_lookup,
         ),
     )
+
+
+def _name(config: Any, settings: Settings) -> str:
+    """The engine's own; replicas that vLLM runs beside each other share their settings."""
+    name = settings.engine or f"vllm-{_name_of(config.model_config)}"
+    rank = getattr(config.parallel_config, "data_parallel_index", 0)
+    return f"{name}-dp{rank}" if rank else name
+
+
+def _dtype(config: Any) -> str:
+    """Of weights and KV cache, as far as that decides what a step costs."""
+    model = config.model_config
+    parts = [str(model.dtype).removeprefix("torch.")]
+    if quantization := getattr(model, "quantization", None):
+        parts.append(str(quantization))
+    kv_cache = str(getattr(config.cache_config, "cache_dtype", "auto"))
+    if kv_cache != "auto":
+        parts.append(f"kv {kv_cache}")
+    return _text(" ".join(parts))
 
 
 def _modes(lengths: str, graph_sizes: tuple[int, ...]) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ from smartspec.engine_adapter.vllm.step import Group, Step, sizes
 IN_FORCE = ("policy", "probe", "fallback")  #: sources of lengths that are put into force
 MAX_STEPS_IN_FLIGHT = 64  #: a step that never ends is forgotten after so many others
 NUMBERS_KEPT = 1024  #: beyond twice as many as there are requests
+CACHED_MEMORY = 8  #: prompts whose cached share is remembered
 EXCLUDED = 0  #: in the place of the number of a request that is not controlled
 
 _answer = attrgetter("_output_token_ids")  # Request.num_output_tokens is its length
@@ -145,6 +146,7 @@ class Steering:
         self._head: Any = None  #: of the queue, where there is a place for it in the batch
         #: The head that a step left waiting, though it could have begun; and how many ran then.
         self._left: tuple[Any, int] = None, 0
+        self._cached = 0.0  #: share of the latest prompts that was in vLLM's prefix cache
         self._copies = Copies()  #: of a lookup
         self._pending: tuple[Group, DecodeBatch, Choice, Found | None] | None = None
         self._steps: dict[int, Step] = {}  #: scheduled
@@ -257,8 +259,10 @@ class Steering:
     def _expected_prefill(self) -> int:
         """Prompt tokens that will share the pass: of chunks under way, and of the next prompt.
 
-        Of a prompt that the last step left waiting none are expected until somebody has left: it
-        lacks KV room, a slot for its adapter, or what else may take hundreds of steps to come.
+        A part of it may be cached, which vLLM finds out only when it schedules it: as much as of
+        the latest ones. Of a prompt that the last step left waiting none are expected until
+        somebody has left: it lacks KV room, a slot for its adapter, or what else may take hundreds
+        of steps to come.
         """
         scheduler = self._scheduler
         tokens, head, num_running = 0, None, len(scheduler.running)
@@ -272,7 +276,7 @@ class Steering:
             head = scheduler.waiting.peek_request()
             left, num_ran = self._left
             if head is not left or num_running < num_ran:
-                tokens += head.num_tokens
+                tokens += round(head.num_tokens * (1.0 - self._cached))
         self._head = head
         return int(min(tokens, scheduler.max_num_scheduled_tokens))
 
@@ -349,6 +353,9 @@ class Steering:
 
     def while_running(self, output: Any) -> None:
         """Do all that can wait until the device runs."""
+        for new in output.scheduled_new_reqs:
+            if prompt := len(new.prompt_token_ids or ()):
+                self._cached += (new.num_computed_tokens / prompt - self._cached) / CACHED_MEMORY
         step = self._steps.get(id(output))
         if step is not None:
             if step.ceiling is None:
@@ -375,7 +382,7 @@ class Steering:
     def _report(self) -> None:
         """Tell what the steps did that have ended."""
         ended, self._ended = self._ended, []
-        num_waiting = len(self._scheduler.waiting)
+        _, num_waiting = self._scheduler.get_request_counts()
         kv_usage = min(max(self._scheduler.kv_cache_manager.usage, 0.0), 1.0)
         for step in ended:
             if step.found is not None:

@@ -18,7 +18,7 @@ from smartspec.engine_adapter.lengths import (
     request_weights,
     step_seconds,
 )
-from smartspec.engine_adapter.levels import NEVER, NUM_LEVELS, Levels
+from smartspec.engine_adapter.levels import FAST_LEVELS, MANY, NEVER, NUM_LEVELS, Levels
 
 
 class Batch(NamedTuple):
@@ -98,10 +98,11 @@ def _batch(rng: np.random.Generator, size: int, longest: int, num_buckets: int) 
 
 def _batch_of_few_worths(rng: np.random.Generator) -> Batch:
     """Of requests that differ in so few ways that there are no more worths than levels."""
-    longest = int(rng.integers(1, 6))
-    num_buckets = int(rng.integers(1, min(NUM_LEVELS // longest, 3) + 1))
-    batch = _batch(rng, int(rng.integers(0, 40)), longest, num_buckets)
-    kinds = rng.integers(0, NUM_LEVELS // (longest * num_buckets), len(batch.found))
+    longest, size = int(rng.integers(1, 6)), int(rng.integers(0, 40))
+    most = FAST_LEVELS if size > MANY else NUM_LEVELS
+    num_buckets = int(rng.integers(1, min(most // longest, 3) + 1))
+    batch = _batch(rng, size, longest, num_buckets)
+    kinds = rng.integers(0, most // (longest * num_buckets), len(batch.found))
     correction = rng.gamma(4.0, 0.25, NUM_LEVELS).astype(np.float32)[kinds]
     weight = None if batch.weight is None else rng.uniform(0.5, 2.0, NUM_LEVELS)[kinds]
     return batch._replace(correction=correction, weight=weight)
@@ -134,7 +135,7 @@ def test_one_request_of_twenty_has_a_level_of_its_own_when_it_is_worth_another(
     assert levels.split(found[:2], 0) == (1, 0)  # the better of the two
 
 
-@pytest.mark.parametrize("size", [16, 64, 256])
+@pytest.mark.parametrize("size", [4, 16, 64, 256])
 def test_little_is_lost_to_the_exact_lengths_when_levels_hold_many_worths(size: int) -> None:
     rng = np.random.default_rng(size)
     losses = []
@@ -146,7 +147,7 @@ def test_little_is_lost_to_the_exact_lengths_when_levels_hold_many_worths(size: 
             lost = batch.value(best, prompts) - batch.value(batch.lengths(made, prompts), prompts)
             losses.append(lost / Ladder(batch.survival, batch.weights).at(best)[1])
     assert min(losses) > -1e-5  # single precision: nothing is better than the best
-    assert np.mean(losses) < 1e-3 and max(losses) < 0.02
+    assert np.mean(losses) < 1e-3 and max(losses) < 0.03
 
 
 def test_what_is_never_worth_a_token_has_no_level() -> None:

@@ -276,6 +276,14 @@ def test_fallback_and_the_engines_own_lengths_are_ready_when_the_daemon_is_silen
     assert prepared(0.0) == own
 
 
+def test_fallback_is_ready_though_a_probe_was_never_placed(pair: Pair) -> None:
+    pair.deliver(policy(ttl_s=1.0, probe_length=4, num_probes=1))
+    pair.clock.now += 1.1  # no step came in time
+    pair.link.prepare(decode_batch())
+    ready = pair.link.ready()
+    assert ready is not None and ready.by.source == "fallback"
+
+
 def test_policy_is_in_force_when_the_engine_stood_still_after_preparing(pair: Pair) -> None:
     pair.deliver(policy(ttl_s=1.0))
     pair.link.prepare(decode_batch())

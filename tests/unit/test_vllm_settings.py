@@ -97,6 +97,7 @@ def configuration(**changes: Any) -> Any:
     values: dict[str, Any] = {
         "num_speculative_tokens": 5,
         "data_parallel_size": 1,
+        "rank": 0,
         "max_num_seqs": 64,
         "runner_type": "generate",
         "has_inner_state": False,
@@ -104,10 +105,21 @@ def configuration(**changes: Any) -> Any:
     return SimpleNamespace(
         speculative_config=SimpleNamespace(method="ngram"),
         num_speculative_tokens=values["num_speculative_tokens"],
-        parallel_config=SimpleNamespace(data_parallel_size=values["data_parallel_size"]),
-        model_config=SimpleNamespace(
-            runner_type=values["runner_type"], has_inner_state=values["has_inner_state"]
+        parallel_config=SimpleNamespace(
+            data_parallel_size=values["data_parallel_size"],
+            data_parallel_index=values["rank"],
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
         ),
+        model_config=SimpleNamespace(
+            model="models/small",
+            dtype="torch.bfloat16",
+            quantization=values.get("quantization"),
+            runner_type=values["runner_type"],
+            has_inner_state=values["has_inner_state"],
+        ),
+        cache_config=SimpleNamespace(cache_dtype=values.get("cache_dtype", "auto")),
+        compilation_config=SimpleNamespace(),
         scheduler_config=SimpleNamespace(max_num_seqs=values["max_num_seqs"]),
     )
 
@@ -129,3 +141,32 @@ def test_usual_engine_is_steered() -> None:
 )
 def test_engine_that_cannot_be_steered_is_left_alone(changes: Any, words: str) -> None:
     assert words in (facts.refusal(configuration(**changes)) or "")
+
+
+@pytest.mark.parametrize(
+    ("given", "rank", "name"),
+    [
+        ("", 0, "vllm-small"),
+        ("", 2, "vllm-small-dp2"),
+        ("my", 0, "my"),
+        ("my", 1, "my-dp1"),
+    ],
+)
+def test_replicas_that_share_their_settings_have_names_of_their_own(
+    given: str, rank: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "_device_name", lambda: "cpu")
+    settings = load({}, {"SMARTSPEC_ENGINE_NAME": given} if given else {})
+    assert facts.hello(configuration(rank=rank), settings).engine == name
+
+
+def test_what_weights_and_cache_are_held_in_tells_engines_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(facts, "_device_name", lambda: "cpu")
+
+    def dtype(**changes: str) -> str:
+        return facts.hello(configuration(**changes), load({}, {})).fingerprint.dtype
+
+    assert dtype() == "bfloat16"
+    assert dtype(quantization="fp8", cache_dtype="fp8_e5m2") == "bfloat16 fp8 kv fp8_e5m2"

@@ -69,6 +69,7 @@ def _scheduler(running: list[Any], waiting: list[Any], max_num_running: int) -> 
         dynamic_sd_lookup=None,
         scheduler_config=SimpleNamespace(async_scheduling=False),
         kv_cache_manager=SimpleNamespace(usage=0.0),
+        get_request_counts=lambda: (len(running), len(waiting)),
     )
 
 
@@ -94,7 +95,7 @@ def test_lists_that_a_proposer_may_keep_are_not_cut_in_place(method: str) -> Non
     scheduler = _scheduler(requests, [], 2)
     source: Any = Dear()
     steering = Steering(scheduler, source, METHODS[method])
-    steering.while_running(None)
+    steering.while_running(SimpleNamespace(scheduled_new_reqs=[]))
     steering.before_schedule()
     assert [request.spec_token_ids for request in requests] == [[], []]
     assert drafts == ([] if method == "ngram" else [1, 2, 3])
@@ -111,15 +112,26 @@ class Engine:
         source: Any = self.source
         self.steering = Steering(self.scheduler, source, SEQUENTIAL)
 
-    def step(self, joins: int = 0, other_tokens: int = 0) -> int:
-        """Run a step in which so many join; returns the prompt tokens that were expected of it."""
+    def step(self, joins: int = 0, other_tokens: int = 0, num_cached: int = 0) -> int:
+        """Run a step in which so many join; returns the prompt tokens that were expected of it.
+
+        ``num_cached`` : tokens of each prompt that joins, in the prefix cache
+        """
         scheduler = self.scheduler
         self.steering.before_schedule()
-        for _ in range(joins):
-            scheduler.running.append(scheduler.waiting.popleft())
+        joined = [scheduler.waiting.popleft() for _ in range(joins)]
+        scheduler.running += joined
+        new = [
+            SimpleNamespace(prompt_token_ids=[0] * one.num_tokens, num_computed_tokens=num_cached)
+            for one in joined
+        ]
         tokens = {request.request_id: 1 for request in scheduler.running}
         total = len(tokens) + other_tokens
-        output = SimpleNamespace(num_scheduled_tokens=tokens, total_num_scheduled_tokens=total)
+        output = SimpleNamespace(
+            num_scheduled_tokens=tokens,
+            total_num_scheduled_tokens=total,
+            scheduled_new_reqs=new,
+        )
         self.steering.after_schedule(output)
         self.steering.while_running(output)
         return self.source.prompts[-1]
@@ -166,3 +178,15 @@ def test_prompt_is_expected_when_it_came_to_the_queue_after_the_last_step() -> N
     assert engine.step() == 0
     engine.scheduler.waiting.append(_request("new", []))
     assert engine.step() == 30
+
+
+def test_prompts_are_expected_less_what_the_prefix_cache_held_of_the_latest() -> None:
+    engine = Engine(0, [str(i) for i in range(100, 140)])
+    engine.scheduler.max_num_running_reqs = 100
+    assert engine.step(joins=1, num_cached=20) == 30
+    for _ in range(30):
+        expected = engine.step(joins=1, num_cached=20)
+    assert expected == 10
+    for _ in range(4):
+        engine.step(joins=1)
+    assert 10 < engine.step() < 30

@@ -352,12 +352,17 @@ def play(seed: int, depth: int, method: str) -> dict[str, int]:
 
 
 class Failing:
-    """A source that leaves lengths to the engine, and after 20 calls of ``method`` fails."""
+    """A source that leaves lengths to the engine, and after 20 calls of ``method`` fails.
+
+    Every other time it has said so beforehand, as a link does.
+    """
 
     may_steer = False
 
     def __init__(self, method: str) -> None:
         self.calls_left = {method: 20}
+        self.prepared: Any = None
+        self.num_asked = 0
 
     def _called(self, method: str) -> None:
         self.calls_left[method] = left = self.calls_left.get(method, 1 << 30) - 1
@@ -372,9 +377,18 @@ class Failing:
 
     def prepare(self, batch: Any, features: Any = None) -> None:
         self._called("prepare")
+        self.prepared = batch
 
-    def ready(self) -> None:
+    def ready(self) -> Any:
+        from smartspec.engine_adapter.lengths import Choice
+        from smartspec.engine_adapter.link import Known, Ready
+
         self._called("ready")
+        self.num_asked += 1
+        if self.num_asked % 2:
+            return None
+        ceiling = self.prepared.ceiling
+        return Ready(Choice.fixed(ceiling.astype(np.int64), "own"), Known(ceiling.tolist()))
 
     def report(self, facts: Any) -> None:
         self._called("report")

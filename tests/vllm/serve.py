@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ.update(
@@ -113,27 +112,29 @@ class RandomLengths:
         self.prepared = batch, features
 
     def ready(self) -> Any:
-        """Every other time, lengths as a link has them ready: drawn, or of a drawn table."""
+        """Every other time, lengths as a link has them: drawn, of a drawn table, or its own."""
         from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost
         from smartspec.engine_adapter.levels import Levels
-        from smartspec.engine_adapter.link import Ready
-        from smartspec.engine_adapter.ranking import Ranked
+        from smartspec.engine_adapter.link import Known, Ready
 
         batch, features = self.prepared
-        if not self.may_steer or self.rng.random() < 0.5:
+        if self.rng.random() < 0.5:
             return None
-        self.steered = True
-        by = Choice(np.zeros(0, np.int64), source="policy")
         ceiling = batch.ceiling.tolist()
+        if not self.may_steer:
+            return Ready(Choice.fixed(batch.ceiling.astype(np.int64), "own"), Known(ceiling))
+        self.steered = True
+        source = "fallback" if self.rng.random() < 0.3 else "policy"
+        by = Choice(np.zeros(0, np.int64), source=source)
 
         def note(lengths: list[int]) -> None:
             pairs = zip(lengths, ceiling, strict=True)
             self.chosen = dict(zip(batch.request_ids.tolist(), pairs, strict=True))
 
-        if features is None:
+        if features is None or source == "fallback":
             lengths = self.rng.integers(0, batch.ceiling.astype(np.int64) + 1).tolist()
             note(lengths)
-            return Ready(by, SimpleNamespace(choose=lambda _: Ranked(lengths, "ragged", 0.0, 0.0)))
+            return Ready(by, Known(lengths))
 
         class Noted(Levels):
             def split(self, found: Any, num_other_tokens: int) -> tuple[int, int]:
@@ -265,6 +266,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             coming, round_ = 0, round_ + 1
     theirs = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     stats = getattr(scheduler, "smartspec_stats", None)
+    link = getattr(getattr(scheduler, "steering", None), "source", None)
+    num_link_errors = link.stats.num_errors if options.source == "daemon" and link else 0
     return {
         "answers": answers,
         "logprobs": logprobs,
@@ -272,7 +275,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "steps": steps,
         "seen": seen,
         "steered_steps": stats.num_steered_steps if stats else 0,
-        "errors": stats.num_errors if stats else 0,
+        "errors": (stats.num_errors if stats else 0) + num_link_errors,
         "refusal": getattr(scheduler, "smartspec_refusal", ""),
         "ours": [stats.num_drafted, stats.num_accepted] if stats else None,
         "theirs": [
