@@ -284,6 +284,7 @@ class Ladder:
             self.forced_drafts = float(self._expected(self.floor).sum())
             self._free = np.where(forced, -np.inf, self._free)
         self._scans: dict[int, tuple[F64, F64, Worth]] = {}
+        self._timed: tuple[tuple[CostCurve, DraftCost, int], F64, F64] | None = None
 
     def clip(self, lengths: npt.ArrayLike) -> I64:
         """``lengths`` (one, or [B]) as they can be: within ceilings and `max_length`."""
@@ -349,10 +350,20 @@ class Ladder:
     def seconds_by_drafts(
         self, curve: CostCurve, draft: DraftCost, drafts: F64, num_other_tokens: int
     ) -> F64:
-        """The part of a ragged step's seconds that depends on ``drafts``, not on the depth."""
+        """The part of a ragged step's seconds that depends on ``drafts``, not on the depth.
+
+        ``drafts`` : those of `prefixes`. Not to be written to: what was worked out last is kept.
+        """
+        given = curve, draft, num_other_tokens
+        if self._timed is not None and self._timed[0] == given:
+            known, seconds = self._timed[1:]
+            # Where all drafts are there, those of a smaller depth are the first of these.
+            if known is drafts or (self.presence is None and len(drafts) <= len(known)):
+                return seconds[: len(drafts)]
         seconds = curve.at(drafts + (self.size + num_other_tokens))
         if draft.per_token_s:
             seconds += draft.per_token_s * drafts
+        self._timed = given, drafts, seconds
         return seconds
 
     def add_depth(self, seconds: F64, draft: DraftCost, depth: int, drafts: F64) -> F64:
