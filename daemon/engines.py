@@ -325,8 +325,9 @@ class Engine:
         require(not beyond.any(), "accepted_ranks: one that was not drafted")
         verified = (ranks & (rank < drafted[:, None])).sum(1)
         require(bool((verified == accepted).all()), "accepted_ranks: not num_accepted of them")
-        cut_accepted = ranks.sum(1) - verified
-        require(bool((cut_accepted == passed).all()), "accepted_ranks: not num_cut_accepted")
+        if report.num_cut:
+            cut_accepted = ranks.sum(1) - verified
+            require(bool((cut_accepted == passed).all()), "accepted_ranks: not num_cut_accepted")
         return ranks[:, : self.max_length]
 
     def _follow(self, observation: Observation) -> None:
