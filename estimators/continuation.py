@@ -67,8 +67,10 @@ class Places(NamedTuple):
         Divided by it, worths are in tokens of that batch, as goodput is: tokens count by ``weight``
         (None: all 1), seconds do not.
         """
-        length = float((self.lengths[buckets] * presence).mean())
-        gain = float(np.average(self.gains[buckets] * presence, weights=weight))
+        length = float((self.lengths[buckets] * presence).sum()) / len(buckets)
+        gains = self.gains[buckets] * presence
+        share = np.average(gains, weights=weight) if weight is not None else gains.mean()
+        gain = float(share)
         return float(self.pace.token_s(length, gain) / self.token_s)
 
 
