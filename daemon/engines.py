@@ -164,6 +164,7 @@ class Engine:
         self.hello = hello
         self.name = hello.engine
         self.max_length = limits.max_length
+        self.modes = sorted(limits.modes, key=lambda mode: mode == UNIFORM)  #: uniform last
         self.key = ModelKey.of(hello)
         self.axes = self.key.axes
         self._edges = [np.array(axis.edges, np.float32) for axis in self.axes]

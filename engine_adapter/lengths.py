@@ -338,7 +338,7 @@ class Ladder:
             free = self._free[:depth].ravel()
             order = free.argsort()[::-1]
             worth = free[order]
-            share = self.presence[order % self.size]
+            share = self.presence.take(order, mode="wrap")  # of the item's request, depth by depth
             (worth * share).cumsum(out=gain[1:])
             drafts = np.empty(num_items + 1)
             drafts[0] = 0.0
