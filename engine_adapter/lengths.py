@@ -423,8 +423,8 @@ def batch_seconds(
     verified = len(lengths) * longest if curve.mode == UNIFORM else drafts
     # As `step_seconds`, in plain numbers: of one step arrays take five times as long.
     speculating = draft.by_depth(longest) + draft.per_token_s * drafts
-    seconds = float(curve.at(len(lengths) + num_other_tokens + verified))
-    return seconds + (speculating if drafts > 0 else draft.sunk_s)
+    seconds = curve.at(len(lengths) + num_other_tokens + verified)
+    return float(seconds + (speculating if drafts > 0 else draft.sunk_s))
 
 
 def possible(curves: Sequence[CostCurve], num_other_tokens: int) -> Sequence[CostCurve]:

@@ -186,7 +186,8 @@ def _by_depth(
     depths = depths_tried(deepest) if draft.per_forward_s > 0 else [deepest]
     most, drafts = ladder.prefixes(deepest)
     by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
-    best, found = -np.inf, []
+    best = -np.inf
+    found: list[tuple[int, float]] = []
     for depth in depths:
         gain, seconds = most, ladder.add_depth(by_drafts, draft, depth, drafts)
         if depth < deepest and ladder.presence is None:
