@@ -96,7 +96,7 @@ class Observation(NamedTuple):
     blind_buckets: I64 | None  #: [B], had no first draft been run; None: they never are
     has_begun: bool  #: some first drafts were
     #: [B], bucket of the step before where there were drafts to be had and none was rejected, or
-    #: -1; also where no engine of the kind is told apart by it
+    #: -1; -1 for all where nothing is learned from it
     behind: I64
     staleness_steps: int | None  #: steps between the report that its policy knew and this one
 
