@@ -1,8 +1,10 @@
 """The loop: receive all, decide for the newest, publish, then learn. Nothing else lives in it.
 
-It never queues work: however many reports have come, each engine gets one decision, for its newest
-report. Policies go out before anything is learned or published on the bus. Whatever a peer sends,
-the loop goes on: bad input is counted, told once in a while, and dropped whole.
+It never queues decisions: however many reports have come, each engine gets one, for its newest
+report. Policies go out before anything is learned or published on the bus, and what is yet to be
+learned of some engines gives way to decisions for others whose reports have come meanwhile; an
+engine's own decisions know all of its reports before. Whatever a peer sends, the loop goes on: bad
+input is counted, told once in a while, and dropped whole.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ class ControlLoop:
         self._pauses = pauses or Pauses()
         most = settings.limits.max_reports_per_s
         self._frames = Throttle(most, _burst(most))
+        self._unlearned: dict[Session, list[Observation]] = {}  # what was decided for: oldest first
         self._next_heartbeat_at = clock()
         self._next_tidy_at = clock()
         self.counters = Counters()
@@ -131,17 +134,23 @@ class ControlLoop:
         """
         reason = None
         until_heartbeat_s = self._next_heartbeat_at - self._clock()
+        if self._unlearned:
+            timeout_s = 0.0
         if self._transport.wait(max(0.0, min(timeout_s, until_heartbeat_s))):
             began = self._clock()
-            arrived = self._receive()
-            for session in arrived:
+            for session, observations in self._receive().items():
+                if session in self._unlearned:
+                    self._learn(session, self._unlearned.pop(session))
                 # It may have reported and gone, or come anew, in one and the same turn.
                 if self.sessions.by_peer.get(session.peer) is session:
                     reason = self._decide(session, began) or reason
                     self._beat()
-            for session, observations in arrived.items():
-                self._learn(session, observations)
-                self._beat()
+                self._unlearned[session] = observations
+        while self._unlearned:
+            self._learn_next()
+            self._beat()
+            if self._unlearned and self._transport.wait(0.0):
+                break  # decisions go first
         self._keep_time()
         return reason
 
@@ -237,6 +246,10 @@ class ControlLoop:
             self.sessions.send(session.peer, session.planner.release())
             text = f"{FAILED_IN_A_ROW} decisions in a row failed: left to its own setting"
             narration.tell(self._bus, "fault", text, name)
+
+    def _learn_next(self) -> None:
+        session = next(iter(self._unlearned))
+        self._learn(session, self._unlearned.pop(session))
 
     def _learn(self, session: Session, observations: list[Observation]) -> None:
         began = self._clock()
@@ -363,6 +376,8 @@ class ControlLoop:
 
     def checkpoints(self) -> list[CheckpointEvent]:
         """All that was learned in this life, published once more: for when the loop has ended."""
+        while self._unlearned:
+            self._learn_next()
         return self._keeper.save_all(self.sessions.engines())
 
     # -- time -----------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ class Observation(NamedTuple):
     report: StepReport
     batch: Batch
     num_drafted: U8  #: [B]
+    num_drafts: int  #: their sum
     num_accepted: U8  #: [B]
     #: for the estimator: `num_accepted`, and what is told of drafts that were cut; of trees ranks,
     #: [B, K] bools
@@ -94,7 +95,8 @@ class Observation(NamedTuple):
     buckets: I64  #: [B]
     blind_buckets: I64 | None  #: [B], had no first draft been run; None: they never are
     has_begun: bool  #: some first drafts were
-    #: [B], bucket of the step before where there were drafts to be had and none was rejected, or -1
+    #: [B], bucket of the step before where there were drafts to be had and none was rejected, or
+    #: -1; -1 for all where nothing is learned from it
     behind: I64
     staleness_steps: int | None  #: steps between the report that its policy knew and this one
 
@@ -107,7 +109,7 @@ class Observation(NamedTuple):
 
     @property
     def drafted_any(self) -> bool:
-        return bool(self.num_drafted.any())
+        return self.num_drafts > 0
 
 
 def nobody(key: ModelKey) -> Learned | None:
@@ -162,6 +164,7 @@ class Engine:
         self.hello = hello
         self.name = hello.engine
         self.max_length = limits.max_length
+        self.modes = sorted(limits.modes, key=lambda mode: mode == UNIFORM)  #: uniform last
         self.key = ModelKey.of(hello)
         self.axes = self.key.axes
         self._edges = [np.array(axis.edges, np.float32) for axis in self.axes]
@@ -245,7 +248,8 @@ class Engine:
         emitted = unpack(report.num_emitted, "u8", size, "num_emitted", 1)
         available = unpack(report.num_available, "u8", size, "num_available", self.max_length)
         require(bool((accepted <= drafted).all()), "num_accepted: more than drafted")
-        require(bool((drafted <= self.max_length).all()), "num_drafted: over limits.max_length")
+        longest = int(drafted.max(initial=0))
+        require(longest <= self.max_length, "num_drafted: over limits.max_length")
         require(bool((emitted <= accepted + 1).all()), "num_emitted: more than accepted + 1")
         outcome, told = self._outcome(report, drafted, accepted)
         names = self.hello.limits.features
@@ -264,6 +268,7 @@ class Engine:
             report,
             batch,
             drafted,
+            int(drafted.sum()),
             accepted,
             outcome,
             told,
@@ -280,7 +285,8 @@ class Engine:
     def _behind(self, report: StepReport, batch: Batch) -> I64:
         """Bucket of the step before [B], where there were drafts and none was rejected; else -1."""
         last = self.last
-        if last is None or report.seq != last.report.seq + 1 or self.key.trees:
+        is_wanted = self.learned.continuation.is_kept and not self.key.trees
+        if not is_wanted or last is None or report.seq != last.report.seq + 1:
             return np.full(len(batch.ids), -1)
         whole = (last.num_accepted == last.num_drafted) & (last.num_available > 0)
         behind = np.where(whole, last.buckets, -1)
@@ -303,7 +309,7 @@ class Engine:
         they would have turned out; of a chain unless one before them was rejected: then they are
         not reached.
         """
-        most, passed = drafted, np.zeros_like(drafted)
+        most, passed, whole = drafted, np.zeros(len(drafted), np.uint8), accepted
         if report.num_cut:
             cut = unpack(report.num_cut, "u8", drafted.shape, "num_cut")
             passed = unpack(report.num_cut_accepted, "u8", drafted.shape, "num_cut_accepted", 0)
@@ -311,9 +317,10 @@ class Engine:
             require(bool((told <= self.max_length).all()), "num_cut: over limits.max_length")
             require(bool((passed <= cut).all()), "num_cut_accepted: more than cut")
             most = told.astype(np.uint8)
+            whole = np.where(accepted == drafted, accepted + passed, accepted)
         if self.key.trees:
             return self._accepted_ranks(report, drafted, accepted, most, passed), most
-        return np.where(accepted == drafted, accepted + passed, accepted), most
+        return whole, most
 
     def _accepted_ranks(
         self, report: StepReport, drafted: U8, accepted: U8, most: U8, passed: U8
@@ -325,8 +332,9 @@ class Engine:
         require(not beyond.any(), "accepted_ranks: one that was not drafted")
         verified = (ranks & (rank < drafted[:, None])).sum(1)
         require(bool((verified == accepted).all()), "accepted_ranks: not num_accepted of them")
-        cut_accepted = ranks.sum(1) - verified
-        require(bool((cut_accepted == passed).all()), "accepted_ranks: not num_cut_accepted")
+        if report.num_cut:
+            cut_accepted = ranks.sum(1) - verified
+            require(bool((cut_accepted == passed).all()), "accepted_ranks: not num_cut_accepted")
         return ranks[:, : self.max_length]
 
     def _follow(self, observation: Observation) -> None:
@@ -365,22 +373,23 @@ class Engine:
         self.num_unsaved += 1
         self.learned.num_steps += 1
         self.learned.num_steered += report.source in STEERED
-        learned = observation.num_learned
         if len(batch.ids):
             rows = self.rows(batch)
             if self.hello.limits.drafts_known_first:
                 self.acceptance.learn_presence(rows, observation.num_available > 0)
-            self.acceptance.learn_many(rows, observation.buckets, learned, observation.accepted)
+            if observation.drafted_any or report.num_cut:  # else it would learn nothing
+                columns = observation.buckets, observation.num_learned, observation.accepted
+                self.acceptance.learn_many(rows, *columns)
             able = observation.num_available > 0
             self.learned.continuation.note(observation.buckets, able, observation.behind)
         num_draft_tokens = report.num_draft_tokens
         if self.hello.limits.drafts_known_first or self.key.trees:
             # Found, or grown beside others; but whatever they cost must be seen as theirs.
-            num_draft_tokens = max(num_draft_tokens, int(drafted.sum()))
+            num_draft_tokens = max(num_draft_tokens, observation.num_drafts)
         if isinstance(self.acceptance, TreeAcceptance):
             num_nodes = int(drafted.max(initial=0))
             self.acceptance.learn_forwards(num_nodes, report.num_draft_forwards)
-        size, num_drafts = len(batch.ids), int(drafted.sum())
+        size, num_drafts = len(batch.ids), observation.num_drafts
         if report.mode == UNIFORM:  # as many are computed for all as for the longest
             num_drafts = size * int(drafted.max(initial=0))
         shape = StepShape(

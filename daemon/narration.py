@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
+
 from smartspec.daemon.adoption.trial import Trial
 from smartspec.daemon.decision import Arm, Decision
 from smartspec.daemon.engines import Engine, Observation
@@ -73,7 +75,7 @@ def step_event(
         step_s=report.step_s,
         target_s=report.target_s,
         draft_s=report.draft_s,
-        num_drafted=int(observation.num_drafted.sum()),
+        num_drafted=observation.num_drafts,
         num_accepted=int(observation.num_accepted.sum()),
         num_emitted=observation.num_emitted,
         num_prefill_tokens=report.num_prefill_tokens,
@@ -89,9 +91,7 @@ def decision_event(
 ) -> DecisionEvent:
     """A policy, why, and what it and the alternatives should bring."""
     order = decision.order
-    counts = [0] * (engine.max_length + 1)
-    for length in decision.lengths.tolist():
-        counts[length] += 1
+    counts = np.bincount(decision.lengths, minlength=engine.max_length + 1)
     return DecisionEvent(
         engine=engine.name,
         policy_seq=decision.seq,
@@ -102,7 +102,7 @@ def decision_event(
         value_of_time=order.value_of_time,
         depth=order.depth,
         mode=decision.mode,
-        length_counts=tuple(counts),
+        length_counts=tuple(counts.tolist()),
         predicted_goodput=decision.goodput,
         predicted_goodput_none=decision.none.goodput,
         predicted_goodput_static=decision.static().goodput,

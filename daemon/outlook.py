@@ -13,7 +13,6 @@ from smartspec.daemon.goodput import best_by_batch
 from smartspec.engine_adapter.lengths import (
     F64,
     I64,
-    UNIFORM,
     CostCurve,
     DraftCost,
     Ladder,
@@ -73,7 +72,7 @@ class Outlook(NamedTuple):
             prefill_tokens=report.num_prefill_tokens,
             context_tokens=report.context_tokens,
         )
-        curves = [_curve(engine, shape, mode) for mode in _modes(engine)]
+        curves = [_curve(engine, shape, mode) for mode in engine.modes]
         draft, goes_on = engine.draft_cost(), False
         if observation.blind_buckets is not None:
             blind = request_survivals(table, observation.blind_buckets, correction)
@@ -181,7 +180,7 @@ def by_batch(engine: Engine, context_tokens: float) -> tuple[tuple[int, ...], tu
     begins: I64 = np.unique(np.geomspace(1, most, 12).round().astype(np.int64))
     # A length has to do up to the next size: the best of the sizes in between.
     middles = np.sqrt(begins * np.append(begins[1:] - 1, most)).round().astype(np.int64)
-    mode = _modes(engine)[-1]
+    mode = engine.modes[-1]
     curves = [
         _curve(engine, StepShape(size, size, context_tokens=size * context_tokens), mode)
         for size in middles.tolist()
@@ -190,11 +189,6 @@ def by_batch(engine: Engine, context_tokens: float) -> tuple[tuple[int, ...], tu
     presence = acceptance.pooled_presence() if limits.drafts_known_first else 1.0
     best = best_by_batch(survival, presence, middles, curves, engine.draft_cost())
     return tuple(begins.tolist()), tuple(best.tolist())
-
-
-def _modes(engine: Engine) -> list[str]:
-    """The engine's, uniform last."""
-    return sorted(engine.hello.limits.modes, key=lambda mode: mode == UNIFORM)
 
 
 def _curve(engine: Engine, shape: StepShape, mode: str) -> CostCurve:

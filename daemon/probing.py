@@ -125,9 +125,10 @@ class Prober:
         if observation.report.num_waiting:
             return 0, 0
         if not self._sweep:
-            deepest, most_s = observation.num_available.max(), NEAR * optimum.choice.seconds
+            most_s = NEAR * optimum.choice.seconds
             while self._near and (
-                self._near[0] > deepest or _loss_s(outlook, optimum, self._near[0]) > most_s
+                self._near[0] > observation.num_available.max()
+                or _loss_s(outlook, optimum, self._near[0]) > most_s
             ):
                 self._near.pop(0)
         if self.sweeping:

@@ -22,6 +22,7 @@ Peer = bytes  #: ZeroMQ's routing id of one connection
 HANDSHAKE_MS = 2000
 PING_MS = 1000  #: over tcp, whose other end may vanish without a word
 PING_TIMEOUT_MS = 3000  #: shorter than the engine's: when it comes anew, its name is free
+_LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 SOCKET_MODE = 0o660  #: owner and group: the engines' group may connect
 
 
@@ -90,7 +91,7 @@ class Server:
         Meanwhile whoever knocks is let in, or not.
         """
         if self._doorkeeper is None:
-            return bool(self._socket.poll(max(0, round(timeout_s * 1000)), zmq.POLLIN))
+            return bool(self._poller.poll(max(0, round(timeout_s * 1000))))
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = max(0.0, deadline - time.monotonic())
@@ -133,7 +134,8 @@ class Server:
     def send(self, peer: Peer, frame: bytes) -> bool:
         """Send to one peer; dropped when it has gone or does not read. False: it has gone."""
         try:
-            self._socket.send_multipart((peer, frame), zmq.NOBLOCK, copy=True)
+            self._socket.send(peer, _MORE)
+            self._socket.send(frame, _LAST)
         except zmq.ZMQError as error:
             self.num_unsendable += 1
             return error.errno != zmq.EHOSTUNREACH

@@ -284,6 +284,7 @@ class Ladder:
             self.forced_drafts = float(self._expected(self.floor).sum())
             self._free = np.where(forced, -np.inf, self._free)
         self._scans: dict[int, tuple[F64, F64, Worth]] = {}
+        self._timed: tuple[tuple[CostCurve, DraftCost, int], F64, F64] | None = None
 
     def clip(self, lengths: npt.ArrayLike) -> I64:
         """``lengths`` (one, or [B]) as they can be: within ceilings and `max_length`."""
@@ -303,24 +304,6 @@ class Ladder:
         Returns two arrays [depth * B + 1]; the gain is -inf where there are fewer to choose.
         """
         return self._scan(depth)[:2]
-
-    def every_depth(self) -> tuple[F64, I64]:
-        """`prefixes` within every depth 0, 1, ..., `max_length`, of one sort.
-
-        All items in falling order of their worth, of which each depth leaves out those beyond it:
-        then the one before stands in its place once more. Returns gains and numbers of items
-        drafted beside the forced ones, both [max_length + 1, max_length * B + 1]. Without presences
-        only: with them an item is less than a draft.
-        """
-        flat = self._free.ravel()
-        order = flat.argsort()[::-1]
-        within = order // self.size < np.arange(self.max_length + 1)[:, None]
-        gains = np.zeros((self.max_length + 1, len(order) + 1))
-        np.where(within, flat[order], 0.0).cumsum(axis=1, out=gains[:, 1:])
-        gains += self.weight_sum + self._forced_gain
-        counts = np.zeros(gains.shape, np.int64)
-        within.cumsum(axis=1, out=counts[:, 1:])
-        return gains, counts
 
     def ranked(self, depth: int) -> tuple[I64, Worth, F64]:
         """Items within ``depth``, best first: their requests, what they lose, gains of so many.
@@ -355,7 +338,7 @@ class Ladder:
             free = self._free[:depth].ravel()
             order = free.argsort()[::-1]
             worth = free[order]
-            share = self.presence[order % self.size]
+            share = self.presence.take(order, mode="wrap")  # of the item's request, depth by depth
             (worth * share).cumsum(out=gain[1:])
             drafts = np.empty(num_items + 1)
             drafts[0] = 0.0
@@ -367,10 +350,20 @@ class Ladder:
     def seconds_by_drafts(
         self, curve: CostCurve, draft: DraftCost, drafts: F64, num_other_tokens: int
     ) -> F64:
-        """The part of a ragged step's seconds that depends on ``drafts``, not on the depth."""
+        """The part of a ragged step's seconds that depends on ``drafts``, not on the depth.
+
+        ``drafts`` : those of `prefixes`. Not to be written to: what was worked out last is kept.
+        """
+        given = curve, draft, num_other_tokens
+        if self._timed is not None and self._timed[0] == given:
+            known, seconds = self._timed[1:]
+            # Where all drafts are there, those of a smaller depth are the first of these.
+            if known is drafts or (self.presence is None and len(drafts) <= len(known)):
+                return seconds[: len(drafts)]
         seconds = curve.at(drafts + (self.size + num_other_tokens))
         if draft.per_token_s:
             seconds += draft.per_token_s * drafts
+        self._timed = given, drafts, seconds
         return seconds
 
     def add_depth(self, seconds: F64, draft: DraftCost, depth: int, drafts: F64) -> F64:
@@ -428,8 +421,10 @@ def batch_seconds(
     """
     longest = int(lengths.max(initial=0))
     verified = len(lengths) * longest if curve.mode == UNIFORM else drafts
-    num_tokens = len(lengths) + num_other_tokens + verified
-    return float(step_seconds(curve, draft, num_tokens, np.array(drafts), longest))
+    # As `step_seconds`, in plain numbers: of one step arrays take five times as long.
+    speculating = draft.by_depth(longest) + draft.per_token_s * drafts
+    seconds = curve.at(len(lengths) + num_other_tokens + verified)
+    return float(seconds + (speculating if drafts > 0 else draft.sunk_s))
 
 
 def possible(curves: Sequence[CostCurve], num_other_tokens: int) -> Sequence[CostCurve]:

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smartspec.engine_adapter.lengths import (
-    F64,
     UNIFORM,
     Choice,
     CostCurve,
@@ -185,24 +184,14 @@ def _by_depth(
     """The greatest worth of ragged lengths within each depth that is worth a look."""
     # Without a price per forward a smaller depth only takes candidates away.
     depths = depths_tried(deepest) if draft.per_forward_s > 0 else [deepest]
-    every = deepest == ladder.max_length and 1 < len(depths) == deepest + 1
-    if every and ladder.presence is None:
-        gains, counts = ladder.every_depth()
-        drafts: F64 = ladder.forced_drafts + np.arange(float(gains.shape[1]))
-        by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
-        floor = ladder.deepest_floor
-        by_depth = np.array([draft.by_depth(max(depth, floor)) for depth in depths])
-        seconds = by_drafts[counts] + by_depth[:, None]
-        if not ladder.forced_drafts:
-            seconds[counts == 0] = by_drafts[0] + draft.sunk_s
-        return list(enumerate(worth(gains, seconds).max(axis=1).tolist()))
     most, drafts = ladder.prefixes(deepest)
     by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
-    best, found = -np.inf, []
+    best = -np.inf
+    found: list[tuple[int, float]] = []
     for depth in depths:
         gain, seconds = most, ladder.add_depth(by_drafts, draft, depth, drafts)
         if depth < deepest and ladder.presence is None:
-            if float(worth(most, seconds).max()) <= best:
+            if found and float(worth(most, seconds).max()) <= best:
                 break  # nor any deeper: it would bring no more than this, and cost no less
             gain = ladder.prefixes(depth)[0]
             seconds = seconds[: len(gain)]

@@ -178,7 +178,7 @@ class AcceptanceEstimator:
             rows, bucket, proposed, passed = rows[some], bucket[some], proposed[some], passed[some]
         if len(rows):
             self._table.refresh()
-            counts = self._requests.counts[rows]
+            counts = self._requests.counts.take(rows, 0)
             of, c = self._corrected
             if of is not rows:
                 c = self._frailty.corrections(counts)
@@ -233,7 +233,7 @@ class AcceptanceEstimator:
             array = np.asarray(column)
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 raise ValueError(f"{name} must be a column of integers")
-            numbers = array.astype(np.intp)
+            numbers = array.astype(np.intp, copy=False)
             # As unsigned numbers, negative ones are above any limit.
             if array.size and numbers.view(np.uintp).max() > limit:
                 raise ValueError(f"{name} must be in [0, {limit}]")
@@ -298,9 +298,11 @@ class AcceptanceEstimator:
         self._requests.check(rows)
         if not len(rows):
             return
-        counts = self._requests.counts
-        counts[rows, _HITS] = counts[rows, _HITS] * self._presence_fade + hits
-        counts[rows, _TRIES] = counts[rows, _TRIES] * self._presence_fade + 1.0
+        counts = self._requests.counts.take(rows, 0)
+        counts[:, _HITS:] *= self._presence_fade
+        counts[:, _HITS] += hits
+        counts[:, _TRIES] += 1.0
+        self._requests.counts[rows] = counts
         kept = max(1.0 - 1.0 / self.window, 0.0) ** len(hits)
         self._presence *= kept
         self._presence += self.window * (1.0 - kept) * np.array((hits.mean(), 1.0))
@@ -347,7 +349,7 @@ class AcceptanceEstimator:
     def corrections(self, rows: Rows) -> F32:
         """c of each request, [B]: its survivals are its bucket's to this power; 1 when unknown."""
         self._requests.check(rows)
-        c = self._frailty.corrections(self._requests.counts[rows])
+        c = self._frailty.corrections(self._requests.counts.take(rows, 0))
         self._corrected = rows, c
         return c.astype(np.float32)
 
@@ -359,7 +361,7 @@ class AcceptanceEstimator:
     def presence(self, rows: Rows) -> F32:
         """P(drafts are to be had), [B] in (0, 1): a request's own rate shrunk to the pooled one."""
         self._requests.check(rows)
-        counts = self._requests.counts[rows]
+        counts = self._requests.counts.take(rows, 0)
         weight = PRESENCE_STRENGTH
         rate = (counts[:, _HITS] + weight * self.pooled_presence()) / (counts[:, _TRIES] + weight)
         return rate.astype(np.float32)

@@ -67,8 +67,10 @@ class Places(NamedTuple):
         Divided by it, worths are in tokens of that batch, as goodput is: tokens count by ``weight``
         (None: all 1), seconds do not.
         """
-        length = float((self.lengths[buckets] * presence).mean())
-        gain = float(np.average(self.gains[buckets] * presence, weights=weight))
+        length = float((self.lengths[buckets] * presence).sum()) / len(buckets)
+        gains = self.gains[buckets] * presence
+        share = np.average(gains, weights=weight) if weight is not None else gains.mean()
+        gain = float(share)
         return float(self.pace.token_s(length, gain) / self.token_s)
 
 
@@ -87,8 +89,8 @@ class Continuation:
 
     def __init__(self, num_buckets: int) -> None:
         self._num_buckets = num_buckets
-        self._is_kept = 1 < num_buckets <= MOST_BUCKETS
-        size = num_buckets if self._is_kept else 0
+        self.is_kept = 1 < num_buckets <= MOST_BUCKETS  #: else there is nothing to tell apart
+        size = num_buckets if self.is_kept else 0
         #: Of steps behind each bucket; the last column where nothing was found to draft.
         self._counts = np.zeros((size, size + 1))
         self._news = 1.0  #: what a step counts: ever more, in place of all others ever less
@@ -109,7 +111,7 @@ class Continuation:
         ``able`` : there was something to draft; ``behind`` : bucket of the step before, -1 where
         a draft was rejected, none was to be had, or nothing is known
         """
-        if not self._is_kept or not len(buckets):
+        if not self.is_kept or not len(buckets):
             return
         self._news /= (1.0 - 1.0 / MEMORY) ** len(buckets)
         places = np.where(able, buckets, self._num_buckets) + (self._num_buckets + 1) * behind

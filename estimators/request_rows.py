@@ -35,6 +35,7 @@ class RequestRows:
         self._last_seen = np.zeros(capacity, np.int64)
         self._free = list(range(capacity - 1, -1, -1))
         self._tick = 0
+        self._found: Rows | None = None  # what `rows` gave last
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -49,6 +50,8 @@ class RequestRows:
 
     def check(self, rows: Rows) -> None:
         """Raise ValueError unless ``rows`` are rows of this map."""
+        if rows is self._found:
+            return
         if rows.size and not (0 <= int(rows.min()) and int(rows.max()) < self.capacity):
             raise ValueError("rows are not of this estimator")
 
@@ -58,16 +61,15 @@ class RequestRows:
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise ValueError("request ids must be a column of integers")
         wanted: list[int] = array.tolist()
-        if wanted and min(wanted) < 0:
+        if array.dtype.kind == "i" and wanted and min(wanted) < 0:
             raise ValueError("request ids must be >= 0")
         if len(set(wanted)) != len(wanted):
             raise ValueError("request ids must be unique")
         self._tick += 1
         row_of = self._row_of
-        found = [row_of.get(request_id, -1) for request_id in wanted]
-        rows = np.array(found, np.intp)
-        self._last_seen[rows[rows >= 0]] = self._tick
-        new = [i for i, row in enumerate(found) if row < 0]
+        rows = self._found = np.array([row_of.get(id, -1) for id in wanted], np.intp)
+        new = np.flatnonzero(rows < 0).tolist()
+        self._last_seen[rows[rows >= 0] if new else rows] = self._tick
         if new:
             self._make_room(len(new), len(wanted))
             for i in new:
@@ -133,3 +135,4 @@ class RequestRows:
         self._last_seen[used] = last_seen
         self._free = free
         self._tick = int(state["tick"])
+        self._found = None

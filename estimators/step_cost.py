@@ -289,7 +289,8 @@ class StepCost(Regressor):
             self._set_level(row, step_s)
         overhead_s = self._overhead.value
         predicted = max(overhead_s + float(row @ solver.coef), RESOLUTION_S)
-        expected_s = float((row * self._of_target) @ solver.coef)
+        of_target = row * self._of_target
+        expected_s = float(of_target @ solver.coef)
         residuals = self._filters["step"]
         name = "step" if target_s is None or draft_s is None else "target"
         band = self._band(shape)
@@ -300,7 +301,6 @@ class StepCost(Regressor):
         else:
             residuals.judge(predicted, step_s, solver.leverage(row) / predicted**2, band)
             part_s = target_s
-            of_target = row * self._of_target
             verdict = learn(solver, self._filters["target"], of_target, target_s, 0.0, band)
             seen_s = verdict.value
             clipped = verdict.clipped

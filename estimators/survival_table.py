@@ -167,8 +167,8 @@ class SurvivalTable:
 
         h - h ** c for each draft reached. What is counted with it is what the table alone explains.
         """
-        log_hazard = self.log_hazard[bucket]
-        more = self.hazard[bucket] - np.exp(c[:, None] * log_hazard)
+        log_hazard = self.log_hazard.take(bucket, 0)
+        more = self.hazard.take(bucket, 0) - np.exp(c[:, None] * log_hazard)
         reached = np.minimum(passed + 1, proposed)
         more *= np.arange(self.max_length) < reached[:, None]
         cells = bucket[:, None] * self.max_length + np.arange(self.max_length)

@@ -81,9 +81,12 @@ class GainTable(SurvivalTable):
         return clipped(np.array(pooled), HAZARD_RANGE)
 
     def histogram(self, bucket: Index, proposed: Index, hits: npt.NDArray[Any]) -> F64:
-        new = np.zeros((2, self.num_buckets + 1, self.max_length))
-        np.add.at(new[0], bucket, tried(proposed, self.max_length))
-        np.add.at(new[1], bucket, hits)
+        new = np.empty((2, self.num_buckets + 1, self.max_length))
+        first = bucket * self.max_length
+        for i, nodes in enumerate((tried(proposed, self.max_length), hits)):
+            request, rank = nodes.nonzero()
+            cells = np.bincount(first[request] + rank, minlength=new[i, :-1].size)
+            new[i, :-1] = cells.reshape(self.num_buckets, self.max_length)
         new[:, -1] = new[:, :-1].sum(axis=1)
         return new
 
@@ -122,7 +125,10 @@ class TreeAcceptance(AcceptanceEstimator):
             max_requests=max_requests,
             axis_sizes=axis_sizes,
         )
+        self._nodes = np.arange(1, max_length + 1)
+        self._deeper = deeper(self._nodes)
         self._forwards = np.zeros((3, 2))  # discounted sums: (forwards - 1) x, and x x^T
+        self._fitted: tuple[float, ...] | None = None  # `forwards` of these; None: stale
 
     def _outcomes(self, *columns: npt.ArrayLike) -> list[npt.NDArray[Any]]:
         buckets, drafted, accepted = columns
@@ -165,21 +171,27 @@ class TreeAcceptance(AcceptanceEstimator):
             further = min(num_forwards, num_nodes) - 1  # more were to catch up
             self._forwards *= 1.0 - 1.0 / FORWARDS_WINDOW
             self._forwards += np.vstack((further * row, np.outer(row, row)))
+            self._fitted = None
 
     def forwards(self) -> tuple[float, ...]:
+        if self._fitted is None:
+            self._fitted = self._fit()
+        return self._fitted
+
+    def _fit(self) -> tuple[float, ...]:
         product = self._forwards[0] + DEEPER_WEIGHT * DEEPER
         square = self._forwards[1:] + np.diag(DEEPER_WEIGHT)
         fitted = np.linalg.solve(square, product)
         if fitted.min() < 0.0:  # neither may be: the other one by itself
             alone = product / square.diagonal()
             fitted = np.where(fitted > 0.0, alone, 0.0)
-        nodes = np.arange(1, self.max_length + 1)
-        return tuple(np.minimum(1.0 + deeper(nodes) @ fitted, nodes).tolist())
+        return tuple(np.minimum(1.0 + self._deeper @ fitted, self._nodes).tolist())
 
     def merge(self, other: Self) -> None:
         super().merge(other)
         if other._forwards[1, 0] > self._forwards[1, 0]:
             self._forwards = other._forwards.copy()
+            self._fitted = None
 
     def state(self, *, requests: bool = True) -> State:
         return super().state(requests=requests) | {"forwards": pack(self._forwards)}

@@ -82,6 +82,61 @@ def test_one_decision_is_made_per_engine_however_many_reports(rig: Rig) -> None:
     assert len(rig.bus.of(DecisionEvent)) == 2
 
 
+def test_learning_gives_way_to_decisions_for_others(rig: Rig) -> None:
+    order: list[str] = []
+    for peer, name in ((b"b", "gpu1"), (b"c", "gpu2")):
+        rig.connect(peer, name)
+
+    def noted(what: str, call: Any, then: Any = lambda: None) -> Any:
+        def wrapper(*arguments: Any) -> Any:
+            order.append(what)
+            then()
+            return call(*arguments)
+
+        return wrapper
+
+    late = {"gpu0": lambda: rig.transport.put(b"c", step_report(1))}
+    for name in ("gpu0", "gpu1", "gpu2"):
+        session = rig.session(name)
+        session.planner.decide = noted(f"decide {name}", session.planner.decide)
+        then = late.pop(name, lambda: None)
+        session.engine.learn = noted(f"learn {name}", session.engine.learn, then)
+    rig.transport.put(b"a", step_report(1))
+    rig.transport.put(b"b", step_report(1))
+    rig.loop.cycle(0.1)  # what has come of gpu2 meanwhile goes before the learning of gpu1
+    assert order == ["decide gpu0", "decide gpu1", "learn gpu0"]
+    rig.loop.cycle(0.1)
+    assert order[3:] == ["decide gpu2", "learn gpu1", "learn gpu2"]
+    assert rig.transport.waits[-3:-1] == [0.0, 0.0]  # nothing is waited for while there is work
+
+
+def test_decision_knows_all_reports_before_when_learning_gave_way(rig: Rig) -> None:
+    """The same policies as if each report had been learned at once."""
+    rig.connect(b"b", "gpu1")
+    alone = Rig()
+    alone.connect(b"b", "gpu1")
+    b = rig.session("gpu1").engine
+    learn = rig.session("gpu0").engine.learn
+    for seq in range(1, 6):
+        facts = {"num_accepted": wire.pack([seq % 3] * 3, "u8"), "num_emitted": b""}
+        alone.cycle(b"b", step_report(seq, roster=seq == 1, **facts))
+        rig.transport.put(b"a", step_report(seq, roster=seq == 1))
+        rig.transport.put(b"b", step_report(seq, roster=seq == 1, **facts))
+
+        def interrupted(*arguments: Any) -> Any:
+            rig.transport.put(b"x", b"")
+            return learn(*arguments)
+
+        rig.session("gpu0").engine.learn = interrupted
+        rig.loop.cycle(0.1)
+        assert b.learned.num_steps == seq - 1
+    rig.loop.cycle(0.0)
+    assert b.learned.num_steps == 5
+    assert [p.log_survival for p in rig.policies(b"b")] == [
+        p.log_survival for p in alone.policies(b"b")
+    ]
+
+
 def test_cycle_returns_the_reason_of_what_was_decided(rig: Rig) -> None:
     reason = rig.cycle(b"a", step_report(1))
     assert reason is not None and reason.startswith("3 running: ")

@@ -224,19 +224,3 @@ def test_buckets_are_digits_by_edges_reached() -> None:
 def test_fixed_choice_promises_nothing() -> None:
     choice = Choice.fixed(np.array([1, 2]), "own")
     assert (choice.source, choice.gain, choice.mode) == ("own", 0.0, RAGGED)
-
-
-@pytest.mark.parametrize("size", [1, 7, 40])
-def test_prefixes_of_every_depth_at_once_are_those_of_each(size: int) -> None:
-    rng = np.random.default_rng(size)
-    survival = np.cumprod(rng.choice([0.5, 0.7, 0.9], (4, size)), axis=0).astype(np.float32)
-    weight = rng.choice([0.5, 1.0], size)
-    floor, ceiling = rng.integers(0, 3, size), rng.integers(0, 5, size)
-    for bounds in ({}, {"weight": weight}, {"floor": floor}, {"floor": floor, "ceiling": ceiling}):
-        ladder = Ladder(survival, **bounds)
-        gains, counts = ladder.every_depth()
-        for depth in range(5):
-            gain, drafted = ladder.prefixes(depth)
-            assert np.unique(counts[depth]).tolist() == list(range(len(gain)))
-            assert gains[depth].tolist() == gain[counts[depth]].tolist()
-            assert (ladder.forced_drafts + counts[depth]).max() == drafted[-1]
