@@ -95,6 +95,12 @@ def run(
     }
 
 
+def pin(process: psutil.Process, core: int) -> None:
+    """With all of its threads: those that run already do not follow the first one."""
+    for thread in process.threads():
+        os.sched_setaffinity(thread.id, [core])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", type=int, default=8)
@@ -111,9 +117,9 @@ def main() -> None:
         settings, process = stack.enter_context(running)
         time.sleep(4.0)
         daemon = psutil.Process(process.pid)
-        daemon.cpu_affinity([cores[-1]])
+        pin(daemon, cores[-1])
         for child in daemon.children(recursive=True):
-            child.cpu_affinity(cores[:1])
+            pin(child, cores[0])
         os.sched_setaffinity(0, cores[:1])
         engines = []
         for i in range(args.engines):

@@ -91,7 +91,8 @@ class RandomLengths:
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.chosen: dict[int, tuple[int, int]] = {}  #: length and ceiling, by request
+        #: length and ceiling, by request; None: the lookup may have found less
+        self.chosen: dict[int, tuple[int, int | None]] = {}
         self.steered = False
         self.may_steer = True
         self.prepared: Any = None
@@ -134,6 +135,10 @@ class RandomLengths:
         if features is None or source == "fallback":
             lengths = self.rng.integers(0, batch.ceiling.astype(np.int64) + 1).tolist()
             note(lengths)
+            if features is not None:
+                self.chosen = {
+                    number: (length, None) for number, (length, _) in self.chosen.items()
+                }
             return Ready(by, Known(lengths))
 
         class Noted(Levels):
@@ -187,8 +192,10 @@ def checked_scheduler(source: RandomLengths, seen: dict[str, int]) -> type:
                 left = request.max_tokens - request.num_output_tokens - 1
                 drafts = len(output.scheduled_spec_decode_tokens.get(name, ()))
                 seen["checked"] += 1
-                seen["shortened"] += length < ceiling
                 seen["too_long"] += drafts > length
+                if ceiling is None:
+                    continue
+                seen["shortened"] += length < ceiling
                 known = self.vllm_config.speculative_config.method != "draft_model"
                 seen["too_short"] += known and drafts < min(length, left) and not full
             source.chosen = {}
