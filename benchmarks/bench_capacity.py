@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import live_daemon
 from figures import record
+from pinning import pin
 from scripted_engine import Costs, ScriptedEngine, hello
 
 from smartspec.daemon.event_bus import DecisionEvent, StepEvent, subscribe
@@ -95,12 +96,6 @@ def run(
     }
 
 
-def pin(process: psutil.Process, core: int) -> None:
-    """With all of its threads: those that run already do not follow the first one."""
-    for thread in process.threads():
-        os.sched_setaffinity(thread.id, [core])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", type=int, default=8)
@@ -117,9 +112,9 @@ def main() -> None:
         settings, process = stack.enter_context(running)
         time.sleep(4.0)
         daemon = psutil.Process(process.pid)
-        pin(daemon, cores[-1])
+        pin(daemon.pid, {cores[-1]})
         for child in daemon.children(recursive=True):
-            pin(child, cores[0])
+            pin(child.pid, {cores[0]})
         os.sched_setaffinity(0, cores[:1])
         engines = []
         for i in range(args.engines):

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import live_daemon
 import psutil
 from figures import record
+from pinning import pin
 
 from smartspec.engine_adapter.base import FixedLength, LengthSource, StepFacts
 from smartspec.engine_adapter.link import EngineLink
@@ -148,11 +149,6 @@ def serve(
         arm.answers.append(done[i][1].tokens)
 
 
-def pin(process: psutil.Process, cores: list[int]) -> None:
-    for one in (process, *process.children(recursive=True)):
-        one.cpu_affinity(cores)
-
-
 def measure(rate: float, seconds: float, num_rounds: int) -> Measured:
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
@@ -185,7 +181,9 @@ def measure(rate: float, seconds: float, num_rounds: int) -> Measured:
                  "3600", "--runtime-dir", watched],
             )  # fmt: skip
             for process in (observer, steerer, recorder):
-                pin(psutil.Process(process.pid), cores[-1:])
+                daemon = psutil.Process(process.pid)
+                for one in (daemon, *daemon.children(recursive=True)):
+                    pin(one.pid, {cores[-1]})
             os.sched_setaffinity(0, cores[:1])
             time.sleep(8.0)
             workers = {name: make_worker(loaded, None) for name in arms}

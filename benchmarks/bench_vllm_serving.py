@@ -35,6 +35,7 @@ from completion_load import Answered, Stretch, arrivals, keep_busy, play
 from figures import FOLDER, record
 from kept_runs import lines
 from paired import paired_ratio
+from pinning import pin
 
 from smartspec.lab import environment
 from smartspec.lab.demo.schedule import load_prompts, mixed
@@ -281,7 +282,7 @@ def measure(options: argparse.Namespace, raw: Path) -> None:
 
 def pin_self() -> None:
     """The load generator shares a core with all that is not the engine."""
-    vs.pin(os.getpid(), vs.OTHER_CORE)
+    pin(os.getpid(), vs.OTHER_CORE)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pinning import pin
 
 ENGINE_CORE = {0}
 OTHER_CORE = {1}
@@ -157,13 +158,6 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # its engine too
         self.process.wait()
-
-
-def pin(pid: int, cores: set[int]) -> None:
-    """Bind a process' threads, those that are there, to cores."""
-    for thread in psutil.Process(pid).threads():
-        with suppress(ProcessLookupError):
-            os.sched_setaffinity(thread.id, cores)
 
 
 @contextmanager

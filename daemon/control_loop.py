@@ -201,9 +201,11 @@ class ControlLoop:
                 self.counters["reports"] += 1
                 self.counters["steps_missed"] += session.engine.num_missed - missed
             case Hello():
+                self._learn_pending()  # of whoever goes, before its rows are somebody else's
                 self.sessions.welcome(peer, message)
             case Goodbye():
                 if session is not None and session.engine.hello.epoch == message.epoch:
+                    self._learn_pending()
                     self.sessions.forget(session, "left")
 
     def _decide(self, session: Session, began: float) -> str | None:
@@ -246,6 +248,10 @@ class ControlLoop:
             self.sessions.send(session.peer, session.planner.release())
             text = f"{FAILED_IN_A_ROW} decisions in a row failed: left to its own setting"
             narration.tell(self._bus, "fault", text, name)
+
+    def _learn_pending(self) -> None:
+        while self._unlearned:
+            self._learn_next()
 
     def _learn_next(self) -> None:
         session = next(iter(self._unlearned))
@@ -292,13 +298,17 @@ class ControlLoop:
     def _tell_steps(
         self, session: Session, observations: list[Observation], predicted: list[float | None]
     ) -> None:
-        """An engine that has left is not heard of after that: its last turn is told to nobody."""
-        if not self._is_heard or self.sessions.by_peer.get(session.peer) is not session:
+        """Of an engine that is still there."""
+        if not self._is_told_of(session):
             return
         for observation, seconds in zip(observations, predicted, strict=True):
             self._bus.publish(
                 narration.step_event(session.engine, observation, seconds, self._wall())
             )
+
+    def _is_told_of(self, session: Session) -> bool:
+        """An engine that has left is not heard of after that: its last turn is told to nobody."""
+        return self._is_heard and self.sessions.by_peer.get(session.peer) is session
 
     def _compare(
         self,
@@ -309,7 +319,7 @@ class ControlLoop:
         """Tell of a decision, and take steps into the comparison with what could have been."""
         now = self._clock()
         compared = decision.compared()
-        if self._is_heard:
+        if self._is_told_of(session):
             times = session.decide_s, session.learn_s, self._wall()
             self._bus.publish(narration.decision_event(session.engine, decision, *times))
         otherwise = {arm: compared[arm] for arm in (Arm.NONE, Arm.OWN)}
@@ -376,8 +386,7 @@ class ControlLoop:
 
     def checkpoints(self) -> list[CheckpointEvent]:
         """All that was learned in this life, published once more: for when the loop has ended."""
-        while self._unlearned:
-            self._learn_next()
+        self._learn_pending()
         return self._keeper.save_all(self.sessions.engines())
 
     # -- time -----------------------------------------------------------------------------------

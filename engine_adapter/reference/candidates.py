@@ -10,7 +10,7 @@ All requests are in the same arrays [B, W + 1], a column per node in the order i
 proposed, so that an operation takes about as long for many requests as for one. The last column is
 the root, whose index is thus `ROOT`.
 
-Where drafts are to be *chains*, one path is the best: after each node its likeliest child. The
+Where drafts are to be *chains*, one path is taken: after each node its likeliest child. The
 drafter then proposes one child of each, so that there is a choice only where a copy goes on too.
 """
 

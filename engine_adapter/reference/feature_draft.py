@@ -103,22 +103,8 @@ class FeatureChain(FeatureDraft):
     """Drafts chains: after each token the head's first choice, or what a copy has if likelier.
 
     The head goes on from whichever was taken.
-
-    Parameters
-    ----------
-    copies : False: the head's choices alone
     """
 
     name = "eagle-chain"
     trees = False
     num_children = 1
-
-    def __init__(
-        self,
-        head: FeatureHead,
-        num_rows: int,
-        max_model_len: int,
-        max_length: int = 8,
-        copies: bool = True,
-    ) -> None:
-        super().__init__(head, num_rows, max_model_len, max_length, copies=copies)

@@ -66,6 +66,8 @@ class TreeDraftModel(DraftModel):
         found = [place for place, (tokens, _) in enumerate(self._copies) if tokens]
         self._goes_on -= {sequences[place].id for place in found}
         offer = super().available(sequences)
+        if not self.trees:  # of a chain it tells that a pass was run, which is paid for
+            return offer
         confidence = offer.features[self.features.index(FEATURE_DRAFT_CONFIDENCE)]
         confidence[found] = [self._copies[place][1][0] for place in found]
         return offer

@@ -72,7 +72,7 @@ def _draft(model: torch.nn.Module) -> DraftModel:
 
 def _chain(family: str, copies: bool) -> FeatureChain:
     head = tiny_head(tiny_model(family))
-    return FeatureChain(head, MAX_RUNNING, MAX_LEN, MAX_LENGTH, copies)
+    return FeatureChain(head, MAX_RUNNING, MAX_LEN, MAX_LENGTH, copies=copies)
 
 
 def _draft_tree(family: str, copies: bool) -> TreeDraftModel:

@@ -17,7 +17,7 @@ from smartspec.daemon.event_bus import NullBus
 from smartspec.daemon.transport import Server
 from smartspec.engine_adapter.lengths import Choice
 from smartspec.engine_adapter.link import EngineLink
-from smartspec.engine_adapter.reference.feature_draft import FeatureDraft
+from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.model import without_layers
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.proposer import Proposer
@@ -136,6 +136,7 @@ PROPOSERS: dict[str, Callable[[], Proposer]] = {
         ModelRunner(without_layers(tiny_model("llama"), [1]), ROWS, MODEL_LEN), MOST
     ),
     "eagle": lambda: FeatureDraft(tiny_head(tiny_model("llama")), ROWS, MODEL_LEN, MOST),
+    "eagle-chain": lambda: FeatureChain(tiny_head(tiny_model("llama")), ROWS, MODEL_LEN, MOST),
 }
 
 
@@ -168,7 +169,8 @@ def link_of(endpoint: str, proposer: Proposer) -> EngineLink:
         dtype="float64", engine_version="0",
     )  # fmt: skip
     link = link_to(endpoint, "worker-0")(facts)
-    assert isinstance(link, EngineLink) and link.hello.limits.trees
+    assert isinstance(link, EngineLink)
+    assert link.hello.limits.trees == (proposer.name != "eagle-chain")
     assert link.hello.limits.confidences == (proposer.name != "lookup-tree")
     return link
 

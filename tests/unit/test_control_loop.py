@@ -19,6 +19,7 @@ from smartspec.daemon.counters import LOGGED, Counters
 from smartspec.daemon.decision import Arm
 from smartspec.daemon.event_bus import (
     DecisionEvent,
+    EngineEvent,
     GainEvent,
     LinkCounts,
     LoopEvent,
@@ -135,6 +136,32 @@ def test_decision_knows_all_reports_before_when_learning_gave_way(rig: Rig) -> N
     assert [p.log_survival for p in rig.policies(b"b")] == [
         p.log_survival for p in alone.policies(b"b")
     ]
+
+
+@pytest.mark.parametrize("last", ["goodbye", "hello"])
+def test_what_is_yet_to_be_learned_of_an_engine_is_told_before_it_has_left(
+    rig: Rig, last: str
+) -> None:
+    rig.bus.wanted |= {StepEvent, DecisionEvent}
+    rig.connect(b"b", "gpu1")
+    b, learn = rig.session("gpu1").engine, rig.session().engine.learn
+    leaves = wire.Goodbye(epoch=1) if last == "goodbye" else hello("gpu1", 2)
+
+    def interrupted(*arguments: Any) -> Any:
+        rig.transport.put(b"b", leaves)
+        return learn(*arguments)
+
+    rig.session().engine.learn = interrupted
+    rig.transport.put(b"a", step_report(1))
+    rig.transport.put(b"b", step_report(1))
+    rig.loop.cycle(0.1)
+    assert b.learned.num_steps == 0  # it gave way
+    rig.bus.events.clear()
+    rig.loop.cycle(0.1)
+    told = [type(event) for event in rig.bus.events if getattr(event, "engine", "") == "gpu1"]
+    assert b.learned.num_steps == 1
+    assert told[:2] == [StepEvent, DecisionEvent] and EngineEvent in told[2:]
+    assert not {StepEvent, DecisionEvent} & set(told[2:])
 
 
 def test_cycle_returns_the_reason_of_what_was_decided(rig: Rig) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, tiny_head, tiny_model
 from torch import Tensor
 
-from smartspec.engine_adapter.base import FixedLength
+from smartspec.engine_adapter.base import FEATURE_DRAFT_CONFIDENCE, FixedLength
+from smartspec.engine_adapter.messages import NOT_RUN
 from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.candidates import Candidates
@@ -176,6 +177,21 @@ def test_a_chain_is_of_the_heads_first_choices_and_of_what_is_copied() -> None:
             told += "h"
         kinds.add(told)
     assert {"c", "h"} in map(set, kinds)
+
+
+@pytest.mark.parametrize(("kind", "is_told"), [(FeatureChain, False), (FeatureDraft, True)])
+def test_a_chains_copy_is_not_told_as_a_pass_that_was_run(
+    kind: type[FeatureDraft], is_told: bool
+) -> None:
+    head = tiny_head(tiny_model("llama"))
+    proposer = kind(head, 2, MAX_LEN, 4)
+    sequences = [
+        Sequence(i, Request(tokens), 20, 0, 0.0)
+        for i, tokens in enumerate(([1, 2, 3, 1, 2], [1, 2, 3, 4, 5]))
+    ]
+    offer = proposer.available(sequences)
+    confidence = offer.features[proposer.features.index(FEATURE_DRAFT_CONFIDENCE)]
+    assert (confidence != NOT_RUN).tolist() == [is_told, False]
 
 
 def test_states_do_not_pile_up_when_nothing_is_drafted() -> None:
