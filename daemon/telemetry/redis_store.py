@@ -28,6 +28,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
+    WatchError,
 )
 from redis.retry import Retry
 
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 VERSION = "v1"  #: of the keys and their fields; raised when a reader would misread them
 MAX_BUFFERED = 20_000  #: events kept while Redis is away (some 20 MB)
 MAX_BATCH = 500  #: events per round trip
+MAX_RACES = 5  #: in a row that a checkpoint may lose to other hosts' before it waits for a flush
 FLUSH_INTERVAL_S = 0.5
 PRUNE_S = 3600.0  #: between two looks for engines that have expired
 SOCKET_TIMEOUT_S = 1.0
@@ -231,6 +233,7 @@ class RedisStore:
         self._num_lost_noted = 0
         self._failures_in_a_row = 0
         self._prune_at = time.monotonic()
+        self._may_watch = True
 
     # -- any thread --
 
@@ -313,13 +316,13 @@ class RedisStore:
                 daemon = self._daemon
             try:
                 self._write(batch, states, daemon)
+                states = {}
                 if checkpoints:
                     self._write_learned(checkpoints)
-            except BaseException:
+            finally:  # what was not written waits, unless there is newer
                 with self._lock:
                     self._states = {**states, **self._states}
                     self._checkpoints = {**checkpoints, **self._checkpoints}
-                raise
             with self._lock:
                 # The buffer may have overflowed meanwhile and dropped part of the batch.
                 written = set(map(id, batch))
@@ -400,21 +403,48 @@ class RedisStore:
     def _write_learned(self, checkpoints: dict[str, CheckpointEvent]) -> None:
         """Unlike the rest it does not expire: it is for the day that an engine returns.
 
-        It is merged with what is there, which may be another daemon's. Two that write in the same
-        moment may lose one of the two merges; the next checkpoint makes up for it.
+        Takes out of ``checkpoints`` what is written. Raises RedisError.
         """
-        found: Any = self._client.mget([self.keys.learned_of(key_id) for key_id in checkpoints])
-        pipe = self._client.pipeline()
-        for (key_id, event), theirs in zip(checkpoints.items(), found, strict=True):
-            frame = event.frame
-            if theirs is not None:
-                frame = _merged(frame, theirs, key_id)
-            pipe.set(self.keys.learned_of(key_id), frame)
-            pipe.zadd(self.keys.learned, {key_id: event.t_s})
-        pipe.zrange(self.keys.learned, 0, -self._max_learned - 1)
-        for member in pipe.execute()[-1]:
+        for key_id, event in list(checkpoints.items()):
+            if self._merge_learned(event):
+                del checkpoints[key_id]
+        oldest: Any = self._client.zrange(self.keys.learned, 0, -self._max_learned - 1)
+        for member in oldest:
             self._client.delete(self.keys.learned_of(member.decode("utf-8", "replace")))
             self._client.zrem(self.keys.learned, member)
+
+    def _merge_learned(self, event: CheckpointEvent) -> bool:
+        """Merge a checkpoint with what is there; False: others were faster, again and again.
+
+        What is there may be another daemon's, and may change while it is merged: two hosts that
+        keep time with each other would else lose the same one's part every time.
+        """
+        key = self.keys.learned_of(event.key_id)
+        with self._client.pipeline() as pipe:
+            for _ in range(MAX_RACES):
+                self._watch(pipe, key)
+                found: Any = self._client.mget([key])
+                (theirs,) = found
+                frame = event.frame
+                if theirs is not None:
+                    frame = _merged(frame, theirs, event.key_id)
+                pipe.multi()
+                pipe.set(key, frame)
+                pipe.zadd(self.keys.learned, {event.key_id: event.t_s})
+                try:
+                    pipe.execute()
+                except WatchError:
+                    continue
+                return True
+        return False
+
+    def _watch(self, pipe: Any, key: str) -> None:
+        if self._may_watch:
+            try:
+                pipe.watch(key)
+            except NoPermissionError:  # as documented before it was needed
+                self._may_watch = False
+                log.warning("hosts may lose what others learned: Redis' user needs +watch")
 
     @staticmethod
     def _is_refused(answer: Any, repeated: bool) -> bool:

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import psutil
 import pytest
 import redis
 from fakes import free_port
-from learned_state import ENGINE, FRAME
+from learned_state import ENGINE, FRAME, experienced
 from prometheus_client import generate_latest
 
 from smartspec.daemon import config
@@ -39,6 +40,7 @@ from smartspec.daemon.event_bus import (
     StepEvent,
 )
 from smartspec.daemon.state import warm_start
+from smartspec.daemon.state.learned import decode, encode
 from smartspec.daemon.telemetry import embedded_valkey, metric_ids, redis_store
 from smartspec.daemon.telemetry.embedded_valkey import EmbeddedValkey
 from smartspec.daemon.telemetry.engine_state import EngineState
@@ -645,6 +647,43 @@ def test_new_host_starts_from_redis_when_it_has_no_file(runtime_dir: Path) -> No
         refused = f"{keys.base}learned-refused:{2:016x}-{0:08x}"
         assert client.get(refused) == b"?", "kept aside"
         client.close()
+
+
+def test_what_another_host_writes_while_a_checkpoint_is_merged_is_not_lost(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts that keep time with each other would else lose the same one's part every time."""
+    with valkey_server(runtime_dir / "own.sock"), ExitStack() as stack:
+        client, other = (connect(f"unix://{runtime_dir}/own.sock") for _ in range(2))
+        stack.callback(client.close)
+        stack.callback(other.close)
+        key, newer = (
+            Keys("smartspec:").learned_of(KEY),
+            encode(experienced(400).learned.checkpoint()),
+        )
+        others = [FRAME, FRAME, newer]
+        client.set(key, others.pop(0))
+        merged = redis_store._merged
+
+        def while_another_writes(ours: bytes, theirs: bytes, key_id: str) -> bytes:
+            if others:
+                other.set(key, others.pop(0))
+            return merged(ours, theirs, key_id)
+
+        monkeypatch.setattr(redis_store, "_merged", while_another_writes)
+        store = RedisStore(client, "smartspec:", 100, 60)
+        store.add(CheckpointEvent(key_id=KEY, frame=FRAME))
+        store.flush()
+        assert not others
+        assert decode(client.get(key), KEY).num_steps == 400
+
+        others = [newer] * (redis_store.MAX_RACES + 1)
+        store.add(CheckpointEvent(key_id=KEY, frame=encode(experienced(500).learned.checkpoint())))
+        store.flush()
+        assert len(others) == 1 and decode(client.get(key), KEY).num_steps == 400, "gives way"
+        others.clear()
+        store.flush()
+        assert decode(client.get(key), KEY).num_steps == 500, "and comes again"
 
 
 def test_checkpoint_reaches_redis_when_it_was_away(runtime_dir: Path) -> None:
