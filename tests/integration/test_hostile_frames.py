@@ -204,6 +204,7 @@ UP: list[wire.Message] = [
 hostile_frames = st.lists(frames(UP), min_size=FRAMES_PER_EXAMPLE, max_size=FRAMES_PER_EXAMPLE)
 
 
+@pytest.mark.slow
 def test_honest_engine_is_decided_for_bit_by_bit_as_if_alone() -> None:
     together, alone = Scene(), Scene()
     num_frames = 0

@@ -25,6 +25,7 @@ PROMPTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.timeout(300)
 def test_length_0_is_found_when_the_draft_costs_nearly_as_much_as_the_target() -> None:

@@ -464,6 +464,7 @@ def own_server(tiny_model_dir: Path, tmp_path: Path, request: pytest.FixtureRequ
         server.close()
 
 
+@pytest.mark.slow
 def test_bounds_hold_and_running_answers_finish_when_told_to_stop(own_server: Any) -> None:
     """One server, slowly: full, too large, too slow, without a key, and then SIGTERM."""
     server = own_server(
@@ -517,6 +518,7 @@ def test_bounds_hold_and_running_answers_finish_when_told_to_stop(own_server: An
     assert "stopped" in server.log.read_text()
 
 
+@pytest.mark.slow
 def test_clients_are_told_when_time_is_up_and_when_the_decode_process_dies(own_server: Any) -> None:
     server = own_server(
         "--request-timeout-s", "1", "--max-model-len", "512", "--length", "0"

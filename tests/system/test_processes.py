@@ -333,6 +333,7 @@ def test_steering_goes_on_when_telemetry_is_slow_to_end_at_a_reload(
     assert load.slowest_s < STALL_S
 
 
+@pytest.mark.slow
 def test_engine_is_paused_and_released_from_the_command_line(
     stack: ExitStack, runtime_dir: str
 ) -> None:

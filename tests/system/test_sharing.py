@@ -79,6 +79,7 @@ def worker(stack: ExitStack, settings: Settings, model: Path, name: str, *option
     process.stdin.flush()
 
 
+@pytest.mark.slow
 def test_second_engine_starts_from_what_the_first_knows_and_one_of_another_kind_does_not(
     stack: ExitStack, tiny_model_dir: Path
 ) -> None:

@@ -204,6 +204,7 @@ def test_long_drafts_that_keep_prompts_waiting_do_not_compare_as_the_better() ->
         assert compared[Arm.SMARTSPEC] > max(compared[Arm.NONE], compared[Arm.OWN])
 
 
+@pytest.mark.slow
 def test_drafts_are_worth_what_tokens_take_where_they_lead(monkeypatch: pytest.MonkeyPatch) -> None:
     def goodput(seed: int) -> float:
         engine = Engine(hello(max_length=8))
