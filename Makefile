@@ -62,7 +62,7 @@ test-all: check model  ## the same with the slow tests
 $(VLLM_STAMP): pyproject.toml $(STAMP)
 	@echo "==> installing $(VLLM) into $(VLLM_VENV); 2.5 GB, some two minutes the first time"
 	@[ -x $(VLLM_VENV)/bin/pip ] || $(BIN)/python -m venv --clear $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check $(VLLM)
+	@$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check $(VLLM) pandas  # for `vllm bench serve`
 	@$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec triton
 	@$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check --editable .
 	@touch $@

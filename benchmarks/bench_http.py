@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
-from completion_load import events
 from figures import record
 from paired import paired_ratio
 
@@ -55,6 +56,22 @@ def in_process(worker: Worker, target: models.LoadedModel, num_tokens: int) -> f
         if facts and facts.batch.size == NUM_STREAMS and not facts.batch.num_prefill_tokens:
             taken.append(ended - began)
     return float(np.median(taken[1:]))
+
+
+async def events(port: int, path: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    """Data of each event of a streamed answer, as soon as it is read."""
+    data = json.dumps({**body, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        b"POST %s HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
+    )
+    while line := await reader.readline():
+        if line.startswith(b"data: {"):
+            yield line[6:]
+        elif line.startswith(b"data: [DONE]"):
+            break
+    writer.close()
 
 
 async def _stream(port: int, prompt: str, num_tokens: int) -> list[float]:

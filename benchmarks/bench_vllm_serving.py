@@ -1,11 +1,12 @@
 """What vLLM gains: its own HTTP server under load, without speculation, with its own, steered.
 
-Arms: *none* (no speculation configured), the best static length, vLLM's own table of lengths by
-batch size, and SmartSpec. A *pilot* without SmartSpec comes first: it finds the load that the
-server bears without speculation, the best static length (least mean latency over all rates) and,
-from tokens per second at 1 to 16 requests at a time, the table. Then the arms take turns: in each
-repetition, every rate and a schedule through all of them is played to each arm in an order drawn
-by lot, the same arrivals to all. SmartSpec is warm: it has been steering for a while before.
+The load is `vllm bench serve`'s. Arms: *none* (no speculation configured), the best static length,
+vLLM's own table of lengths by batch size, and SmartSpec. A *pilot* without SmartSpec comes first:
+it finds the load that the server bears without speculation, the best static length (least mean
+latency over all rates) and, from tokens per second at 1 to 16 requests at a time, the table. Then
+the arms take turns: in each repetition, every rate and a schedule through all of them is played to
+each arm in an order drawn by lot, the same arrivals to all. SmartSpec is warm: it has been steering
+for a while before.
 
 "The best other" is the arm of the lowest mean over all repetitions, which favours it: it is chosen
 with the very numbers that it is compared by. `paired.py` gives the statistics. Needs an environment
@@ -26,19 +27,19 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import vllm_servers as vs
-from completion_load import Answered, Stretch, arrivals, keep_busy, play
 from figures import FOLDER, record
 from kept_runs import lines
 from paired import paired_ratio
 from pinning import pin
+from vllm_bench_serve import Answered, BenchServe, Question, Stretch
 
 from smartspec.lab import environment
-from smartspec.lab.demo.schedule import load_prompts, mixed
+from smartspec.lab.demo.schedule import Prompt, load_prompts, mixed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "vllm"))
 from vllm_models import model_dir
@@ -50,25 +51,57 @@ SCHEDULE_S = 5.0  #: of arrivals, each rate in the schedule
 SCHEDULE = (0, 2, 1)  #: its rates in order
 LENGTHS = (1, 3, 5)
 AT_ONCE = (1, 4, 8, 16)
-PILOT_S = 4.0
+TURNS, FEWEST = 3, 8  #: of so many at once, in the pilot, and questions at least
 WARM_UP_S = 10.0
 
 
-def parts(capacity: float, rate_s: float, schedule_s: float) -> dict[str, list[Stretch]]:
+class Rate(NamedTuple):
+    """Seconds of arrivals, at so many per second."""
+
+    seconds: float
+    per_second: float
+
+
+def parts(capacity: float, rate_s: float, schedule_s: float) -> dict[str, list[Rate]]:
     """What is played in a repetition."""
     rates = [share * capacity for share in SHARES]
-    played = {f"rate_{i}": [Stretch(rate_s, rate)] for i, rate in enumerate(rates)}
-    return played | {"schedule": [Stretch(schedule_s, rates[i]) for i in SCHEDULE]}
+    played = {f"rate_{i}": [Rate(rate_s, rate)] for i, rate in enumerate(rates)}
+    return played | {"schedule": [Rate(schedule_s, rates[i]) for i in SCHEDULE]}
+
+
+def questions(prompts: Sequence[Prompt]) -> list[Question]:
+    return [Question(one.id, one.prompt, one.max_tokens) for one in prompts]
+
+
+def stretches(prompts: Sequence[Prompt], rates: Sequence[Rate], seed: int) -> list[Stretch]:
+    """Questions at each rate, as many for every seed.
+
+    All prompts come in a mixed order, then again in another.
+    """
+    rng = np.random.default_rng(seed)
+    order: list[Prompt] = []
+    made: list[Stretch] = []
+    begin_s = 0.0
+    for rate in rates:
+        count = max(1, round(rate.seconds * rate.per_second))
+        while len(order) < count:
+            order = [*mixed(prompts, rng), *order]
+        drawn = [order.pop() for _ in range(count)]
+        made.append(
+            Stretch(begin_s, questions(drawn), rate.per_second, seed=int(rng.integers(1 << 30)))
+        )
+        begin_s += rate.seconds
+    return made
 
 
 def row_of(answers: Sequence[Answered]) -> dict[str, Any]:
     """What is kept of a play."""
     return {
         "latency_mean_s": float(np.mean([one.latency_s for one in answers])),
-        "ttft_mean_s": float(np.mean([one.first_s - one.due_s for one in answers])),
+        "ttft_mean_s": float(np.mean([one.first_s - one.sent_s for one in answers])),
         "num_tokens": sum(one.num_tokens for one in answers),
         "requests": [
-            [one.id, *(round(t, 3) for t in (one.due_s, one.first_s, one.end_s)), one.num_tokens]
+            [one.id, *(round(t, 3) for t in (one.sent_s, one.first_s, one.end_s)), one.num_tokens]
             for one in answers
         ],
         "answers": {one.id: one.text for one in answers},
@@ -78,10 +111,10 @@ def row_of(answers: Sequence[Answered]) -> dict[str, Any]:
 class Run:
     """Plays loads to servers, and keeps what came of it."""
 
-    def __init__(self, raw: Path, seed: int, options: argparse.Namespace) -> None:
+    def __init__(self, raw: Path, seed: int, load: BenchServe) -> None:
         self.raw = raw
         self.seed = seed
-        self.options = options
+        self.load = load
         self.prompts = load_prompts()
         self.answers: dict[str, str] = {}  #: of the first arm that was asked
         self.num_different = 0
@@ -99,21 +132,22 @@ class Run:
         speeds: dict[str, dict[int, float]] = {name: {} for name in running}
         capacity = 0.0
         for at_once in AT_ONCE:
-            order = mixed(self.prompts, np.random.default_rng(self.seed + at_once)) * 4
+            order = mixed(self.prompts, np.random.default_rng(self.seed + at_once))
+            busy = Stretch(0.0, questions(order[: max(FEWEST, TURNS * at_once)]), at_once=at_once)
             for name, server in running.items():
-                done = keep_busy(server.port, order, at_once, PILOT_S)
+                done = self.load.play(server.port, [busy])
                 tokens = sum(one.num_tokens for one in done)
                 speed = at_once * tokens / sum(one.latency_s for one in done)
                 speeds[name][at_once] = speed
                 if name == "none":
                     capacity = max(capacity, speed * len(done) / tokens)
         latencies: dict[str, dict[str, float]] = {name: {} for name in running}
-        for part, stretches in parts(capacity, RATE_S, SCHEDULE_S).items():
+        for part, rates in parts(capacity, RATE_S, SCHEDULE_S).items():
             if part == "schedule":
                 continue
-            due = arrivals(self.prompts, stretches, self.seed + 99)
+            asked = stretches(self.prompts, rates, self.seed + 99)
             for name, server in running.items():
-                row = row_of(play(server.port, due))
+                row = row_of(self.load.play(server.port, asked))
                 latencies[name][part] = row["latency_mean_s"]
         static = {
             n: np.mean([values[f"rate_{i}"] for i in range(len(SHARES))])
@@ -134,12 +168,12 @@ class Run:
         rng = np.random.default_rng((self.seed, number))
         played = parts(capacity, RATE_S, SCHEDULE_S)
         for part in rng.permutation(list(played)).tolist():
-            due = arrivals(self.prompts, played[part], int(rng.integers(1 << 30)))
+            asked = stretches(self.prompts, played[part], int(rng.integers(1 << 30)))
             for place, name in enumerate(rng.permutation(list(running)).tolist()):
                 server = running[name]
                 before, steal = server.counters(), psutil.cpu_times().steal
                 began = time.monotonic()
-                row = row_of(play(server.port, due))
+                row = row_of(self.load.play(server.port, asked))
                 wall_s = time.monotonic() - began
                 after = server.counters()
                 self.keep(
@@ -238,10 +272,12 @@ def complete(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def measure(options: argparse.Namespace, raw: Path) -> None:
     """Servers, pilot, repetitions; everything is appended to ``raw``."""
-    run = Run(raw, options.seed, options)
     model, folder = model_dir(), Path(tempfile.mkdtemp(prefix="ss-"))
     with ExitStack() as stack:
         pin_self()
+        load = BenchServe(options.python, model, vs.NAME)
+        stack.callback(load.close)
+        run = Run(raw, options.seed, load)
 
         def started(arms: Sequence[vs.Arm]) -> dict[str, vs.Server]:
             made = vs.servers(options.python, model, arms, folder, options.dtype)
@@ -270,8 +306,8 @@ def measure(options: argparse.Namespace, raw: Path) -> None:
         capacity = found["capacity_requests_per_s"]
         for name, server in running.items():
             shares = (*SHARES, SHARES[1]) if name == SMARTSPEC else SHARES[1:2]
-            warm_up = [Stretch(WARM_UP_S, share * capacity) for share in shares]
-            play(server.port, arrivals(run.prompts, warm_up, options.seed + 7))
+            warm_up = [Rate(WARM_UP_S, share * capacity) for share in shares]
+            load.play(server.port, stretches(run.prompts, warm_up, options.seed + 7))
         first = 1 + max((row["repetition"] for row in complete(done)), default=-1)
         for number in range(first, options.repetitions):
             spent = daemon.cpu_times().user
@@ -281,7 +317,7 @@ def measure(options: argparse.Namespace, raw: Path) -> None:
 
 
 def pin_self() -> None:
-    """The load generator shares a core with all that is not the engine."""
+    """The load generator, which inherits it, shares a core with all that is not the engine."""
     pin(os.getpid(), vs.OTHER_CORE)
 
 

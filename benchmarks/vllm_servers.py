@@ -30,6 +30,7 @@ OTHER_CORE = {1}
 START_S = 300.0
 IDLE_S = 5.0
 MAX_LENGTH = 5
+NAME = "m"  #: that the model is served by
 MAX_NUM_SEQS = 16
 MAX_MODEL_LEN = 512
 BLOCK_SIZE = 32
@@ -84,7 +85,7 @@ class Server:
             self.port: int = free.getsockname()[1]
         self.log = folder / f"{arm.name}.log"
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", "m", "--dtype", dtype, "--enforce-eager", "--seed", "0"]
+        command += ["--served-model-name", NAME, "--dtype", dtype, "--enforce-eager", "--seed", "0"]
         command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)]
         blocks = MAX_NUM_SEQS * MAX_MODEL_LEN // BLOCK_SIZE
         command += ["--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(blocks)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bench_vllm_serving import complete, figures_of, table_of
-from completion_load import Stretch, arrivals
+from bench_vllm_serving import Rate, complete, figures_of, stretches, table_of
 
 from smartspec.lab.demo.schedule import load_prompts
 
@@ -60,12 +59,11 @@ def test_repetitions_cut_off_are_left_out() -> None:
     assert len(complete(rows[:-1])) == 2
 
 
-def test_load_is_the_same_for_every_seed_and_arrivals_are_in_order() -> None:
+def test_load_is_the_same_for_every_seed() -> None:
     prompts = load_prompts()
-    stretches = [Stretch(10.0, 0.5), Stretch(10.0, 20.0)]
     for seed in range(5):
-        due = arrivals(prompts, stretches, seed)
-        times = [arrival.due_s for arrival in due]
-        assert times == sorted(times)
-        assert sum(t < 10.0 for t in times) == 5 and len(times) == 205
-        assert len({arrival.prompt.id for arrival in due[:72]}) == 72
+        quiet, busy = stretches(prompts, [Rate(10.0, 0.5), Rate(10.0, 20.0)], seed)
+        assert (quiet.after_s, quiet.rate, len(quiet.questions)) == (0.0, 0.5, 5)
+        assert (busy.after_s, busy.rate, len(busy.questions)) == (10.0, 20.0, 200)
+        assert len({one.id for one in (*quiet.questions, *busy.questions)[:72]}) == 72
+        assert quiet.seed != busy.seed
