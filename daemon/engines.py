@@ -409,7 +409,8 @@ class Engine:
 
     def draft_cost(self) -> DraftCost:
         """What drafting costs, as far as it is known."""
-        return DraftCost(*self.step_cost.draft_cost(), self.acceptance.forwards())
+        cost = DraftCost(*self.step_cost.draft_cost(), self.acceptance.forwards())
+        return cost._replace(per_catch_up_s=self.step_cost.catch_up_cost())
 
     def is_dear(self, mode: str) -> bool:
         """Whether a step in this mode is ragged where the engine could have run it uniform."""

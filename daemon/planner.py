@@ -312,6 +312,7 @@ class Planner:
             draft_fixed_s=draft.fixed_s,
             draft_per_forward_s=draft.per_forward_s,
             draft_per_token_s=draft.per_token_s,
+            draft_per_catch_up_s=draft.per_catch_up_s,
             draft_forwards=draft.forwards,
             roster_version=observation.batch.version,
             correction=pack(outlook.correction, "f32"),

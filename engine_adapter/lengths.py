@@ -156,6 +156,9 @@ class DraftCost(NamedTuple):
     per_token_s: float = 0.0
     forwards: tuple[float, ...] = ()  #: f(1), f(2), ..., beyond its end as there; empty: f(D) = D
     sunk_s: float = 0.0  #: of drafting that has been done before lengths are chosen
+    #: Of a token that the drafter has missed, and must read before it drafts. Not a length's part:
+    #: who decides on it is who knows what was missed (`Prices.join`).
+    per_catch_up_s: float = 0.0
 
     def num_forwards(self, depth: int) -> float:
         """f(depth)."""

@@ -197,6 +197,7 @@ class Policy(Message, frozen=True, tag="policy"):
     #: drafting nothing now (lengths.DraftCost.begun).
     goes_on: bool = False
     worth: bytes = b""  #: f32 [num_buckets], tokens that an accepted draft is worth; empty: 1
+    draft_per_catch_up_s: Amount = 0.0
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

@@ -68,12 +68,46 @@ class Prices(NamedTuple):
 
         ``gain`` : [M], what follows each may bring beyond its verification, weighted; 0: nothing
         """
+        return self._alike(gain, starting)[0]
+
+    def _alike(self, gain: F64, starting: bool) -> tuple[Bools, F64, float]:
+        """Who pays, what each brings beyond its draft, and the seconds of the forward."""
         beyond = gain - self.value_of_time * self.draft.per_token_s
         forward_s = self.draft.per_forward_s + (self.draft.fixed_s if starting else 0.0)
         able: Bools = (gain > 0) & (beyond > 0)
         if float(beyond[able].sum()) <= self.value_of_time * forward_s:
             able = np.zeros(len(gain), np.bool_)
-        return able
+        return able, beyond, forward_s
+
+    def join(self, gain: F64, starting: bool, lag: F64, waited: F64) -> tuple[Bools, F64]:
+        """As `pay`, where the drafter has first to read what it has missed; and what is waited now.
+
+        How long a request will go on nobody knows. So the drafter catches up with it once what it
+        would have brought meanwhile comes to what that costs: as who rents skis until they have
+        cost as much as a pair, which is twice the best in hindsight at most.
+
+        Parameters
+        ----------
+        gain, starting : as of `pay`
+        lag : [M], tokens that the drafter has missed
+        waited : [M], weighted tokens that it would have brought since, beyond what it costs
+
+        >>> prices = Prices(1.0, (CostCurve("ragged", [0.0, 9.0], [1.0, 5.5]),), DraftCost(0, 0.3))
+        >>> prices = prices._replace(draft=prices.draft._replace(per_catch_up_s=0.01))
+        >>> joins, waited = prices.join(np.array([0.4, 0.8]), True, np.array([1, 90]), np.zeros(2))
+        >>> joins.tolist(), waited.round(2).tolist()
+        ([True, False], [0.0, 0.6])
+        """
+        able, beyond, forward_s = self._alike(gain, starting)
+        price = self.value_of_time * self.draft.per_catch_up_s * lag
+        total = float(beyond[able].sum())
+        if not total:
+            return able, waited
+        waited = waited + np.where(able, beyond * (1.0 - self.value_of_time * forward_s / total), 0)
+        joins: Bools = able & (waited >= price)
+        if float(beyond[joins].sum()) <= self.value_of_time * forward_s:
+            joins = np.zeros(len(gain), np.bool_)
+        return joins, np.where(joins, 0.0, waited)
 
     def verified(self, chances: F64, drafted: I64) -> I64:
         """How many of its drafts are worth their verification, [B].

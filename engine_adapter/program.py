@@ -84,6 +84,7 @@ class Program:
             policy.draft_per_forward_s,
             policy.draft_per_token_s,
             policy.draft_forwards,
+            per_catch_up_s=policy.draft_per_catch_up_s,
         )
         require(1 <= len(policy.curves) <= MAX_CURVES, f"curves: {len(policy.curves)} given")
         #: Row of the feature that says whose first draft was run, where that matters.

@@ -474,6 +474,10 @@ class StepCost(Regressor):
             float(coef[_TOKENS]) / _DRAFT_TERMS["tokens"].scale,
         )
 
+    def catch_up_cost(self) -> float:
+        """Seconds of a token that the drafter reads to be in step again; >= 0."""
+        return float(self._solver.coef[_CATCH_UP]) / _DRAFT_TERMS["catch_up"].scale
+
     def coverage(self) -> Coverage:
         """Which passes were seen often enough, by size and by drafting or not."""
         counts = self._counts.copy()

@@ -17,7 +17,7 @@ from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import Calibration, temperature_bands
 from smartspec.engine_adapter.reference.candidates import NONE, Candidates, Children, Level
 from smartspec.engine_adapter.reference.draft_tree import DraftTree, outcomes
-from smartspec.engine_adapter.reference.growth import Growth
+from smartspec.engine_adapter.reference.growth import Arrears, Growth
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import Availability, Proposal
@@ -85,6 +85,7 @@ class DraftModel:
         self._runner = runner
         self._max_pass_tokens = max_pass_tokens
         self._num_computed: dict[int, int] = {}  # true tokens in the draft model's cache
+        self._waited: dict[int, float] = {}  # what this was worth catching up with, so far
         self._rates = TokenAcceptance()
         self._calibration = Calibration(Candidates.num_bands())
         self._drafts: dict[int, Drafts] = {}  # of this step
@@ -158,7 +159,7 @@ class DraftModel:
         self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
     ) -> Proposal:
         bands = temperature_bands(s.request.sampling for s in sequences)
-        growth = Growth(self._calibration, bands, lengths, prices)
+        growth = Growth(self._calibration, bands, lengths, prices, arrears=self._arrears(sequences))
         # Whose first draft will be looked at in the next step: as far as these prices tell.
         ahead = growth.starting()
         self._goes_on = {sequences[place].id for place in ahead.tolist()}
@@ -177,6 +178,7 @@ class DraftModel:
             first = [self._first[sequences[place].id] for place in known_first]
             growth.add(Level.of(known_first), Children.stack(first))
         starting = growth.starting()
+        self._waited.update(zip([s.id for s in sequences], growth.waited.tolist(), strict=True))
         if len(starting):
             opened = self._open([sequences[place] for place in starting.tolist()])
             growth.add(Level.of(starting), opened)
@@ -189,6 +191,11 @@ class DraftModel:
         trees = cut.verified
         self._note(sequences, trees, cut.slots)
         return Proposal(trees, *self._spent, cut)
+
+    def _arrears(self, sequences: list[Sequence]) -> Arrears:
+        lag = [s.num_tokens - 1 - self._num_computed.get(s.id, 0) for s in sequences]
+        waited = [self._waited.get(s.id, 0.0) for s in sequences]
+        return Arrears(np.maximum(lag, 0.0), np.array(waited, np.float64))
 
     def _open(self, sequences: list[Sequence]) -> Children:
         """What may follow all that is known of each."""
@@ -294,6 +301,7 @@ class DraftModel:
 
     def forget(self, sequence: Sequence) -> None:
         self._num_computed.pop(sequence.id, None)
+        self._waited.pop(sequence.id, None)
         self._first.pop(sequence.id, None)
         self._drafts.pop(sequence.id, None)
         self._goes_on.discard(sequence.id)

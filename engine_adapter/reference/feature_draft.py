@@ -16,8 +16,9 @@ class FeatureDraft(TreeDraftModel):
     """Drafts trees as a draft model does, with a head (feature_head.py) in its place.
 
     Slot p of the head's cache is made from the token at p and the target's states at p - 1; of a
-    draft, from the head's own state at its parent. States wait here until a request is next drafted
-    for; of those who never are, they are fed whenever more wait than one pass takes. Drafts are fed
+    draft, from the head's own state at its parent. The target's states wait here, as they are,
+    until a request is next drafted for: for the head to mix them is part of what it costs to catch
+    up. Of those who never are, they are fed whenever more wait than two passes take. Drafts are fed
     again once they are accepted: by then the target's own states are known, in place of the head's
     guesses at them.
 
@@ -42,15 +43,13 @@ class FeatureDraft(TreeDraftModel):
         self._heads = HeadRunner(head, num_rows, max_model_len)
         super().__init__(self._heads, max_length, max_pass_tokens, copies)
         self.feature_layers = head.config.layers
-        self._head = head
-        self._waiting: dict[int, list[Tensor]] = {}  # states of slots that were not fed yet
+        self._head, self._token_ids = head, head.token_ids
+        self._waiting: dict[int, list[Tensor]] = {}  # target's, of slots that were not fed yet
         self._states: dict[int, dict[int, Tensor]] = {}  # the head's own, by request and node
 
     @torch.inference_mode()
     def read(self, sequences: list[Sequence], features: list[Tensor]) -> None:
-        sizes = [len(part) for part in features]
-        states = torch.split(self._head.state(torch.cat(features)), sizes)
-        for sequence, part in zip(sequences, states, strict=True):
+        for sequence, part in zip(sequences, features, strict=True):
             if sequence.id not in self._waiting:  # nothing comes before the first token
                 self._waiting[sequence.id] = [torch.zeros_like(part[:1])]
             self._waiting[sequence.id].append(part)
@@ -76,24 +75,17 @@ class FeatureDraft(TreeDraftModel):
             waiting = torch.cat(self._waiting[sequence.id])
             parts.append(waiting[: len(segment.tokens)])
             self._waiting[sequence.id] = [waiting[len(segment.tokens) :]]
-        logits, after = self._advance(segments, torch.cat(parts))
+        logits, after = self._heads.advance(segments, self._head.state(torch.cat(parts)))
         asked = [s.id for s, segment in zip(sequences, segments, strict=True) if segment.num_logits]
         self._states.update((i, {ROOT: state}) for i, state in zip(asked, after, strict=True))
         return logits
 
     def _forward(self, segments: list[Segment], nodes: list[tuple[int, int, int]]) -> Tensor:
         before = torch.stack([self._states[request][parent] for request, _, parent in nodes])
-        logits, after = self._advance(segments, before)
+        logits, after = self._heads.advance(segments, before)
         for (request, node, _), state in zip(nodes, after, strict=True):
             self._states[request][node] = state
         return logits
-
-    def _advance(self, segments: list[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
-        logits, after = self._heads.advance(segments, states)
-        # What the head cannot draft has no chance; noise is keyed to the target's token ids.
-        whole = logits.new_full((len(logits), self._head.vocabulary_size), -torch.inf)
-        whole[:, self._head.token_ids] = logits
-        return whole, after
 
     def _keep(self, kept: list[tuple[Sequence, int, list[int]]]) -> None:
         """Nothing: drafts were fed with the head's own states, which are guesses."""

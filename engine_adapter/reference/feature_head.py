@@ -110,11 +110,6 @@ class FeatureHead(nn.Module):
     def device(self) -> torch.device:
         return self.token_ids.device
 
-    @property
-    def vocabulary_size(self) -> int:
-        """Of the target."""
-        return len(self._embedding)
-
     def state(self, features: Tensor) -> Tensor:
         """Of the target's hidden states [..., layers * hidden_size]: one state [..., hidden_size].
 

@@ -90,6 +90,13 @@ class Cut(NamedTuple):
         return following
 
 
+class Arrears(NamedTuple):
+    """What the drafter has missed of each request, [B]; see `Prices.join`."""
+
+    lag: F64  #: tokens
+    waited: F64  #: weighted tokens that it might have brought since
+
+
 class Growth:
     """Of one step.
 
@@ -100,6 +107,7 @@ class Growth:
     most : [B], nodes
     prices : of the step; None: as many nodes as there may be
     chains : whether one path alone is drafted
+    arrears : of the drafter; None: it has missed nothing
     """
 
     def __init__(
@@ -109,12 +117,16 @@ class Growth:
         most: I64,
         prices: Prices | None = None,
         chains: bool = False,
+        arrears: Arrears | None = None,
     ) -> None:
         self.candidates = Candidates(calibration, bands, chains)
         self._calibration = calibration
         self._bands = bands
         self._most = most
         self._prices = prices
+        self._arrears = arrears
+        #: [B], of the arrears, by what `starting` has found.
+        self.waited = np.zeros(len(bands)) if arrears is None else arrears.waited
         # Of the candidates as they are.
         self._found: tuple[Best, I64] | None = None
         self._starting: I64 | None = None
@@ -126,7 +138,7 @@ class Growth:
             roots = Level.of(np.flatnonzero(~begun))
             least = self._best()[0].least[roots.places]
             roots = roots.where(self.candidates.open(roots) > least)
-            self._starting = roots.where(self._worth_running(roots, not begun.any())).places
+            self._starting = roots.where(self._worth_starting(roots, not begun.any())).places
         return self._starting
 
     def next_level(self, room: npt.ArrayLike) -> Level:
@@ -135,7 +147,7 @@ class Growth:
         ``room`` : [B], nodes of each request that it has room for, in all
         """
         level = self.candidates.frontier(self._best()[0])
-        return self.candidates.run(level.where(self._worth_running(level, False)), room)
+        return self.candidates.run(level.where(self._worth_running(level)), room)
 
     def add(self, level: Level, children: Children) -> None:
         """What the drafter says may follow each node of ``level``, which it has run."""
@@ -163,20 +175,42 @@ class Growth:
         table = best.chances[:, : int(best.sizes.max())].T
         return self._prices.verified(np.ascontiguousarray(table), best.sizes)
 
-    def _worth_running(self, level: Level, starting: bool) -> Bools:
+    def _worth_running(self, level: Level) -> Bools:
         """Which of ``level`` should be run, all in one pass."""
         if self._prices is None or not level.size:
             return np.ones(level.size, np.bool_)
-        prices, size, places = self._prices, self.candidates.size, level.places
-        best, num_verified = self._best()
+        return self._at_least(level, self._prices.pay(self._gains(level, self._prices), False))
+
+    def _worth_starting(self, roots: Level, first: bool) -> Bools:
+        """Which of ``roots`` should be run, in one pass, the step's ``first`` or not."""
+        if self._prices is None or not roots.size:
+            return np.ones(roots.size, np.bool_)
+        gains = self._gains(roots, self._prices)
+        if self._arrears is None:
+            return self._at_least(roots, self._prices.pay(gains, first))
+        lag, waited = (column[roots.places] for column in self._arrears)
+        paying, waited = self._prices.join(gains, first, lag, waited)
+        self.waited = self._arrears.waited.copy()
+        self.waited[roots.places] = waited
+        return self._at_least(roots, paying)
+
+    def _gains(self, level: Level, prices: Prices) -> F64:
+        """What may follow each node of ``level``, beyond its verification, weighted, [M]."""
+        size, places = self.candidates.size, level.places
+        _, num_verified = self._best()
         weight = np.ones(size) if prices.weight is None else prices.weight
         price = prices.of_token(size, int(num_verified.sum())) / weight[places]
         opening = self.candidates.open(level)
-        outlook = self._calibration.outlook(opening, price, self._bands[places])
-        paying = prices.pay(weight[places] * outlook, starting)
-        if prices.floor is not None:
-            for place in np.flatnonzero(best.sizes < prices.floor):
-                mine = np.flatnonzero(places == place)
+        gains: F64 = weight[places] * self._calibration.outlook(opening, price, self._bands[places])
+        return gains
+
+    def _at_least(self, level: Level, paying: Bools) -> Bools:
+        """``paying``, and of each request that has fewer drafts than it must the likeliest."""
+        floor = None if self._prices is None else self._prices.floor
+        if floor is not None:
+            opening = self.candidates.open(level)
+            for place in np.flatnonzero(self._best()[0].sizes < floor):
+                mine = np.flatnonzero(level.places == place)
                 if len(mine):
                     paying[mine[opening[mine].argmax()]] = True
         return paying

@@ -73,8 +73,8 @@ class Draws(NamedTuple):
         return Draws(self.temperature[index], self.top_k[index], self.top_p[index], self.key[index])
 
 
-#: Of rows of logits: tokens, and when each comes in.
-Race: TypeAlias = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
+#: Of rows of logits and the tokens of their columns: tokens, and when each comes in.
+Race: TypeAlias = Callable[[Tensor, Draws, Tensor], tuple[Tensor, Tensor]]
 
 
 def hash_key(seed: U64, position: U64) -> npt.NDArray[np.int64]:
@@ -111,6 +111,7 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
     if not (draws.temperature > 0).any():
         return logits.argmax(-1)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    every = torch.arange(logits.shape[1], device=logits.device)
     for index, race in _races(draws):
         places = torch.from_numpy(index).to(logits.device)
         if race is None:
@@ -121,31 +122,38 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
             block = max(1, BLOCK_ELEMENTS // logits.shape[1])
         for begin in range(0, len(index), block):
             part = places[begin : begin + block]
-            token, time = race(logits[part], draws.rows(index[begin : begin + block]))
+            token, time = race(logits[part], draws.rows(index[begin : begin + block]), every)
             first = time.argmin(-1, keepdim=True)
             tokens[part] = token.expand_as(time).gather(-1, first)[:, 0]
     return tokens
 
 
 @torch.inference_mode()
-def likeliest(logits: Tensor, draws: Draws, count: int) -> tuple[Tensor, Tensor]:
+def likeliest(
+    logits: Tensor, draws: Draws, count: int, token_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The tokens that a target like this model would draw, likeliest first, and their chances.
 
     If the target's logits are this model's plus independent standard Gumbel errors, it draws v
     with probability softmax(logits - t log E)_v at temperature t: the noise E is known, since it is
     the same (at t = 0 it drops out). Of top-k and top-p what this model keeps counts.
 
+    ``token_ids`` : [V], of the columns of ``logits``; None: 0, 1, 2, ...
+
     Returns [M, count] each, chances falling along a row; those of tokens left out are 0.
     """
+    every = token_ids
+    if every is None:
+        every = torch.arange(logits.shape[1], device=logits.device)
     tokens = torch.empty((len(logits), count), dtype=torch.int64, device=logits.device)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     chances = torch.empty((len(logits), count), dtype=wide.dtype, device=logits.device)
     for index, race in _races(draws):
         places = torch.from_numpy(index).to(logits.device)
         score = wide[places]
-        token = torch.arange(score.shape[1], device=score.device)[None]
+        token = every[None]
         if race is not None:
-            token, time = race(score, draws.rows(index))
+            token, time = race(score, draws.rows(index), every)
             temperature = torch.from_numpy(draws.temperature[index]).to(score)
             score = -temperature[:, None] * time.to(score.dtype).log()
         chance, best = score.softmax(-1).topk(count, -1)
@@ -172,14 +180,13 @@ def _probabilities(logits: Tensor, draws: Draws) -> Tensor:
     return (wide / temperature.to(wide.dtype)[:, None]).softmax(-1)
 
 
-def _race_of_all(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+def _race_of_all(logits: Tensor, draws: Draws, every: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [1, V] and their times [M, V]; those of the functions below are of this kind."""
     key = torch.from_numpy(draws.key).to(logits.device)
-    every = torch.arange(logits.shape[1], device=logits.device)[None]
-    return every, exponential_noise(key, every) / _probabilities(logits, draws)
+    return every[None], exponential_noise(key, every[None]) / _probabilities(logits, draws)
 
 
-def _race_of_likeliest(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+def _race_of_likeliest(logits: Tensor, draws: Draws, every: Tensor) -> tuple[Tensor, Tensor]:
     """Top-k, then top-p on what is left, renormalised; only the candidates need noise."""
     size = logits.shape[1]
     probabilities = _probabilities(logits, draws)
@@ -189,7 +196,7 @@ def _race_of_likeliest(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     limit = torch.from_numpy(limits).to(logits.device)[:, None]
     count = min(size, max(NUM_CANDIDATES, int(draws.top_k.max())))
     while True:
-        value, token = probabilities.topk(count, -1)
+        value, place = probabilities.topk(count, -1)
         value = value.masked_fill(torch.arange(count, device=value.device) >= limit, 0.0)
         mass = value.cumsum(-1)
         total = torch.where(limit < size, mass[:, -1:], 1.0)
@@ -197,6 +204,7 @@ def _race_of_likeliest(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
             break
         count = min(size, 16 * count)
     kept = (mass - value < top_p * total) | (top_p >= 1)  # always the first; at 1, all of them
+    token = every[place]
     return token, exponential_noise(key, token) / torch.where(kept, value, 0.0)
 
 

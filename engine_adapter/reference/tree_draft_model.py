@@ -57,6 +57,7 @@ class TreeDraftModel(DraftModel):
         super().__init__(runner, max_length, max_pass_tokens)
         self._lookup = PromptLookup(max_length) if copies else None
         self._copies: list[Copy] = []  # by sequence, in this step
+        self._token_ids: torch.Tensor | None = None  # of the logits' columns, where not all
 
     def available(self, sequences: list[Sequence]) -> Availability:
         if self._lookup is None:
@@ -86,7 +87,8 @@ class TreeDraftModel(DraftModel):
         self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices | None
     ) -> Growth:
         bands = temperature_bands(s.request.sampling for s in sequences)
-        growth = Growth(self._calibration, bands, lengths, prices, chains=not self.trees)
+        arrears = self._arrears(sequences)
+        growth = Growth(self._calibration, bands, lengths, prices, not self.trees, arrears)
         if self._lookup is not None:
             tokens = [text for text, _ in self._copies]
             growth.candidates.copy(tokens, [likely for _, likely in self._copies])
@@ -96,7 +98,7 @@ class TreeDraftModel(DraftModel):
         self, logits: torch.Tensor, sequences: list[Sequence], positions: list[list[int]]
     ) -> Children:
         draws = self._draws(sequences, positions)
-        return Children.of(*likeliest(logits, draws, self.num_children))
+        return Children.of(*likeliest(logits, draws, self.num_children, self._token_ids))
 
     def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
         super().accepted(sequences, paths)

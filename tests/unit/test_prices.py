@@ -72,3 +72,39 @@ def test_price_of_a_token_is_that_of_the_pass_where_it_stands() -> None:
     assert prices.of_token(2, 0) == 0.0
     assert np.isclose(prices.of_token(2, 6), 0.2)
     assert np.isclose(prices.of_token(4, 0), 0.1)  # from 6 on: half of the next four are free
+
+
+def test_drafter_catches_up_once_waiting_has_cost_as_much() -> None:
+    """Whenever the request ends: at most twice what was best in hindsight, to wait or to read."""
+    rng = np.random.default_rng(2)
+    curve = CostCurve(RAGGED, [0.0, 100.0], [1.0, 2.0])
+    num_joined = 0
+    for _ in range(100):
+        forward_s, missed = float(rng.uniform(0.0, 0.1)), float(rng.uniform(0.0, 800.0))
+        prices = Prices(5.0, (curve,), DraftCost(0.0, forward_s, 0.001, per_catch_up_s=0.002))
+        lag, waited, lost, total = np.array([missed]), np.zeros(1), 0.0, 0.0
+        for gain in rng.uniform(0.0, 1.0, (50, 1)):
+            brings = max(0.0, float(gain[0]) - 5.0 * (0.001 + forward_s))
+            total += brings
+            joins, waited = prices.join(gain, False, lag, waited)
+            if joins[0]:
+                lost += 5.0 * 0.002 * float(lag[0])
+                lag[:] = 0.0
+            else:
+                lost += brings
+            assert lost <= 2 * min(total, 5.0 * 0.002 * missed) + 1e-9
+        num_joined += not lag[0]
+    assert 20 < num_joined < 100
+
+
+def test_who_waits_to_be_caught_up_with_does_not_pay_for_the_forward() -> None:
+    curve = CostCurve(RAGGED, [0.0, 100.0], [1.0, 2.0])
+    prices = Prices(10.0, (curve,), DraftCost(0.0, 0.03, 0.0, per_catch_up_s=0.001))
+    gain, lag = np.array([0.25, 0.25]), np.array([2.0, 100.0])
+    # 0.3 for the forward, of 0.5 that both bring: 0.1 of each is left, 0.02 and 1 are to be paid.
+    joins, waited = prices.join(gain, False, lag, np.zeros(2))
+    assert not joins.any() and np.allclose(waited, 0.1)
+    joins, waited = prices.join(gain, False, lag, np.array([0.0, 0.95]))
+    assert joins.all() and not waited.any()
+    joins, waited = prices.join(np.array([0.1, 0.1]), False, lag, np.full(2, 5.0))
+    assert not joins.any() and np.allclose(waited, 5.0)  # nothing would have been brought

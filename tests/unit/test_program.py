@@ -54,6 +54,7 @@ BAD: dict[str, dict[str, Any]] = {
     "draft_fixed_s": {"draft_fixed_s": NAN},
     "draft_per_forward_s": {"draft_per_forward_s": INF},
     "draft_per_token_s": {"draft_per_token_s": -0.1},
+    "draft_per_catch_up_s": {"draft_per_catch_up_s": -0.1},
     "curves: 0 given": {"curves": ()},
     "curves: 9 given": {"curves": (curve([1], [1]),) * (MAX_CURVES + 1)},
     "curves: 0 breakpoints": {"curves": (curve([], []),)},

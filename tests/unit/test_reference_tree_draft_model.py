@@ -206,3 +206,27 @@ def test_verified_nodes_are_those_worth_most_over_the_whole_batch() -> None:
     for chances, size in zip(cut.chances, cut.num_verified.tolist(), strict=True):
         assert all(chance > 0.08 for chance in chances[:size])
         assert all(chance <= 0.08 for chance in chances[size:])
+
+
+def test_prompt_is_caught_up_with_once_drafts_would_have_paid_for_it() -> None:
+    """The short one at once, the long one after some steps; and then both go on."""
+    curve = CostCurve(RAGGED, [0.0, 1.0], [0.0, 0.02])
+    prices = Prices(1.0, (curve,), DraftCost(per_catch_up_s=0.05))
+    proposer = TreeDraftModel(ModelRunner(tiny_model("llama", seed=1), 2, MAX_LEN), copies=False)
+    prompt = np.random.default_rng(3).integers(0, VOCABULARY, 40).tolist()
+    short, long = Sequence(1, Request([5, 6]), 9, 0, 0.0), Sequence(2, Request(prompt), 9, 0, 0.0)
+    short.row, long.row = 0, 1
+    drafted = []
+    for _ in range(12):
+        proposer.available([short, long])
+        proposal = proposer.propose_at([short, long], np.full(2, 4), prices)
+        drafted.append([tree.size > 0 for tree in proposal.drafts])
+        for sequence in (short, long):
+            sequence.tokens.append(7)
+        proposer.accepted([short, long], [[], []])
+    begins = [row[1] for row in drafted].index(True)
+    assert all(row[0] for row in drafted)
+    assert 0 < begins < 11 and all(row[1] for row in drafted[begins:])
+    proposer.forget(long)
+    proposer.available([long])
+    assert not proposer.propose_at([long], np.full(1, 4), prices).drafts[0].size, "it starts anew"

@@ -395,6 +395,18 @@ def test_draft_forwards_cost_nothing_when_the_proposer_has_none() -> None:
     assert fixed_s + 8 * token_s == pytest.approx(1e-3, rel=0.1)
 
 
+def test_what_catching_up_costs_is_learned_apart_from_drafting() -> None:
+    model, rng = StepCost(), np.random.default_rng(5)
+    for _ in range(400):
+        depth, missed = int(rng.integers(0, 4)), int(rng.integers(0, 300))
+        missed *= depth > 0
+        draft_s = (depth > 0) * 1e-3 + 4e-3 * depth + 1e-4 * missed
+        shape = StepShape(4, 4 + 4 * depth, 0, 100, depth, 4 * depth, missed)
+        target_s = 0.02 * math.exp(NOISE * rng.normal())
+        model.observe(shape, target_s, draft_s, target_s + draft_s)
+    assert model.catch_up_cost() == pytest.approx(1e-4, rel=0.05)
+
+
 def test_time_of_drafting_nothing_is_overhead_when_a_lookup_found_no_match() -> None:
     model = StepCost()
     for _ in range(200):
