@@ -44,7 +44,7 @@ from smartspec.lab.demo import schedule as schedules
 from smartspec.lab.demo import summary
 from smartspec.lab.demo.arms import ARMS, Arm
 from smartspec.lab.demo.live import Display
-from smartspec.lab.demo.player import PlayError
+from smartspec.lab.demo.player import PlayError, StepRecord
 from smartspec.lab.demo.processes import ProcessFailed
 from smartspec.lab.demo.session import ArmPlayed, Session, warm_up_prompts
 
@@ -149,13 +149,21 @@ def arm_row(result: ArmPlayed) -> dict[str, Any]:
     }
 
 
-def steps_summary(result: ArmPlayed) -> dict[str, float]:
-    """Means over the steps that decoded and carried no prompts."""
-    steps = [s for s in result.played.steps if s.lengths and not s.num_prefill_tokens]
+def steps_summary(result: ArmPlayed) -> dict[str, dict[str, float]]:
+    """Of the steps that decoded, apart by whether they carried prompts: how many, and means."""
+    steps = [step for step in result.played.steps if step.lengths]
+    return {
+        "alone": means_of([step for step in steps if not step.num_prefill_tokens]),
+        "with_prompts": means_of([step for step in steps if step.num_prefill_tokens]),
+    }
+
+
+def means_of(steps: Sequence[StepRecord]) -> dict[str, float]:
     if not steps:
         return {}
     return {
         "num": len(steps),
+        "num_prefill_tokens": float(np.mean([step.num_prefill_tokens for step in steps])),
         "num_decoding": float(np.mean([len(step.lengths) for step in steps])),
         "num_verified": float(np.mean([sum(step.num_drafted) for step in steps])),
         "num_accepted": float(np.mean([sum(step.num_accepted) for step in steps])),
