@@ -59,7 +59,7 @@ test-all: check model  ## the same with the slow tests
 
 # vLLM pins a torch of its own, so it has an environment of its own. Of what it brings, torchvision
 # does not fit that torch and fails at import; text needs neither it nor its companions.
-$(VLLM_STAMP): pyproject.toml $(STAMP)
+$(VLLM_STAMP): pyproject.toml Makefile $(STAMP)
 	@echo "==> installing $(VLLM) into $(VLLM_VENV); 2.5 GB, some two minutes the first time"
 	@[ -x $(VLLM_VENV)/bin/pip ] || $(BIN)/python -m venv --clear $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check $(VLLM) pandas  # for `vllm bench serve`

@@ -5,6 +5,10 @@ with what is measured. Here a process in vLLM's environment imports it once, and
 asked: each run is that command's own code with the arguments of its command line, and several may
 begin one after another and overlap, for a schedule of several rates. The tokenizer is read once,
 for the same reason.
+
+A run that begins while another is under way is made ready in the loop that this one is timed by:
+some tens of milliseconds, which all servers meet alike. Latencies count from when a request was
+sent, as that command has them.
 """
 
 from __future__ import annotations

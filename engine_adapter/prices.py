@@ -84,7 +84,8 @@ class Prices(NamedTuple):
 
         How long a request will go on nobody knows. So the drafter catches up with it once what it
         would have brought meanwhile comes to what that costs: as who rents skis until they have
-        cost as much as a pair, which is twice the best in hindsight at most.
+        cost as much as a pair, which is twice the best in hindsight at most. What comes while a
+        request waits is part of its lag: a drafter that had begun would have read it as it came.
 
         Parameters
         ----------

@@ -11,6 +11,7 @@ share, lets Redis choose.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -28,6 +29,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
+    ResponseError,
     WatchError,
 )
 from redis.retry import Retry
@@ -317,23 +319,26 @@ class RedisStore:
             try:
                 self._write(batch, states, daemon)
                 states = {}
+                self._is_written(batch)
                 if checkpoints:
                     self._write_learned(checkpoints)
             finally:  # what was not written waits, unless there is newer
                 with self._lock:
                     self._states = {**states, **self._states}
                     self._checkpoints = {**checkpoints, **self._checkpoints}
-            with self._lock:
-                # The buffer may have overflowed meanwhile and dropped part of the batch.
-                written = set(map(id, batch))
-                while self._entries and id(self._entries[0]) in written:
-                    self._entries.popleft()
             self._recovered()
             if len(batch) < MAX_BATCH:
                 break
         if time.monotonic() >= self._prune_at:
             self._prune_at = time.monotonic() + PRUNE_S
             self._prune()
+
+    def _is_written(self, batch: list[_Entry]) -> None:
+        with self._lock:
+            # The buffer may have overflowed meanwhile and dropped part of the batch.
+            written = set(map(id, batch))
+            while self._entries and id(self._entries[0]) in written:
+                self._entries.popleft()
 
     def _prune(self) -> None:
         """Take the names off the list whose engines have expired. Raises RedisError.
@@ -406,8 +411,15 @@ class RedisStore:
         Takes out of ``checkpoints`` what is written. Raises RedisError.
         """
         for key_id, event in list(checkpoints.items()):
-            if self._merge_learned(event):
-                del checkpoints[key_id]
+            try:
+                if self._merge_learned(event):
+                    del checkpoints[key_id]
+            except ResponseError as error:
+                if self._is_refused(error, repeated=False):
+                    log.error("Redis refused what was learned: %s", error)
+                    self.num_lost += 1
+                    del checkpoints[key_id]
+                    return
         oldest: Any = self._client.zrange(self.keys.learned, 0, -self._max_learned - 1)
         for member in oldest:
             self._client.delete(self.keys.learned_of(member.decode("utf-8", "replace")))
@@ -420,22 +432,29 @@ class RedisStore:
         keep time with each other would else lose the same one's part every time.
         """
         key = self.keys.learned_of(event.key_id)
+        pipe: Any
         with self._client.pipeline() as pipe:
-            for _ in range(MAX_RACES):
-                self._watch(pipe, key)
-                found: Any = self._client.mget([key])
-                (theirs,) = found
-                frame = event.frame
-                if theirs is not None:
-                    frame = _merged(frame, theirs, event.key_id)
-                pipe.multi()
-                pipe.set(key, frame)
-                pipe.zadd(self.keys.learned, {event.key_id: event.t_s})
-                try:
-                    pipe.execute()
-                except WatchError:
-                    continue
-                return True
+            try:
+                for _ in range(MAX_RACES):
+                    self._watch(pipe, key)
+                    found: Any = self._client.mget([key])
+                    (theirs,) = found
+                    frame = event.frame
+                    if theirs is not None:
+                        frame = _merged(frame, theirs, event.key_id)
+                    pipe.multi()
+                    pipe.set(key, frame)
+                    pipe.zadd(self.keys.learned, {event.key_id: event.t_s})
+                    with contextlib.suppress(WatchError):
+                        pipe.execute()
+                        return True
+            except BaseException:
+                # The pipeline would ask the server to watch no more, and where that fails, too,
+                # never give its connection back: of two there would be one.
+                if pipe.connection is not None:
+                    pipe.connection.disconnect()
+                pipe.watching = False
+                raise
         return False
 
     def _watch(self, pipe: Any, key: str) -> None:

@@ -11,6 +11,8 @@ from smartspec.engine_adapter.reference.model_runner import Segment
 from smartspec.engine_adapter.reference.sequence import Sequence
 from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
 
+MAX_PARTS = 64  #: of a request's waiting states: one tensor per step is slow to count and to join
+
 
 class FeatureDraft(TreeDraftModel):
     """Drafts trees as a draft model does, with a head (feature_head.py) in its place.
@@ -52,8 +54,11 @@ class FeatureDraft(TreeDraftModel):
         for sequence, part in zip(sequences, features, strict=True):
             if sequence.id not in self._waiting:  # nothing comes before the first token
                 self._waiting[sequence.id] = [torch.zeros_like(part[:1])]
-            self._waiting[sequence.id].append(part)
-            if sum(map(len, self._waiting[sequence.id])) > 2 * self._max_pass_tokens:
+            waiting = self._waiting[sequence.id]
+            waiting.append(part)
+            if len(waiting) > MAX_PARTS:
+                self._waiting[sequence.id] = [torch.cat(waiting)]
+            while sum(map(len, self._waiting[sequence.id])) > 2 * self._max_pass_tokens:
                 self._relieve(sequence)
 
     def forget(self, sequence: Sequence) -> None:
@@ -69,12 +74,14 @@ class FeatureDraft(TreeDraftModel):
         self._feed([sequence], [Segment(sequence.row, start, tokens, 0)])
         self._num_computed[sequence.id] = start + size
 
+    @torch.inference_mode()
     def _feed(self, sequences: list[Sequence], segments: list[Segment]) -> Tensor:
         parts = []
         for sequence, segment in zip(sequences, segments, strict=True):
             waiting = torch.cat(self._waiting[sequence.id])
             parts.append(waiting[: len(segment.tokens)])
-            self._waiting[sequence.id] = [waiting[len(segment.tokens) :]]
+            rest = waiting[len(segment.tokens) :]
+            self._waiting[sequence.id] = [rest.clone()] if len(rest) else []  # a view keeps it all
         logits, after = self._heads.advance(segments, self._head.state(torch.cat(parts)))
         asked = [s.id for s, segment in zip(sequences, segments, strict=True) if segment.num_logits]
         self._states.update((i, {ROOT: state}) for i, state in zip(asked, after, strict=True))

@@ -125,7 +125,7 @@ class Growth:
         self._most = most
         self._prices = prices
         self._arrears = arrears
-        #: [B], of the arrears, by what `starting` has found.
+        #: [B], of the arrears, when those that `starting` finds have been run.
         self.waited = np.zeros(len(bands)) if arrears is None else arrears.waited
         # Of the candidates as they are.
         self._found: tuple[Best, I64] | None = None
@@ -134,6 +134,8 @@ class Growth:
     def starting(self) -> I64:
         """Whom the drafter should be run for, of those whose root it was not run from yet."""
         if self._starting is None:
+            if self._arrears is not None:
+                self.waited = self._arrears.waited.copy()
             begun = self.candidates.begun
             roots = Level.of(np.flatnonzero(~begun))
             least = self._best()[0].least[roots.places]
@@ -190,9 +192,9 @@ class Growth:
             return self._at_least(roots, self._prices.pay(gains, first))
         lag, waited = (column[roots.places] for column in self._arrears)
         paying, waited = self._prices.join(gains, first, lag, waited)
-        self.waited = self._arrears.waited.copy()
-        self.waited[roots.places] = waited
-        return self._at_least(roots, paying)
+        paying = self._at_least(roots, paying)
+        self.waited[roots.places] = np.where(paying, 0.0, waited)
+        return paying
 
     def _gains(self, level: Level, prices: Prices) -> F64:
         """What may follow each node of ``level``, beyond its verification, weighted, [M]."""

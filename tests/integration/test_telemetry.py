@@ -686,6 +686,54 @@ def test_what_another_host_writes_while_a_checkpoint_is_merged_is_not_lost(
         assert decode(client.get(key), KEY).num_steps == 500, "and comes again"
 
 
+def test_redis_is_written_again_when_it_hung_while_a_checkpoint_was_merged(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection that was watching is given back, although the server does not answer."""
+    with valkey_server(runtime_dir / "own.sock") as server, ExitStack() as stack:
+        client = connect(f"unix://{runtime_dir}/own.sock", timeout_s=0.3)
+        stack.callback(client.close)
+        pid = client.info("server")["process_id"]
+        client.set(Keys("smartspec:").learned_of(KEY), FRAME)
+        merged = redis_store._merged
+
+        def while_it_stops(ours: bytes, theirs: bytes, key_id: str) -> bytes:
+            os.kill(pid, signal.SIGSTOP)
+            stack.callback(os.kill, pid, signal.SIGCONT)
+            return merged(ours, theirs, key_id)
+
+        monkeypatch.setattr(redis_store, "_merged", while_it_stops)
+        store = RedisStore(client, "smartspec:", 100, 60)
+        store.add(NoteEvent(kind="slower", level="info", text="once"))
+        store.add(CheckpointEvent(key_id=KEY, frame=encode(experienced(400).learned.checkpoint())))
+        with pytest.raises(redis.RedisError):
+            store.flush()
+        store._failed(redis.RedisError())
+        os.kill(pid, signal.SIGCONT)
+        monkeypatch.setattr(redis_store, "_merged", merged)
+        eventually(client.ping)
+        for _ in range(3):
+            store.flush()
+        assert store.up and store.num_buffered == 0
+        assert client.xlen("smartspec:v1:events") == store.num_written == 1
+        assert decode(client.get(Keys("smartspec:").learned_of(KEY)), KEY).num_steps == 400
+        assert server is not None
+
+
+def test_events_are_written_once_when_what_was_learned_is_refused(runtime_dir: Path) -> None:
+    with valkey_server(runtime_dir / "own.sock"):
+        client = connect(f"unix://{runtime_dir}/own.sock")
+        client.set(Keys("smartspec:").learned, "of another type")
+        store = RedisStore(client, "smartspec:", 100, 60)
+        for text in ("first", "second"):
+            store.add(NoteEvent(kind="slower", level="info", text=text))
+            store.add(CheckpointEvent(key_id=KEY, frame=FRAME))
+            store.flush()
+        assert store.up and client.xlen("smartspec:v1:events") == store.num_written == 2
+        assert store.num_lost == 2, "the checkpoints"
+        client.close()
+
+
 def test_checkpoint_reaches_redis_when_it_was_away(runtime_dir: Path) -> None:
     server = EmbeddedValkey(runtime_dir / "own.sock")
     client = connect(f"unix://{runtime_dir}/own.sock", timeout_s=0.5)

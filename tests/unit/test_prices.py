@@ -82,18 +82,19 @@ def test_drafter_catches_up_once_waiting_has_cost_as_much() -> None:
     for _ in range(100):
         forward_s, missed = float(rng.uniform(0.0, 0.1)), float(rng.uniform(0.0, 800.0))
         prices = Prices(5.0, (curve,), DraftCost(0.0, forward_s, 0.001, per_catch_up_s=0.002))
-        lag, waited, lost, total = np.array([missed]), np.zeros(1), 0.0, 0.0
+        come, has_begun = float(rng.uniform(0.0, 3.0)), False  # tokens a step
+        lag, waited, spent = np.array([missed]), np.zeros(1), 0.0
+        drafting, waiting = 0.01 * missed, 0.0  # what it takes from the start, and what is let go
         for gain in rng.uniform(0.0, 1.0, (50, 1)):
             brings = max(0.0, float(gain[0]) - 5.0 * (0.001 + forward_s))
-            total += brings
+            waiting += brings
             joins, waited = prices.join(gain, False, lag, waited)
-            if joins[0]:
-                lost += 5.0 * 0.002 * float(lag[0])
-                lag[:] = 0.0
-            else:
-                lost += brings
-            assert lost <= 2 * min(total, 5.0 * 0.002 * missed) + 1e-9
-        num_joined += not lag[0]
+            has_begun |= bool(joins[0])
+            spent += 0.01 * float(lag[0]) if has_begun else brings
+            lag = np.array([come]) + (0.0 if has_begun else lag)
+            assert spent <= 2 * min(waiting, drafting) + 1e-9
+            drafting += 0.01 * come
+        num_joined += has_begun
     assert 20 < num_joined < 100
 
 
