@@ -417,7 +417,7 @@ class RedisStore:
             except ResponseError as error:
                 if self._is_refused(error, repeated=False):
                     log.error("Redis refused what was learned: %s", error)
-                    self.num_lost += 1
+                    self.num_failures += 1
                     del checkpoints[key_id]
                     return
         oldest: Any = self._client.zrange(self.keys.learned, 0, -self._max_learned - 1)
