@@ -56,6 +56,21 @@ def test_ratio_is_refused_when_there_are_no_proper_pairs(
         paired_ratio(one, other)
 
 
+def steps(
+    num: int, decoding: float, prompts: float, drafts: float, pace: float = 1.0, drafting: float = 2
+) -> dict[str, float]:
+    """Of steps that take the target 30 ms, 4 more a request, 2 a prompt's token, 3 a draft."""
+    target_ms = pace * (30.0 + 4.0 * decoding + 2.0 * prompts + 3.0 * drafts)
+    return {
+        "num": num,
+        "num_decoding": decoding,
+        "num_prefill_tokens": prompts,
+        "num_verified": drafts,
+        "target_ms": target_ms,
+        "step_ms": target_ms + drafting,
+    }
+
+
 def row(repetition: int, latencies: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """A repetition: mean latency by arm of the phases quiet and busy."""
     return {
@@ -65,6 +80,7 @@ def row(repetition: int, latencies: dict[str, tuple[float, float]]) -> dict[str,
             name: {
                 "overall": {"latency_mean_s": (quiet + busy) / 2},
                 "phases": {"quiet": {"latency_mean_s": quiet}, "busy": {"latency_mean_s": busy}},
+                "steps": {"alone": steps(9, 4.0, 0.0, 8.0), "with_prompts": {}},
             }
             for name, (quiet, busy) in latencies.items()
         },
@@ -97,6 +113,30 @@ def test_best_is_the_best_over_all_repetitions_when_luck_changes() -> None:
     figures = bench_demo.figures_of([row(0, lucky), row(1, unlucky)])
     assert figures["quiet_vs_best"] == pytest.approx(math.sqrt(2 / 3 * 2 / 1))  # static_3: mean 2
     assert figures["quiet_vs_best_each"] == pytest.approx(2.0)
+
+
+def test_work_is_that_of_one_pace_when_the_machine_was_slower_for_one_arm() -> None:
+    rng = np.random.default_rng(3)
+    rows = []
+    for _ in range(40):
+        arms = {}
+        for name, drafts, drafting in (("none", 0.0, 0.0), ("smartspec", 5.0, 2.0)):
+            pace = float(rng.uniform(0.8, 1.2))
+            kinds = {
+                "alone": (9, rng.uniform(2, 9), 0.0),
+                "with_prompts": (4, 8.0, rng.uniform(50, 300)),
+            }
+            arms[name] = {"steps": {k: steps(*v, drafts, pace, drafting) for k, v in kinds.items()}}
+        rows.append({"arms": arms})
+    seconds = bench_demo.work(rows)
+    for name, drafts, drafting in (("none", 0.0, 0.0), ("smartspec", 5.0, 2.0)):
+        for one, found in zip(rows, seconds[name], strict=True):
+            kinds = one["arms"][name]["steps"].values()
+            shapes = [(k["num"], k["num_decoding"], k["num_prefill_tokens"], drafts) for k in kinds]
+            true = [steps(*shape, drafting=drafting) for shape in shapes]
+            assert found == pytest.approx(
+                sum(k["num"] * k["step_ms"] / 1e3 for k in true), rel=0.05
+            )
 
 
 def test_repetitions_are_read_when_the_last_line_was_cut_off(tmp_path: Path) -> None:
