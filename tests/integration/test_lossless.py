@@ -133,7 +133,8 @@ class RandomPrices(RandomLengths):
         if self._rng.random() < 0.2:
             return choice
         curve = CostCurve(RAGGED, [0.0, 1.0], [0.0, float(self._rng.uniform(0.0, 0.4))])
-        draft = DraftCost(0.0, float(self._rng.choice((0.0, 0.1, 1.0))))
+        forward_s, catch_up_s = (float(self._rng.choice((0.0, 0.1, 1.0))) for _ in range(2))
+        draft = DraftCost(0.0, forward_s, per_catch_up_s=0.1 * catch_up_s)  # some wait to be read
         floor = self._rng.integers(0, MAX_LENGTH, batch.size)
         floor[self._rng.random(batch.size) < 0.9] = 0
         prices = Prices(1.0, (curve,), draft, floor=floor)
