@@ -36,7 +36,7 @@ from figures import FOLDER, record
 from kept_runs import lines
 from paired import paired_ratio
 from pinning import pin
-from vllm_bench_serve import Answered, BenchServe, Question, Stretch
+from vllm_bench_serve import Answered, BenchServe, Stretch
 
 from smartspec.lab import environment
 from smartspec.lab.demo.schedule import Prompt, load_prompts, mixed
@@ -51,7 +51,7 @@ SCHEDULE_S = 5.0  #: of arrivals, each rate in the schedule
 SCHEDULE = (0, 2, 1)  #: its rates in order
 LENGTHS = (1, 3, 5)
 AT_ONCE = (1, 4, 8, 16)
-TURNS, FEWEST = 3, 8  #: of so many at once, in the pilot, and questions at least
+TURNS, FEWEST = 3, 8  #: of so many at once, in the pilot, and requests at least
 WARM_UP_S = 10.0
 
 
@@ -69,12 +69,8 @@ def parts(capacity: float, rate_s: float, schedule_s: float) -> dict[str, list[R
     return played | {"schedule": [Rate(schedule_s, rates[i]) for i in SCHEDULE]}
 
 
-def questions(prompts: Sequence[Prompt]) -> list[Question]:
-    return [Question(one.id, one.prompt, one.max_tokens) for one in prompts]
-
-
 def stretches(prompts: Sequence[Prompt], rates: Sequence[Rate], seed: int) -> list[Stretch]:
-    """Questions at each rate, as many for every seed.
+    """Prompts at each rate, as many for every seed.
 
     All prompts come in a mixed order, then again in another.
     """
@@ -87,9 +83,7 @@ def stretches(prompts: Sequence[Prompt], rates: Sequence[Rate], seed: int) -> li
         while len(order) < count:
             order = [*mixed(prompts, rng), *order]
         drawn = [order.pop() for _ in range(count)]
-        made.append(
-            Stretch(begin_s, questions(drawn), rate.per_second, seed=int(rng.integers(1 << 30)))
-        )
+        made.append(Stretch(begin_s, drawn, rate.per_second, seed=int(rng.integers(1 << 30))))
         begin_s += rate.seconds
     return made
 
@@ -133,7 +127,7 @@ class Run:
         capacity = 0.0
         for at_once in AT_ONCE:
             order = mixed(self.prompts, np.random.default_rng(self.seed + at_once))
-            busy = Stretch(0.0, questions(order[: max(FEWEST, TURNS * at_once)]), at_once=at_once)
+            busy = Stretch(0.0, order[: max(FEWEST, TURNS * at_once)], at_once=at_once)
             for name, server in running.items():
                 done = self.load.play(server.port, [busy])
                 tokens = sum(one.num_tokens for one in done)

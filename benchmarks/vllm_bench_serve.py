@@ -22,25 +22,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-
-class Question(NamedTuple):
-    """A prompt and how long its answer may become, by name."""
-
-    id: str
-    prompt: str
-    max_tokens: int
+if TYPE_CHECKING:  # vLLM's environment does without
+    from smartspec.lab.demo.schedule import Prompt
 
 
 class Stretch(NamedTuple):
-    """Questions that begin to arrive so many seconds after the start.
+    """Prompts that begin to arrive so many seconds after the start.
 
     As a Poisson process of ``rate`` per second, or ``at_once`` at a time where that is given.
     """
 
     after_s: float
-    questions: Sequence[Question]
+    prompts: Sequence[Prompt]
     rate: float = float("inf")
     at_once: int | None = None
     seed: int = 0
@@ -101,12 +96,12 @@ class BenchServe:
             "served-model-name": self._name,
             "dataset-name": "custom",
             "dataset-path": dataset,
-            "custom-output-len": -1,  # each question's own
-            "num-prompts": len(stretch.questions),
+            "custom-output-len": -1,  # each prompt's own
+            "num-prompts": len(stretch.prompts),
             "request-rate": stretch.rate,
             "temperature": 0,
             "seed": stretch.seed,
-            "ready-check-timeout-sec": 0,  # else it asks a question of its own first
+            "ready-check-timeout-sec": 0,  # else it sends a request of its own first
         }
         if stretch.at_once is not None:
             options["max-concurrency"] = stretch.at_once
@@ -114,14 +109,14 @@ class BenchServe:
         return [*words, "--skip-chat-template", "--disable-shuffle", "--save-detailed"]
 
     def play(self, port: int, stretches: Sequence[Stretch]) -> list[Answered]:
-        """Ask all questions of a server, and return when all are answered."""
+        """Send all prompts to a server, and return when all are answered."""
         runs = []
         for i, stretch in enumerate(stretches):
             dataset = Path(self._folder.name) / f"{i}.jsonl"
             dataset.write_text(
                 "".join(
                     json.dumps({"prompt": one.prompt, "output_tokens": one.max_tokens}) + "\n"
-                    for one in stretch.questions
+                    for one in stretch.prompts
                 )
             )
             runs.append([stretch.after_s, self.arguments(port, stretch, dataset)])
@@ -132,9 +127,9 @@ class BenchServe:
         began = min(min(result["start_times"]) for result in results)
         answers = []
         for stretch, result in zip(stretches, results, strict=True):
-            if result["completed"] != len(stretch.questions):
+            if result["completed"] != len(stretch.prompts):
                 raise RuntimeError(f"requests were not answered: {set(result['errors'])}")
-            for i, one in enumerate(stretch.questions):
+            for i, one in enumerate(stretch.prompts):
                 sent_s = result["start_times"][i] - began
                 first_s = sent_s + result["ttfts"][i]
                 end_s = first_s + sum(result["itls"][i])

@@ -319,7 +319,7 @@ class RedisStore:
             try:
                 self._write(batch, states, daemon)
                 states = {}
-                self._is_written(batch)
+                self._forget(batch)
                 if checkpoints:
                     self._write_learned(checkpoints)
             finally:  # what was not written waits, unless there is newer
@@ -333,7 +333,7 @@ class RedisStore:
             self._prune_at = time.monotonic() + PRUNE_S
             self._prune()
 
-    def _is_written(self, batch: list[_Entry]) -> None:
+    def _forget(self, batch: list[_Entry]) -> None:
         with self._lock:
             # The buffer may have overflowed meanwhile and dropped part of the batch.
             written = set(map(id, batch))

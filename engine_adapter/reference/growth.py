@@ -124,9 +124,9 @@ class Growth:
         self._bands = bands
         self._most = most
         self._prices = prices
-        self._arrears = arrears
-        #: [B], of the arrears, when those that `starting` finds have been run.
-        self.waited = np.zeros(len(bands)) if arrears is None else arrears.waited
+        none = np.zeros(len(bands))
+        self._arrears = Arrears(none, none) if arrears is None else arrears
+        self.waited = self._arrears.waited  #: when those that `starting` finds have been run
         # Of the candidates as they are.
         self._found: tuple[Best, I64] | None = None
         self._starting: I64 | None = None
@@ -134,8 +134,7 @@ class Growth:
     def starting(self) -> I64:
         """Whom the drafter should be run for, of those whose root it was not run from yet."""
         if self._starting is None:
-            if self._arrears is not None:
-                self.waited = self._arrears.waited.copy()
+            self.waited = self._arrears.waited.copy()
             begun = self.candidates.begun
             roots = Level.of(np.flatnonzero(~begun))
             least = self._best()[0].least[roots.places]
@@ -188,8 +187,6 @@ class Growth:
         if self._prices is None or not roots.size:
             return np.ones(roots.size, np.bool_)
         gains = self._gains(roots, self._prices)
-        if self._arrears is None:
-            return self._at_least(roots, self._prices.pay(gains, first))
         lag, waited = (column[roots.places] for column in self._arrears)
         paying, waited = self._prices.join(gains, first, lag, waited)
         paying = self._at_least(roots, paying)

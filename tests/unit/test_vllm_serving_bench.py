@@ -63,7 +63,7 @@ def test_load_is_the_same_for_every_seed() -> None:
     prompts = load_prompts()
     for seed in range(5):
         quiet, busy = stretches(prompts, [Rate(10.0, 0.5), Rate(10.0, 20.0)], seed)
-        assert (quiet.after_s, quiet.rate, len(quiet.questions)) == (0.0, 0.5, 5)
-        assert (busy.after_s, busy.rate, len(busy.questions)) == (10.0, 20.0, 200)
-        assert len({one.id for one in (*quiet.questions, *busy.questions)[:72]}) == 72
+        assert (quiet.after_s, quiet.rate, len(quiet.prompts)) == (0.0, 0.5, 5)
+        assert (busy.after_s, busy.rate, len(busy.prompts)) == (10.0, 20.0, 200)
+        assert len({one.id for one in (*quiet.prompts, *busy.prompts)[:72]}) == 72
         assert quiet.seed != busy.seed
