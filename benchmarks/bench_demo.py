@@ -98,23 +98,18 @@ def measure(
         for repetition in sorted(set(range(repetitions)) - finished):
             began = time.monotonic()
             schedule = schedules.build(prompts, capacity, seed=seed + repetition)
-            shift = repetition % len(arms)
-            order = [*arms[shift:], *arms[:shift]]
-            played: dict[str, ArmPlayed] = {}
-            stolen: dict[str, float] = {}
-            for arm in order:
-                title = f"repetition {repetition + 1}/{repetitions}, {arm.title}"
-                with stolen_share() as share:
-                    played[arm.name] = session.play(arm, schedule, warm_up, title)
-                stolen[arm.name] = share()
+            with stolen_share() as stolen:
+                results = session.play(
+                    schedule, warm_up, seed + repetition, f"{repetition + 1}/{repetitions}, "
+                )
+            played = {result.arm.name: result for result in results}
             row = {
                 "repetition": repetition,
                 "seed": seed + repetition,
                 "quick": quick,
                 "capacity_requests_per_s": capacity,
-                "order": list(played),
                 "arms": {name: arm_row(result) for name, result in played.items()},
-                "stolen_share": stolen,
+                "stolen_share": stolen(),
                 "num_different_answers": len(
                     summary.compare_answers(
                         {arm.name: played[arm.name].played.requests for arm in arms}

@@ -53,6 +53,14 @@ class Speculation(_Command, frozen=True, tag="speculation", forbid_unknown_field
     length: int | None = None
 
 
+class Hold(_Command, frozen=True, tag="hold", forbid_unknown_fields=True):
+    """Begin no further step until ``resume`` or ``stop``; answered with ``held``."""
+
+
+class Resume(_Command, frozen=True, tag="resume", forbid_unknown_fields=True):
+    pass
+
+
 class Stats(_Command, frozen=True, tag="stats", forbid_unknown_fields=True):
     pass
 
@@ -61,4 +69,4 @@ class Stop(_Command, frozen=True, tag="stop", forbid_unknown_fields=True):
     pass
 
 
-decode = msgspec.json.Decoder(Submit | Cancel | Speculation | Stats | Stop).decode
+decode = msgspec.json.Decoder(Submit | Cancel | Speculation | Hold | Resume | Stats | Stop).decode

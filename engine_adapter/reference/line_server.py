@@ -92,6 +92,7 @@ class LineServer:
         # Place j: drafts of which j were accepted (a length fits in a byte).
         self._num_by_accepted = np.zeros(256, np.int64)
         self._busy_s = 0.0
+        self._held = False
         self._stopping = False
         self._out: list[bytes] = []
 
@@ -104,14 +105,14 @@ class LineServer:
         try:
             while not self._stopping or self._worker.has_work:
                 # Wait only when there is nothing to decode.
-                idle = not self._worker.has_work and not self._stopping
+                idle = not self._decodes and not self._stopping
                 line = _next(lines, IDLE_S if idle else 0.0)
                 while line is not _NOTHING:
                     self.handle(line)
                     line = _next(lines, 0.0)
                 if idle and self._link is not None:
                     self._link.idle()
-                if self._worker.has_work:
+                if self._decodes:
                     self._tell(self._worker.step())
                 self._flush()
         finally:
@@ -119,6 +120,10 @@ class LineServer:
                 self._link.close()
         self._say(replies.Stopped())
         self._flush()
+
+    @property
+    def _decodes(self) -> bool:
+        return self._worker.has_work and (not self._held or self._stopping)
 
     def handle(self, line: bytes | None) -> None:
         """Obey one line; None is the end of input."""
@@ -139,6 +144,11 @@ class LineServer:
                         self._error("no such request is running or waiting", request_id)
                 case commands.Speculation(mode=mode, length=length):
                     self.switch(mode, length)
+                case commands.Hold():
+                    self._held = True
+                    self._say(replies.Held(self._now()))
+                case commands.Resume():
+                    self._held = False
                 case commands.Stats():
                     self._say(self._stats())
                 case commands.Stop():

@@ -111,11 +111,17 @@ class Step(_Reply, frozen=True, tag="step"):
     draft_s: float | None
 
 
+class Held(_Reply, frozen=True, tag="held"):
+    """No step is under way, and none begins until it is told to go on."""
+
+    t_s: float
+
+
 class Stopped(_Reply, frozen=True, tag="stopped"):
     """The last line."""
 
 
-Reply: TypeAlias = Ready | Token | Finished | Error | Stats | Step | Stopped
+Reply: TypeAlias = Ready | Token | Finished | Error | Stats | Step | Held | Stopped
 
 decode = msgspec.json.Decoder(Reply).decode
 encode = msgspec.json.Encoder().encode

@@ -1,23 +1,24 @@
-"""What a person sees while an arm is played: a live panel, or plain lines where there is none."""
+"""What a person sees while arms are played: a live panel, or plain lines where there is none."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from smartspec.lab.demo.player import Played
+from smartspec.lab.demo.player import Play
+from smartspec.lab.demo.schedule import Schedule
 
 REFRESH_S = 0.25
 PLAIN_REFRESH_S = 5.0
@@ -27,7 +28,7 @@ BAR_WIDTH = 24
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The state to show."""
+    """What is to be seen of an arm."""
 
     title: str
     phase: str
@@ -40,12 +41,18 @@ class View:
     lengths: dict[int, int]  #: requests x steps at each length, over the last WINDOW_S
     why: str
     goodput: float  #: tokens of answers per second so far
+    done: bool
+
+    @property
+    def shares(self) -> str:
+        """Of the lengths, in words."""
+        total = sum(self.lengths.values())
+        return " ".join(f"{k}:{n / total:.0%}" for k, n in self.lengths.items()) if total else "-"
 
 
-def view_of(
-    played: Played, *, title: str, phase: str, now_s: float, duration_s: float, num: int, why: str
-) -> View:
+def view_of(playing: Play, schedule: Schedule, title: str, why: str) -> View:
     """Sum up what has been played so far."""
+    played, now_s = playing.played, playing.now_s
     lengths: Counter[int] = Counter()
     for step in reversed(played.steps):
         if step.at_s < now_s - WINDOW_S:
@@ -55,53 +62,66 @@ def view_of(
     open_requests = len(played.requests) - played.num_finished
     return View(
         title=title,
-        phase=phase,
+        phase=schedule.phase_at(now_s),
         now_s=now_s,
-        duration_s=duration_s,
+        duration_s=schedule.duration_s,
         num_finished=played.num_finished,
-        num_requests=num,
+        num_requests=len(schedule.arrivals),
         num_running=last.num_running if last and open_requests else 0,
         num_waiting=last.num_waiting if last and open_requests else 0,
         lengths=dict(sorted(lengths.items())),
         why=why,
         goodput=played.num_tokens / now_s if now_s > 0 else 0.0,
+        done=playing.done,
     )
 
 
-def line_of(view: View) -> str:
+def line_of(title: str, view: View) -> str:
     """The view in one line."""
-    total = sum(view.lengths.values())
-    shares = " ".join(f"{k}:{n / total:.0%}" for k, n in view.lengths.items()) if total else "-"
     return (
-        f"{view.title} | {view.now_s:4.0f} s {view.phase:<12} | "
+        f"{title}{view.title} | {view.now_s:4.0f} s {view.phase:<12} | "
         f"{view.num_running} running, {view.num_waiting} waiting, "
-        f"{view.num_finished}/{view.num_requests} done | lengths {shares} | "
+        f"{view.num_finished}/{view.num_requests} done | lengths {view.shares} | "
         f"{view.goodput:.0f} tok/s | {view.why}"
     )
 
 
-def panel_of(view: View) -> Panel:
-    """The view as a panel."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", min_width=8)
-    grid.add_column()
-    grid.add_row("phase", f"{view.phase}   {view.now_s:.0f} of about {view.duration_s:.0f} s")
-    grid.add_row(
-        "load",
-        f"{view.num_running} running, {view.num_waiting} waiting, "
-        f"{view.num_finished} of {view.num_requests} answered",
+def panel_of(title: str, views: Sequence[View], place: int) -> Panel:
+    """All arms, and more of the one in turn, at ``place``."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("arm", min_width=16)
+    for name in ("answered", "running", "waiting", "tokens/s"):
+        table.add_column(name, justify="right")
+    table.add_column("lengths of the last second", min_width=BAR_WIDTH)
+    for number, view in enumerate(views):
+        table.add_row(
+            view.title,
+            f"{view.num_finished} of {view.num_requests}",
+            str(view.num_running),
+            str(view.num_waiting),
+            f"{view.goodput:.0f}",
+            "done" if view.done else bar_of(view),
+            style="bold" if number == place else "",
+        )
+    shown = views[place]
+    head = f"{shown.phase.replace('_', ' ')}, {shown.now_s:.0f} of about {shown.duration_s:.0f} s"
+    why = next((f"{view.title}: {view.why}" for view in reversed(views)), "")
+    return Panel(
+        Group(Text(head), Text(""), table, Text(""), Text(why)),
+        title=f"{title}the arms take turns",
+        title_align="left",
+        width=110,
     )
+
+
+def bar_of(view: View) -> Text:
+    """Lengths as a strip of digits, each as wide as its share."""
     total = sum(view.lengths.values())
-    bars = Text("-" if not total else "")
+    strip = Text("" if total else "-")
     for length, count in view.lengths.items():
-        share = count / total
-        bar = "█" * round(share * BAR_WIDTH)
-        bars.append(f"{length}  {bar} {share:.0%}\n", style="cyan" if length else "yellow")
-    bars.rstrip()
-    grid.add_row("lengths", bars)
-    grid.add_row("why", view.why)
-    grid.add_row("goodput", f"{view.goodput:.0f} tokens/s so far")
-    return Panel(grid, title=view.title, title_align="left", width=100)
+        text = str(length) * round(count / total * BAR_WIDTH) if total else ""
+        strip.append(text, style="cyan" if length else "yellow")
+    return strip
 
 
 class Display:
@@ -140,14 +160,16 @@ class Display:
         """Whether it is time for another view."""
         return self._clock() >= self._next_at
 
-    def show(self, view: View) -> None:
+    def show(self, title: str, views: Sequence[View], place: int) -> None:
+        """``title`` and all arms; where there is no panel, the arm in turn, at ``place``."""
         now = self._clock()
         if self._live is not None:
             self._next_at = now + REFRESH_S
-            self._live.update(panel_of(view), refresh=True)
+            self._live.update(panel_of(title, views, place), refresh=True)
         else:
             self._next_at = now + PLAIN_REFRESH_S
-            self.console.print(line_of(view), highlight=False, markup=False, soft_wrap=True)
+            line = line_of(title, views[place])
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[Callable[[float, str], None]]:

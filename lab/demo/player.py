@@ -95,16 +95,8 @@ def burst(prompts: Sequence[Prompt], phase: str) -> list[Arrival]:
     return [Arrival(0.0, prompt, phase) for prompt in prompts]
 
 
-def play(
-    arrivals: Sequence[Arrival],
-    engine: Engine,
-    *,
-    tag: str,
-    max_tokens: int | None = None,
-    on_tick: Callable[[float, Played], None] = lambda now_s, played: None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Played:
-    """Submit each arrival at its time, whatever the engine does, and wait until all are answered.
+class Play:
+    """A schedule on its way: each arrival is submitted at its time, whatever the engine does.
 
     Parameters
     ----------
@@ -112,42 +104,88 @@ def play(
     engine : idle
     tag : makes request ids unique among several plays
     max_tokens : limit on top of the prompts' own
-    on_tick : called with the time since the start after every event, and every TICK_S without one
     clock : seconds, monotonic; the one that `Engine.poll` stamps events with
-
-    Raises `PlayError` when a request is refused or the engine stalls.
     """
-    played = Played(begin_clock_s=clock())
-    pending = deque(arrivals)
-    running: dict[str, RequestRecord] = {}
-    heard_at = played.begin_clock_s
-    while pending or running:
-        now_s = clock() - played.begin_clock_s
+
+    def __init__(
+        self,
+        arrivals: Sequence[Arrival],
+        engine: Engine,
+        *,
+        tag: str,
+        max_tokens: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.played = Played(begin_clock_s=clock())
+        self._engine = engine
+        self._tag = tag
+        self._max_tokens = max_tokens
+        self._clock = clock
+        self._pending = deque(arrivals)
+        self._running: dict[str, RequestRecord] = {}
+        self._heard_at = self.played.begin_clock_s
+
+    @property
+    def now_s(self) -> float:
+        """Since the schedule's start; when all is answered, when that was."""
+        return self.played.end_s or self._clock() - self.played.begin_clock_s
+
+    @property
+    def done(self) -> bool:
+        """Whether all is answered: the engine is idle again."""
+        return not self._pending and not self._running
+
+    def go_on(self) -> None:
+        """Submit what is due and take in one event, or wait for one for TICK_S at most.
+
+        Raises `PlayError` when a request is refused or the engine stalls.
+        """
+        pending, running, played = self._pending, self._running, self.played
+        now_s = self.now_s
         while pending and pending[0].at_s <= now_s:
-            arrival = pending.popleft()
-            prompt = arrival.prompt
-            request = RequestRecord(prompt.id, prompt.kind, arrival.phase, arrival.at_s)
-            request_id = f"{tag}/{prompt.id}"
-            running[request_id] = request
-            played.requests.append(request)
-            limit = prompt.max_tokens if max_tokens is None else min(max_tokens, prompt.max_tokens)
-            engine.submit(request_id, prompt, limit)
+            self._submit(pending.popleft())
         timeout_s = TICK_S if not pending else min(TICK_S, pending[0].at_s - now_s)
-        got = engine.poll(max(timeout_s, 0.0))
+        got = self._engine.poll(max(timeout_s, 0.0))
         if got is not None:
             at, event = got
             if at >= played.begin_clock_s:  # else it is of what was played before, long ago maybe
-                heard_at = at
+                self._heard_at = at
                 _note(event, at - played.begin_clock_s, running, played)
-        elif running and clock() - heard_at > STALLED_S:
+        elif running and self._clock() - self._heard_at > STALLED_S:
             raise PlayError(
                 f"no word from the worker for {STALLED_S:.0f} s with {len(running)} requests open"
             )
         elif not running:
-            heard_at = clock()
-        on_tick(clock() - played.begin_clock_s, played)
-    played.end_s = clock() - played.begin_clock_s
-    return played
+            self._heard_at = self._clock()
+        if self.done:
+            played.end_s = self.now_s
+
+    def _submit(self, arrival: Arrival) -> None:
+        prompt = arrival.prompt
+        request = RequestRecord(prompt.id, prompt.kind, arrival.phase, arrival.at_s)
+        request_id = f"{self._tag}/{prompt.id}"
+        self._running[request_id] = request
+        self.played.requests.append(request)
+        most = prompt.max_tokens if self._max_tokens is None else self._max_tokens
+        self._engine.submit(request_id, prompt, min(most, prompt.max_tokens))
+
+
+def play(
+    arrivals: Sequence[Arrival],
+    engine: Engine,
+    *,
+    on_tick: Callable[[float, Played], None] = lambda now_s, played: None,
+    **how: Any,
+) -> Played:
+    """Play until all is answered. The parameters are those of `Play`.
+
+    ``on_tick`` : called with the time since the start after every event, and every TICK_S without
+    """
+    playing = Play(arrivals, engine, **how)
+    while not playing.done:
+        playing.go_on()
+        on_tick(playing.now_s, playing.played)
+    return playing.played
 
 
 def _note(

@@ -188,6 +188,13 @@ class WorkerProcess:
         order: dict[str, Any] = {"op": "speculation", "mode": mode}
         self._send(order if length is None else order | {"length": length})
 
+    def hold(self) -> None:
+        """Have it begin no further step; it says ``held`` when none is under way."""
+        self._send({"op": "hold"})
+
+    def resume(self) -> None:
+        self._send({"op": "resume"})
+
     def _send(self, order: dict[str, Any]) -> None:
         stdin = self.process.popen.stdin
         assert stdin is not None

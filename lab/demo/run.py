@@ -1,7 +1,8 @@
 """`smartspec demo`: the same load without speculation, with static lengths, and steered.
 
-Separate processes, as in production: the worker (one for all arms), and for SmartSpec's arm the
-daemon with its telemetry and embedded Valkey. What was measured is printed as it is.
+Separate processes, as in production: a worker for each arm, and for SmartSpec's the daemon with its
+telemetry and embedded Valkey. The arms take turns of a few seconds, so that a machine that gets
+slower meanwhile gets so for all (turns.py). What was measured is printed as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.console import Console
 from smartspec.lab import environment
 from smartspec.lab.demo import arms as all_arms
 from smartspec.lab.demo import schedule as schedules
-from smartspec.lab.demo import summary
+from smartspec.lab.demo import summary, turns
 from smartspec.lab.demo.arms import Arm
 from smartspec.lab.demo.calibration import Calibration
 from smartspec.lab.demo.live import Display
@@ -75,7 +76,7 @@ def run(out: Path, arms: Sequence[Arm], seed: int, quick: bool, console: Console
     prompts = schedules.load_prompts()
     if quick:
         prompts = schedules.shortened(prompts, NUM_QUICK_PROMPTS, QUICK_MAX_TOKENS)
-    with Session(out, Display(console)) as session:
+    with Session(out, Display(console), arms) as session:
         ready = session.ready
         console.print(
             f"model {ready['model']} ({ready['dtype']} on {ready['device']}), {ready['proposer']} "
@@ -86,18 +87,7 @@ def run(out: Path, arms: Sequence[Arm], seed: int, quick: bool, console: Console
         calibration = session.calibrate(prompts, seed)
         schedule = schedules.build(prompts, calibration.capacity_requests_per_s, seed)
         console.print(describe(calibration, schedule), highlight=False, markup=False)
-        warm_up = warm_up_prompts(prompts, seed)
-        played = []
-        for number, arm in enumerate(arms, start=1):
-            result = session.play(arm, schedule, warm_up, title=f"{number}/{len(arms)} {arm.title}")
-            played.append(result)
-            stats = summary.stats_of(result.played.requests)
-            console.print(
-                f"{arm.title}: mean latency {stats.latency_mean_s:.2f} s, "
-                f"{stats.goodput_tokens_per_s:.0f} tokens/s",
-                highlight=False,
-                markup=False,
-            )
+        played = session.play(schedule, warm_up_prompts(prompts, seed), seed)
         about = {
             "calibration": asdict(calibration),
             "schedule": [asdict(phase) for phase in schedule.phases],
@@ -120,7 +110,8 @@ def describe(calibration: Calibration, schedule: Schedule) -> str:
     return (
         f"without speculation this machine serves {calibration.capacity_requests_per_s:.2f} "
         f"requests/s ({calibration.capacity_tokens_per_s:.0f} tokens/s)\n"
-        f"{len(schedule.arrivals)} requests, the same for every arm: {phases}"
+        f"{len(schedule.arrivals)} requests, the same for every arm: {phases}\n"
+        f"the arms take turns of {turns.TURN_S:.0f} s on the machine; each has a clock of its own"
     )
 
 

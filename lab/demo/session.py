@@ -1,4 +1,4 @@
-"""Workers, kept for all arms; and beside them a daemon, for as long as one arm needs it."""
+"""Workers, one for each arm; and beside them a daemon, for as long as a schedule is played."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ import numpy as np
 from smartspec.lab.demo import calibration
 from smartspec.lab.demo.arms import ARMS, Arm
 from smartspec.lab.demo.calibration import Calibration
-from smartspec.lab.demo.live import Display, view_of
+from smartspec.lab.demo.live import Display, View, view_of
 from smartspec.lab.demo.monitor import Monitor
-from smartspec.lab.demo.player import Played, burst, play
+from smartspec.lab.demo.player import Play, Played, burst, play
 from smartspec.lab.demo.processes import DaemonProcess, WorkerProcess, endpoints
 from smartspec.lab.demo.schedule import Prompt, Schedule, mixed
+from smartspec.lab.demo.turns import Lane, Player, take_turns
 
 MAX_NUM_RUNNING = 16
 MAX_LENGTH = 8  #: what SmartSpec may choose up to; the static arms are what they are called
@@ -50,6 +51,34 @@ class ArmPlayed:
         return counts
 
 
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """An arm while it is played."""
+
+    arm: Arm
+    lane: Lane
+    playing: Play
+    steering: tuple[DaemonProcess, Monitor] | None  #: where SmartSpec decides
+
+    def listen(self) -> None:
+        """Hear what the daemon says. Raises `ProcessFailed` when it is gone."""
+        if self.steering is not None:
+            daemon, monitor = self.steering
+            daemon.process.check()  # else these would be a fallback's figures
+            monitor.drain()
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if self.steering is None else self.steering[1].notes
+
+    def view(self, schedule: Schedule) -> View:
+        """What is to be seen of it now."""
+        why = self.arm.why
+        if self.steering is not None:
+            why = self.steering[1].reason or "nothing heard yet"
+        return view_of(self.playing, schedule, self.arm.title, why)
+
+
 class Session:
     """Starts the workers on entry; on exit nothing that was started is left.
 
@@ -57,7 +86,7 @@ class Session:
     ----------
     folder : for logs and sockets; created
     display : where progress goes
-    arms : to be played: a worker for each of their proposers, idle while another's arm is played
+    arms : to be played: a worker for each, held in the turns of others
 
     Attributes
     ----------
@@ -71,19 +100,19 @@ class Session:
     def __init__(self, folder: Path, display: Display, arms: Sequence[Arm] = ARMS) -> None:
         self._folder = folder
         self._display = display
-        self._proposers = list(dict.fromkeys(arm.proposer for arm in arms))
+        self._arms = list(arms)
         self._workers: dict[str, WorkerProcess] = {}
         self._cleanup = contextlib.ExitStack()
         self._num_plays = 0
-        self.ready: dict[str, Any] = {}  #: what the first worker said of itself
+        self.ready: dict[str, Any] = {}  #: what the first arm's worker said of itself
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self._folder.mkdir(parents=True, exist_ok=True)
             self.runtime_dir = stack.enter_context(_runtime_dir(self._folder / "run"))
-            ready = {name: self._start_worker(name, stack) for name in self._proposers}
-            self.worker = self._workers[self._proposers[0]]
-            self.ready = ready[self._proposers[0]]
+            ready = [self._start_worker(arm, stack) for arm in self._arms]
+            self.worker = self._workers[self._arms[0].name]
+            self.ready = ready[0]
             self._cleanup = stack.pop_all()
         return self
 
@@ -95,17 +124,17 @@ class Session:
     ) -> None:
         self._cleanup.close()
 
-    def _start_worker(self, proposer: str, stack: contextlib.ExitStack) -> dict[str, Any]:
+    def _start_worker(self, arm: Arm, stack: contextlib.ExitStack) -> dict[str, Any]:
         arguments = [
-            *("--proposer", proposer, "--max-length", str(MAX_LENGTH)),
+            *("--proposer", arm.proposer, "--max-length", str(MAX_LENGTH)),
             *("--speculation", "own", "--step-events", "--engine", "demo"),
             *("--endpoint", endpoints(self.runtime_dir)[0]),
             *("--max-num-running", str(MAX_NUM_RUNNING), "--threads", str(num_threads())),
         ]
-        worker = WorkerProcess(arguments, self._folder / f"worker-{proposer}.log")
+        worker = WorkerProcess(arguments, self._folder / f"worker-{arm.name}.log")
         stack.callback(worker.stop)
-        self._workers[proposer] = worker
-        with self._display.waiting(f"starting the worker, {proposer}") as say:
+        self._workers[arm.name] = worker
+        with self._display.waiting(f"starting a worker: {arm.title}") as say:
             return worker.wait_ready(say)
 
     def calibrate(self, prompts: Sequence[Prompt], seed: int) -> Calibration:
@@ -125,42 +154,46 @@ class Session:
         return calibration.calibrate(played.requests, played.steps, MAX_NUM_RUNNING)
 
     def play(
-        self, arm: Arm, schedule: Schedule, warm_up: Sequence[Prompt], title: str
-    ) -> ArmPlayed:
-        """Warm up, then play the schedule until all is answered: the worker is idle again.
+        self, schedule: Schedule, warm_up: Sequence[Prompt], seed: int, title: str = ""
+    ) -> list[ArmPlayed]:
+        """Warm up every arm, then play the schedule to all by turns, until all is answered.
 
-        The daemon of a SmartSpec arm starts cold before the warm-up and is stopped after the arm:
-        it learns everything within the arm, and takes no processor time from the others.
+        The daemon of a SmartSpec arm starts cold before the arm's warm-up and is stopped in the
+        end; in the turns of others it has nothing to do.
+
+        Parameters
+        ----------
+        seed : of the order of turns
+        title : before those of the arms, for the display
         """
-        worker = self._workers[arm.proposer]
         with contextlib.ExitStack() as stack:
-            daemon, monitor = self._start_daemon(stack) if arm.length is None else (None, None)
-            worker.set_speculation("smartspec" if arm.length is None else "static", arm.length)
-            with self._display.waiting(f"{title}: warming up, not measured"):
-                self._play_burst(worker, warm_up, "warm_up", max_tokens=WARM_UP_TOKENS)
+            contenders = [self._prepare(arm, schedule, warm_up, stack) for arm in self._arms]
 
-            def show(now_s: float, played: Played) -> None:
-                if daemon is not None and monitor is not None:
-                    daemon.process.check()  # else these would be a fallback's figures
-                    monitor.drain()
+            def look(place: int) -> None:
+                contenders[place].listen()
                 if self._display.due:
-                    self._display.show(
-                        view_of(
-                            played,
-                            title=title,
-                            phase=schedule.phase_at(now_s),
-                            now_s=now_s,
-                            duration_s=schedule.duration_s,
-                            num=len(schedule.arrivals),
-                            why=arm.why
-                            if monitor is None
-                            else monitor.reason or "nothing heard yet",
-                        )
-                    )
+                    self._display.show(title, [one.view(schedule) for one in contenders], place)
 
             with self._display:
-                played = play(schedule.arrivals, worker, tag=self._tag(arm.name), on_tick=show)
-            return ArmPlayed(arm, played, [] if monitor is None else monitor.notes)
+                players = [Player(one.lane, one.playing) for one in contenders]
+                take_turns(players, np.random.default_rng([seed, 2]), look)
+            return [ArmPlayed(one.arm, one.playing.played, one.notes) for one in contenders]
+
+    def _prepare(
+        self,
+        arm: Arm,
+        schedule: Schedule,
+        warm_up: Sequence[Prompt],
+        stack: contextlib.ExitStack,
+    ) -> Contender:
+        worker = self._workers[arm.name]
+        steering = self._start_daemon(stack) if arm.length is None else None
+        worker.set_speculation("smartspec" if arm.length is None else "static", arm.length)
+        with self._display.waiting(f"{arm.title}: warming up, not measured"):
+            self._play_burst(worker, warm_up, "warm_up", max_tokens=WARM_UP_TOKENS)
+        lane = Lane(worker)
+        playing = Play(schedule.arrivals, lane, tag=self._tag(arm.name), clock=lane.clock)
+        return Contender(arm, lane, playing, steering)
 
     def _play_burst(
         self,

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,13 @@ def serve(*lines: str | dict[str, Any], factory: LinkFactory | None = None, step
     sink = io.BytesIO()
     build(sink, factory, steps, **settings).run(io.BytesIO("\n".join(text).encode()))
     return [json.loads(line) for line in sink.getvalue().splitlines()]
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10.0
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def build(
@@ -231,6 +239,31 @@ def test_step_events_tell_lengths_when_asked_for() -> None:
     assert decoding
     assert all(len(e["lengths"]) == len(e["num_drafted"]) == 1 for e in decoding)
     assert all(e["step_s"] > 0 and e["source"] == "own" for e in steps)
+
+
+def test_no_step_is_taken_while_held() -> None:
+    sink = io.BytesIO()
+    server = build(sink, steps=True)
+    lines = [submit("a", prompt="ababab"), {"op": "hold"}, {"op": "stats"}]
+    source_read, source_write = os.pipe()
+    sent = "\n".join(json.dumps(line) for line in lines) + "\n"
+    with os.fdopen(source_read, "rb") as source, os.fdopen(source_write, "wb", 0) as said:
+        thread = threading.Thread(target=server.run, args=(source,))
+        thread.start()
+        said.write(sent.encode())
+        wait_for(lambda: b'"stats"' in sink.getvalue())
+        time.sleep(0.3)
+        held = [json.loads(line) for line in sink.getvalue().splitlines()]
+        assert [event["event"] for event in held] == ["ready", "held", "stats"]
+        assert held[-1]["num_waiting"] == 1
+        said.write(b'{"op":"resume"}\n')
+        wait_for(lambda: b'"finished"' in sink.getvalue())
+        said.write(b'{"op":"hold"}\n' + json.dumps(submit("b", prompt="ab")).encode() + b"\n")
+        said.close()  # the end of input ends the hold too
+        thread.join(timeout=10)
+    assert not thread.is_alive()
+    finished = of([json.loads(line) for line in sink.getvalue().splitlines()], "finished")
+    assert [event["id"] for event in finished] == ["a", "b"]
 
 
 def test_stats_count_what_happened() -> None:

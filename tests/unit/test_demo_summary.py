@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from virtual_engine import VirtualEngine
 
 from smartspec.lab.demo import live, plots, run, summary
 from smartspec.lab.demo.arms import ARMS, named
-from smartspec.lab.demo.player import Played, RequestRecord, StepRecord
+from smartspec.lab.demo.player import Play, Played, RequestRecord, StepRecord
 from smartspec.lab.demo.schedule import build, load_prompts
 from smartspec.lab.demo.session import ArmPlayed
 
@@ -129,18 +130,27 @@ def test_plot_is_drawn_when_nothing_was_decoded(tmp_path: Path) -> None:
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
+def view(title: str, steps: list[StepRecord], why: str) -> live.View:
+    """After 10 s of the demonstration's schedule."""
+    now = iter([0.0])
+    schedule = build(load_prompts(), 2.5, seed=0)
+    playing = Play(schedule.arrivals, VirtualEngine(), tag="t", clock=lambda: next(now, 10.0))
+    playing.played.requests += arm(1, 1)
+    playing.played.steps += steps
+    playing.played.num_tokens, playing.played.num_finished = 500, 2
+    return live.view_of(playing, schedule, title, why)
+
+
 def test_view_tells_load_lengths_and_reason_when_shown() -> None:
     steps = [
         StepRecord(1.0, (5, 5), 2, 0, 0.1, 0, "policy"),
         StepRecord(9.5, (0, 3, 3, 3), 4, 7, 0.1, 0, "policy"),
     ]
-    played = Played(requests=arm(1, 1), steps=steps, num_tokens=500, num_finished=2)
-    view = live.view_of(
-        played, title="T", phase="busy", now_s=10.0, duration_s=50.0, num=72, why="costs too much"
-    )
-    line = live.line_of(view)
+    steered = view("SmartSpec", steps, "costs too much")
+    line = live.line_of("1/6, ", steered)
     for part in (
-        "busy",
+        "1/6, SmartSpec",
+        "quiet",
         "4 running, 7 waiting",
         "2/72",
         "0:25% 3:75%",
@@ -149,23 +159,23 @@ def test_view_tells_load_lengths_and_reason_when_shown() -> None:
     ):
         assert part in line
     console = Console(record=True, width=120)
-    console.print(live.panel_of(view))
+    console.print(live.panel_of("1/6, ", [view("none", [], "set to 0"), steered], place=0))
     panel = console.export_text()
-    for part in ("busy", "4 running, 7 waiting", "costs too much", "75%"):
+    for part in ("1/6, ", "quiet", "none", "2 of 72", "costs too much", "0" * 6 + "3" * 18):
         assert part in panel
+    assert "set to 0" not in panel
 
 
 def test_lines_are_plain_and_few_when_not_a_terminal(tmp_path: Path) -> None:
     now = [0.0]
+    views = [view("none", [], "[never]"), view("SmartSpec", [], "[why]")]
     with (tmp_path / "out").open("w+") as file:
         display = live.Display(Console(file=file, width=300), clock=lambda: now[0])
         with display:
             for tick in range(100):
                 now[0] = tick / 10
                 if display.due:
-                    display.show(
-                        live.View("T", "quiet", now[0], 9.0, 0, 1, 1, 0, {2: 1}, "[why]", 3.0)
-                    )
+                    display.show("", views, 1)
         file.seek(0)
         lines = file.read().splitlines()
     assert len(lines) == 2
