@@ -22,41 +22,27 @@ Run: python benchmarks/bench_kinds.py [--answers-per-task 8]
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
 
-import torch
-from acceptance_traces import Answer, load
+from acceptance_traces import load
 from figures import record
-from proposer_replay import Course, daemon_for, replay
-from record_acceptance import MODEL_LEN, ask
+from proposer_replay import ROWS, Course, daemon_for, hear, replay, some_of
+from record_acceptance import MODEL_LEN
 from rich.console import Console
 from rich.table import Table
-from spec_bench import TASKS, prompts
-from torch import Tensor
 
 from smartspec.engine_adapter.base import FixedLength
 from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.feature_head import FeatureHead
-from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import Proposer
 from smartspec.engine_adapter.reference.service import DEFAULT_DRAFTER
 
-ROWS = 8
 CELLS = ((0.02, 0.02), (0.02, 0.076), (0.05, 0.076), (0.1, 0.076), (0.2, 0.076))
 MOST = 16
 SIZES = {"copies": (1, 2, 3, 4, 6, 8), "chains": (1, 2, 3, 5), "trees": (2, 4, 8, 16)}
 SIZES["joined"] = SIZES["trees"]
-
-
-class Heard(NamedTuple):
-    """Answers, and what the target held while it gave them."""
-
-    answers: list[Answer]
-    starts: list[list[int]]  #: prompts with the answer's first token
-    states: list[Tensor]  #: [tokens, features] of each
 
 
 def proposer_for(kind: str, head: FeatureHead) -> Proposer:
@@ -70,48 +56,17 @@ def proposer_for(kind: str, head: FeatureHead) -> Proposer:
     return FeatureDraft(head, ROWS, MODEL_LEN, MOST)
 
 
-@torch.inference_mode()
-def read_again(
-    runner: ModelRunner, layers: tuple[int, ...], answer: Answer, prompt: list[int]
-) -> tuple[list[int], Tensor]:
-    """The prompt with the answer's first token, and what the target held at all tokens."""
-    logits, before = runner.forward_with_features([Segment(0, 0, prompt, 1)], layers)
-    first = int(logits[-1].argmax())
-    rest = [first, *answer.token.tolist()]
-    _, after = runner.forward_with_features([Segment(0, len(prompt), rest, 1)], layers)
-    return [*prompt, first], torch.cat((before, after))
-
-
-def some_of(answers: list[Answer], per_task: int) -> list[Answer]:
-    """Of each task as many, from all over it."""
-    chosen = []
-    for task in TASKS:
-        mine = [answer for answer in answers if answer.task == task]
-        chosen += mine[:: max(1, len(mine) // per_task)][:per_task]
-    return chosen
-
-
 def main() -> None:
     """Every arm in every cell; a table, and the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--answers-per-task", type=int, default=8, help="and as many before them")
     arguments = parser.parse_args()
-    text = {prompt.question_id: prompt for prompt in prompts()}
     target = models.load(device="cpu")
     head = feature_head.load(DEFAULT_DRAFTER, target.model)
     recorded = [answer for answer in load() if answer.temperature == 0 and answer.size > 1]
     chosen = some_of(recorded, 2 * arguments.answers_per_task)
-    runner = ModelRunner(target.model, 1, MODEL_LEN)
-
-    def heard(answers: list[Answer]) -> Heard:
-        known = []
-        for answer in answers:
-            prompt = ask(text[answer.question_id], target.tokenizer, 0.0).prompt
-            known.append(read_again(runner, head.config.layers, answer, prompt))
-        starts, states = zip(*known, strict=True)
-        return Heard(answers, list(starts), list(states))
-
-    before, measured = heard(chosen[::2]), heard(chosen[1::2])
+    layers = head.config.layers
+    before, measured = (hear(target, half, layers) for half in (chosen[::2], chosen[1::2]))
 
     def course(kind: str, size: int) -> Course:
         proposer, (answers, starts, states) = proposer_for(kind, head), measured

@@ -1,112 +1,95 @@
 """Trees against chains: accepted tokens per step where a step may verify equally many.
 
 Recorded greedy answers are decoded again (proposer_replay.py). Both may draft the same number of
-tokens per step, 4 or 8; a lookup drafts less where it finds less, so what was verified is told as
-well.
+tokens per step; a lookup drafts less where it finds less, so what was verified is told as well.
+What trees have above chains is told with its 95% interval, of a bootstrap over answers.
 
-* *lookup*: chains are prompt lookup's; trees those of tree_lookup.py, from the request's own text
-  and from earlier answers too: those before, in the order of recording. All answers.
-* *draft*: the target without five of its thirty layers. Of chains the recording holds the outcome
-  at every position; trees are drafted anew (tree_draft_model.py), for the answers with the
+* *lookup*, 4 and 8: chains are prompt lookup's; trees those of tree_lookup.py, from the request's
+  own text and from earlier answers too: those before, in the order of recording. All answers.
+* *head*, 5: the shipped drafter (docs/drafter.md) by itself, and with copies: in chains the
+  likelier of its own and the copied token, in trees both as branches.
+* *draft*, 4 and 8: the target without five of its thirty layers. Of chains the recording holds the
+  outcome at every position; trees are drafted anew (tree_draft_model.py), for the answers with the
   shortest prompts of each task, since prompts are most of the work.
 
 Writes build/figures/trees.json.
 
-Run: python benchmarks/bench_trees.py [--answers-per-task 3] [--only-lookup]
+Run: python benchmarks/bench_trees.py [--only head] [--answers-per-task 30]
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from acceptance_traces import Answer, load
 from figures import record
-from proposer_replay import ROWS, replay
+from proposer_replay import ROWS, hear, replay, some_of
 from record_acceptance import MODEL_LEN, ask
 from rich.console import Console
 from rich.table import Table
 from spec_bench import TASKS, prompts
+from torch import Tensor
 
 from smartspec.engine_adapter.base import FixedLength, StepFacts
+from smartspec.engine_adapter.reference import feature_head
 from smartspec.engine_adapter.reference import model as models
-from smartspec.engine_adapter.reference.events import Finished
+from smartspec.engine_adapter.reference.feature_draft import FeatureChain, FeatureDraft
 from smartspec.engine_adapter.reference.model_runner import ModelRunner
 from smartspec.engine_adapter.reference.prompt_lookup import PromptLookup
 from smartspec.engine_adapter.reference.proposer import Proposer
-from smartspec.engine_adapter.reference.sequence import Request
+from smartspec.engine_adapter.reference.service import DEFAULT_DRAFTER
 from smartspec.engine_adapter.reference.tree_draft_model import TreeDraftModel
 from smartspec.engine_adapter.reference.tree_lookup import TreeLookup
-from smartspec.engine_adapter.reference.worker import Worker
 
 SIZES = (4, 8)
+DRAFTS = 5  #: of the head
+NUM_SAMPLES = 4000
+COLUMNS = "steps", "accepted", "verified"
 
-
-class Tally(NamedTuple):
-    """Sums over the steps of a task."""
-
-    steps: int = 0
-    accepted: int = 0
-    verified: int = 0
-
-    def plus(self, steps: int, accepted: int, verified: int) -> Tally:
-        return Tally(self.steps + steps, self.accepted + accepted, self.verified + verified)
-
-
-Tallies = dict[str, Tally]
+F64 = npt.NDArray[np.float64]
 
 
 class Counted(FixedLength):
-    """One length for all, and the steps that it takes, by task; ``answers``: ids count from 1."""
+    """One length for all; ``sums`` [A, 3]: of each answer its steps, tokens accepted, verified."""
 
-    def __init__(self, length: int, answers: list[Answer]) -> None:
+    def __init__(self, length: int, num_answers: int) -> None:
         super().__init__(length)
-        self.tallies: Tallies = dict.fromkeys(TASKS, Tally())
-        self._answers = answers
+        self.sums: F64 = np.zeros((num_answers, len(COLUMNS)))
 
     def report(self, facts: StepFacts) -> None:
-        columns = facts.batch.request_ids, facts.num_accepted, facts.num_drafted
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        for number, accepted, verified in rows:
-            task = self._answers[number - 1].task
-            self.tallies[task] = self.tallies[task].plus(1, accepted, verified)
+        steps = np.ones(len(facts.num_accepted))
+        rows = facts.batch.request_ids.astype(np.int64) - 1  # ids count from 1
+        self.sums[rows] += np.stack((steps, facts.num_accepted, facts.num_drafted), axis=1)
 
 
 def decode(
-    proposer: Proposer, answers: list[Answer], starts: list[list[int]], size: int
-) -> Tallies:
-    """Steps of a proposer over recorded answers; ``starts``: what each answer follows."""
-    counted = Counted(size, answers)
-    replay(proposer, counted, answers, starts, 0.0)
-    return counted.tallies
+    proposer: Proposer,
+    answers: list[Answer],
+    starts: list[list[int]],
+    size: int,
+    states: list[Tensor] | None = None,
+) -> F64:
+    """`Counted.sums` of a proposer over recorded answers; ``starts``: what each answer follows."""
+    counted = Counted(size, len(answers))
+    replay(proposer, counted, answers, starts, 0.0, states=states)
+    return counted.sums
 
 
-def chains_of_recording(answers: list[Answer], size: int) -> Tallies:
-    """Steps of the draft model's chains: their outcomes were recorded."""
-    tallies = dict.fromkeys(TASKS, Tally())
-    for answer in answers:
+def chains_of_recording(answers: list[Answer], size: int) -> F64:
+    """`Counted.sums` of the draft model's chains: their outcomes were recorded."""
+    sums = np.zeros((len(answers), len(COLUMNS)))
+    for number, answer in enumerate(answers):
         place = 0
         while place < answer.size:
             drafted = min(size, int(answer.ceiling[place]))
             accepted = min(drafted, int(answer.draft_run[place]))
-            tallies[answer.task] = tallies[answer.task].plus(1, accepted, drafted)
+            sums[number] += 1, accepted, drafted
             place += accepted + 1
-    return tallies
-
-
-def with_first_token(target: models.LoadedModel, requests: list[Request]) -> list[list[int]]:
-    """Prompts with the answer's first token, which recordings leave out."""
-    worker = Worker(
-        target.model, max_num_running=1, max_model_len=MODEL_LEN, max_prefill_tokens=MODEL_LEN
-    )
-    ids = [worker.add_request(Request(request.prompt, max_tokens=1)) for request in requests]
-    first: dict[int, list[int]] = {}
-    while worker.has_work:
-        for event in worker.step().events:
-            if isinstance(event, Finished):
-                first[event.id] = event.tokens
-    return [request.prompt + first[i] for i, request in zip(ids, requests, strict=True)]
+    return sums
 
 
 def shortest(answers: Iterable[Answer], per_task: int) -> list[Answer]:
@@ -118,56 +101,104 @@ def shortest(answers: Iterable[Answer], per_task: int) -> list[Answer]:
     return chosen
 
 
-def show(title: str, rows: Mapping[str, Tallies]) -> dict[str, float]:
-    """A table of accepted tokens per step, with those verified; returns them as figures."""
-    table = Table(title=title, title_justify="left")
+def show(
+    title: str, answers: list[Answer], rows: Mapping[str, F64], pairs: Mapping[str, str]
+) -> dict[str, float]:
+    """A table of accepted tokens per step and those verified; returns them as figures.
+
+    ``rows`` : sums by answer of each arm; ``pairs`` : arms, and others that they are compared with
+    """
+    table = Table(title=f"{title}, {len(answers)} answers: accepted of verified")
     for name in ("", *TASKS, "all"):
         table.add_column(name, justify="right")
+    of_task = {task: np.array([task == answer.task for answer in answers]) for task in TASKS}
+    groups = of_task | {"all": np.ones(len(answers), np.bool_)}
     figures = {}
-    for name, tallies in rows.items():
-        total = Tally(*(sum(column) for column in zip(*tallies.values(), strict=True)))
+    for name, sums in rows.items():
         cells = []
-        for task, tally in (*tallies.items(), ("all", total)):
-            accepted, verified = tally.accepted / tally.steps, tally.verified / tally.steps
-            cells.append(f"{accepted:.3f} of {verified:.2f}")
-            figures[f"{name}_{task}_accepted_per_step"] = accepted
-            figures[f"{name}_{task}_verified_per_step"] = verified
+        for group, mine in groups.items():
+            steps, accepted, verified = sums[mine].sum(axis=0).tolist()
+            cells.append(f"{accepted / steps:.3f} of {verified / steps:.2f}")
+            figures[f"{name}_{group}_accepted_per_step"] = accepted / steps
+            figures[f"{name}_{group}_verified_per_step"] = verified / steps
         table.add_row(name, *cells)
-    Console(width=150).print(table)
+    for name, other in pairs.items():
+        cells = []
+        for group, mine in groups.items():
+            low, high = above(rows[name][mine], rows[other][mine])
+            cells.append(f"{low:+.3f} to {high:+.3f}")
+            figures[f"{name}_{group}_above_chain_low"] = low
+            figures[f"{name}_{group}_above_chain_high"] = high
+        table.add_row(f"{name} - {other}", *cells)
+    Console(width=180).print(table)
     return figures
 
 
-def main() -> None:
-    """Replay, print tables, write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--answers-per-task", type=int, default=3, help="for the draft model")
-    parser.add_argument("--only-lookup", action="store_true")
-    arguments = parser.parse_args()
+def above(sums: F64, others: F64) -> tuple[float, float]:
+    """95% interval of what is accepted per step beyond the other's, of the same answers."""
+    drawn = np.random.default_rng(0).integers(0, len(sums), (NUM_SAMPLES, len(sums)))
+    totals, beside = sums[drawn].sum(axis=1), others[drawn].sum(axis=1)
+    low, high = np.percentile(
+        totals[:, 1] / totals[:, 0] - beside[:, 1] / beside[:, 0], (2.5, 97.5)
+    ).tolist()
+    return low, high
+
+
+def lookup(answers: list[Answer], target: models.LoadedModel) -> dict[str, float]:
     text = {prompt.question_id: prompt for prompt in prompts()}
-    target = models.load(device="cpu")
-
-    def requests(answers: list[Answer]) -> list[Request]:
-        return [ask(text[a.question_id], target.tokenizer, 0.0) for a in answers]
-
-    answers = [answer for answer in load() if answer.temperature == 0 and answer.size]
-    starts = [request.prompt for request in requests(answers)]
-    rows: dict[str, Tallies] = {}
+    starts = [ask(text[a.question_id], target.tokenizer, 0.0).prompt for a in answers]
+    rows: dict[str, F64] = {}
     for size in SIZES:
         rows[f"lookup_{size}_chain"] = decode(PromptLookup(size), answers, starts, size)
         own = TreeLookup(size, history_tokens=0)
         rows[f"lookup_{size}_tree_own"] = decode(own, answers, starts, size)
         rows[f"lookup_{size}_tree"] = decode(TreeLookup(size), answers, starts, size)
-    figures = show(f"lookup, {len(answers)} answers: accepted of verified", rows)
-    if not arguments.only_lookup:
-        few = shortest(answers, arguments.answers_per_task)
-        starts = with_first_token(target, requests(few))
-        thin: Any = models.without_layers(target.model, models.DEFAULT_DRAFT_DROP_LAYERS)
-        rows = {}
-        for size in SIZES:
-            rows[f"draft_{size}_chain"] = chains_of_recording(few, size)
-            trees = TreeDraftModel(ModelRunner(thin, ROWS, MODEL_LEN), size)
-            rows[f"draft_{size}_tree"] = decode(trees, few, starts, size)
-            figures |= show(f"draft model, {len(few)} answers: accepted of verified", rows)
+    pairs = {f"lookup_{size}_tree_own": f"lookup_{size}_chain" for size in SIZES}
+    return show("lookup", answers, rows, pairs)
+
+
+def head(answers: list[Answer], target: models.LoadedModel) -> dict[str, float]:
+    drafter = feature_head.load(DEFAULT_DRAFTER, target.model)
+    _, starts, states = hear(target, answers, drafter.config.layers)
+    rows: dict[str, F64] = {}
+    for name, copies in (("head", False), ("head_with_copies", True)):
+        for shape, kind in (("chain", FeatureChain), ("tree", FeatureDraft)):
+            proposer = kind(drafter, ROWS, MODEL_LEN, DRAFTS, copies=copies)
+            rows[f"{name}_{shape}"] = decode(proposer, answers, starts, DRAFTS, states)
+    pairs = {f"{name}_tree": f"{name}_chain" for name in ("head", "head_with_copies")}
+    return show("head", answers, rows, pairs)
+
+
+def draft(answers: list[Answer], target: models.LoadedModel) -> dict[str, float]:
+    starts = hear(target, answers).starts
+    thin: Any = models.without_layers(target.model, models.DEFAULT_DRAFT_DROP_LAYERS)
+    rows = {}
+    for size in SIZES:
+        rows[f"draft_{size}_chain"] = chains_of_recording(answers, size)
+        trees = TreeDraftModel(ModelRunner(thin, ROWS, MODEL_LEN), size)
+        rows[f"draft_{size}_tree"] = decode(trees, answers, starts, size)
+    pairs = {f"draft_{size}_tree": f"draft_{size}_chain" for size in SIZES}
+    return show("draft model", answers, rows, pairs)
+
+
+def main() -> None:
+    """Replay, print tables, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("lookup", "head", "draft"))
+    parser.add_argument("--answers-per-task", type=int, help="30 of the head, 3 of the draft model")
+    arguments = parser.parse_args()
+    target = models.load(device="cpu")
+    answers = [answer for answer in load() if answer.temperature == 0 and answer.size]
+    given: int | None = arguments.answers_per_task
+    figures: dict[str, float] = {}
+    if arguments.only in (None, "lookup"):
+        figures |= lookup(answers, target)
+    if arguments.only in (None, "head"):
+        chosen = some_of(answers, given or 30)
+        order = np.random.default_rng(0).permutation(len(chosen))  # tasks side by side
+        figures |= head([chosen[place] for place in order], target)
+    if arguments.only in (None, "draft"):
+        figures |= draft(shortest(answers, given or 3), target)
     record("trees", figures)
 
 

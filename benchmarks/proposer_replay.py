@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from acceptance_traces import Answer
-from record_acceptance import MODEL_LEN
+from record_acceptance import MODEL_LEN, ask
+from spec_bench import TASKS, prompts
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -28,7 +30,9 @@ from smartspec.engine_adapter.base import (
     StepFacts,
 )
 from smartspec.engine_adapter.messages import Limits
+from smartspec.engine_adapter.reference import model as models
 from smartspec.engine_adapter.reference.draft_tree import agreeing_path
+from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
 from smartspec.engine_adapter.reference.proposer import (
     ConfidentProposer,
     Proposer,
@@ -55,6 +59,42 @@ class Course(NamedTuple):
         """Tokens per second."""
         shares = self.steps + token_share * self.num_verified + forward_share * self.num_forwards
         return self.tokens / (BASE_S * shares)
+
+
+class Heard(NamedTuple):
+    """Answers, and what the target held while it gave them."""
+
+    answers: list[Answer]
+    starts: list[list[int]]  #: prompts with the answer's first token, which recordings leave out
+    states: list[Tensor]  #: [tokens, features] of each
+
+
+@torch.inference_mode()
+def hear(
+    target: models.LoadedModel, answers: list[Answer], layers: tuple[int, ...] = (0,)
+) -> Heard:
+    """Read recorded greedy answers again, one pass over each; ``layers``: of the states."""
+    text = {prompt.question_id: prompt for prompt in prompts()}
+    runner = ModelRunner(target.model, 1, MODEL_LEN)
+    starts, states = [], []
+    for answer in answers:
+        prompt = ask(text[answer.question_id], target.tokenizer, 0.0).prompt
+        logits, before = runner.forward_with_features([Segment(0, 0, prompt, 1)], layers)
+        first = int(logits[-1].argmax())
+        rest = [first, *answer.token.tolist()]
+        _, after = runner.forward_with_features([Segment(0, len(prompt), rest, 1)], layers)
+        starts.append([*prompt, first])
+        states.append(torch.cat((before, after)))
+    return Heard(answers, starts, states)
+
+
+def some_of(answers: list[Answer], per_task: int) -> list[Answer]:
+    """Of each task as many, from all over it."""
+    chosen = []
+    for task in TASKS:
+        mine = [answer for answer in answers if answer.task == task]
+        chosen += mine[:: max(1, len(mine) // per_task)][:per_task]
+    return chosen
 
 
 def replay(
