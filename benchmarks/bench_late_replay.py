@@ -216,7 +216,7 @@ def main() -> None:
         for late in LATE:
             mine = spent[f"{arm}_{late}"]
             figures[f"{arm}_{late}_tokens_per_s"] = num_tokens / float(mine.sum())
-            compared = {"punctual": f"{arm}_0"}
+            compared = {"punctual": f"{arm}_0", "best_punctual": "confidences_0"}
             if arm == "confidences":
                 compared |= {"lengths": f"lengths_{late}", "buckets": f"buckets_{late}"}
             for name, other in compared.items():
