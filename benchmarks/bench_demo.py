@@ -1,15 +1,11 @@
-"""The demonstration's schedule, several times per arm, interleaved: is SmartSpec ever the worse?
+"""The demonstration's schedule, several times per arm, by turns: is SmartSpec ever the worse?
 
-Each repetition has its own arrivals and order of prompts, the same for its arms, and starts with
-another arm. Rates are relative to one calibration at the start. The daemon starts cold in every
-repetition. Compared is SmartSpec's mean latency with that of the best of the other arms, per phase
-and overall; "the best" is the one with the lowest mean over all repetitions, which favours it: it
-is chosen with the very numbers that it is compared by. `paired.py` gives the statistics.
-
-The hypervisor's share of the machine during each arm is kept beside its latencies: it tells a slow
-arm from a slow machine.
-
-Beside latencies stands the *work*: the engine's seconds, had the machine been of one pace (`work`).
+Each repetition has its own arrivals and order of prompts, the same for its arms, which take turns
+of two seconds (lab/demo/turns.py). Rates are relative to one calibration at the start. The daemon
+starts cold in every repetition. Compared is SmartSpec's mean latency with that of the best of the
+other arms, per phase and overall; "the best" is the one with the lowest mean over all repetitions,
+which favours it: it is chosen with the very numbers that it is compared by. `paired.py` gives the
+statistics.
 
 What each repetition measured is kept in build/figures/demo_raw.jsonl as it comes in, and
 `--resume` goes on from there after an interruption.
@@ -170,33 +166,6 @@ def means_of(steps: Sequence[StepRecord]) -> dict[str, float]:
     }
 
 
-def work(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Engine seconds of each repetition by arm, had the machine been of one pace throughout.
-
-    Its pace changes by a tenth from minute to minute, and a queue makes several tenths of latency
-    of that. So the target's pass takes what passes of its shape take on the whole: least squares on
-    decoding requests, prompt tokens and drafts, over all arms and repetitions. What a pass of one
-    arm takes beyond another's of equal shape is not seen; all else is as measured.
-    """
-    arms = list(rows[0]["arms"])
-    groups = [
-        [steps for steps in row["arms"][arm]["steps"].values() if steps]
-        for row in rows
-        for arm in arms
-    ]
-    every = [steps for group in groups for steps in group]
-    names = ("num_decoding", "num_prefill_tokens", "num_verified")
-    shapes = np.array([[1.0, *(steps[name] for name in names)] for steps in every])
-    target_ms = np.array([steps["target_ms"] for steps in every])
-    counts = np.array([steps["num"] for steps in every])
-    weight = np.sqrt(counts / target_ms)  # deviations grow with the pass, and even out
-    coef = np.linalg.lstsq(shapes * weight[:, None], target_ms * weight, rcond=None)[0]
-    other_ms = np.array([steps["step_ms"] for steps in every]) - target_ms
-    seconds = iter((counts * (shapes @ coef + other_ms) / 1e3).tolist())
-    sums = [sum(next(seconds) for _ in group) for group in groups]
-    return {arm: sums[i :: len(arms)] for i, arm in enumerate(arms)}
-
-
 def read(raw: Path) -> list[dict[str, Any]]:
     """Repetitions measured so far."""
     return sorted(lines(raw), key=lambda row: int(row["repetition"]))
@@ -220,11 +189,6 @@ def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         # Against the best of each repetition by itself: harsher still, since it picks by luck.
         best_each = [min(each) for each in zip(*(means[name] for name in others), strict=True)]
         figures[f"{group}_vs_best_each"] = paired_ratio(means[SMARTSPEC], best_each).value
-    seconds = work(rows)
-    least = min(others, key=lambda name: float(np.mean(seconds[name])))
-    figures |= paired_ratio(seconds[SMARTSPEC], seconds[least]).figures("work_vs_best")
-    for name, values in seconds.items():
-        figures[f"work_{name}_s"] = float(np.mean(values))
     worst = {
         "worst_phase_vs_best": max(ratios[phase].value for phase in phases),
         "worst_phase_vs_best_upper95": max(ratios[phase].upper95 for phase in phases),
