@@ -1,8 +1,9 @@
 """`smartspec demo`: the same load without speculation, with static lengths, and steered.
 
 Separate processes, as in production: a worker for each arm, and for SmartSpec's the daemon with its
-telemetry and embedded Valkey. The arms take turns of a few seconds, so that a machine that gets
-slower meanwhile gets so for all (turns.py). What was measured is printed as it is.
+telemetry and embedded Valkey. Where there is memory for all workers the arms take turns of a few
+seconds, so that a machine that gets slower meanwhile gets so for all (turns.py). What was measured
+is printed as it is.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from smartspec.lab import environment
 from smartspec.lab.demo import arms as all_arms
 from smartspec.lab.demo import schedule as schedules
-from smartspec.lab.demo import summary, turns
+from smartspec.lab.demo import summary
 from smartspec.lab.demo.arms import Arm
 from smartspec.lab.demo.calibration import Calibration
 from smartspec.lab.demo.live import Display
@@ -31,12 +33,14 @@ from smartspec.lab.demo.player import PlayError
 from smartspec.lab.demo.processes import ProcessFailed
 from smartspec.lab.demo.schedule import Schedule
 from smartspec.lab.demo.session import ArmPlayed, Session, warm_up_prompts
+from smartspec.lab.demo.turns import TURN_S
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 NUM_QUICK_PROMPTS = 16
 QUICK_MAX_TOKENS = 24
+WORKER_BYTES = 2.3e9  #: of memory, with the default model in fp32, its packed copy and its cache
 
 
 def main(
@@ -76,7 +80,9 @@ def run(out: Path, arms: Sequence[Arm], seed: int, quick: bool, console: Console
     prompts = schedules.load_prompts()
     if quick:
         prompts = schedules.shortened(prompts, NUM_QUICK_PROMPTS, QUICK_MAX_TOKENS)
-    with Session(out, Display(console), arms) as session:
+    display = Display(console)
+    first, *rest = groups(arms, console)
+    with Session(out, display, first) as session:
         ready = session.ready
         console.print(
             f"model {ready['model']} ({ready['dtype']} on {ready['device']}), {ready['proposer']} "
@@ -87,17 +93,37 @@ def run(out: Path, arms: Sequence[Arm], seed: int, quick: bool, console: Console
         calibration = session.calibrate(prompts, seed)
         schedule = schedules.build(prompts, calibration.capacity_requests_per_s, seed)
         console.print(describe(calibration, schedule), highlight=False, markup=False)
-        played = session.play(schedule, warm_up_prompts(prompts, seed), seed)
-        about = {
-            "calibration": asdict(calibration),
-            "schedule": [asdict(phase) for phase in schedule.phases],
-            "worker": {k: v for k, v in session.ready.items() if k != "event"},
-            "env": environment.describe(),
-            "seed": seed,
-            "quick": quick,
-        }
+        warm_up = warm_up_prompts(prompts, seed)
+        played = session.play(schedule, warm_up, seed)
+    for group in rest:
+        with Session(out, display, group) as session:
+            played += session.play(schedule, warm_up, seed)
+    about = {
+        "calibration": asdict(calibration),
+        "schedule": [asdict(phase) for phase in schedule.phases],
+        "worker": {k: v for k, v in ready.items() if k != "event"},
+        "env": environment.describe(),
+        "by_turns": not rest,
+        "seed": seed,
+        "quick": quick,
+    }
     report(out, played, schedule, about, console)
     console.print(f"took {time.monotonic() - began:.0f} s", highlight=False)
+
+
+def groups(arms: Sequence[Arm], console: Console) -> list[list[Arm]]:
+    """Arms that take turns with each other: all, or where there is no room for that each alone."""
+    needed, free = len(arms) * WORKER_BYTES, psutil.virtual_memory().available
+    if needed <= free:
+        console.print(f"the arms take turns of {TURN_S:.0f} s, each on a clock of its own")
+        return [list(arms)]
+    console.print(
+        f"{free / 1e9:.1f} GB of memory are free, and workers for all arms would take about "
+        f"{needed / 1e9:.1f}: the arms are played one after the other, and each meets the "
+        f"machine as it is then",
+        highlight=False,
+    )
+    return [[arm] for arm in arms]
 
 
 def describe(calibration: Calibration, schedule: Schedule) -> str:
@@ -110,8 +136,7 @@ def describe(calibration: Calibration, schedule: Schedule) -> str:
     return (
         f"without speculation this machine serves {calibration.capacity_requests_per_s:.2f} "
         f"requests/s ({calibration.capacity_tokens_per_s:.0f} tokens/s)\n"
-        f"{len(schedule.arrivals)} requests, the same for every arm: {phases}\n"
-        f"the arms take turns of {turns.TURN_S:.0f} s on the machine; each has a clock of its own"
+        f"{len(schedule.arrivals)} requests, the same for every arm: {phases}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -180,6 +181,21 @@ def test_lines_are_plain_and_few_when_not_a_terminal(tmp_path: Path) -> None:
         lines = file.read().splitlines()
     assert len(lines) == 2
     assert all("[why]" in line and "\x1b" not in line for line in lines)
+
+
+@pytest.mark.parametrize(("gigabytes", "num_groups"), [(10.0, 1), (8.0, 4)])
+def test_arms_are_played_one_after_the_other_when_memory_is_short(
+    gigabytes: float, num_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(available=gigabytes * 1e9)
+    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: memory)
+    console = Console(record=True, width=200)
+    found = run.groups(ARMS, console)
+    assert len(found) == num_groups
+    assert [one for group in found for one in group] == list(ARMS)
+    said = console.export_text()
+    assert ("8.0 GB of memory are free" in said) == (num_groups == 4)
+    assert ("take turns of 2 s" in said) == (num_groups == 1)
 
 
 def test_arms_are_refused_when_unknown() -> None:
