@@ -64,10 +64,9 @@ ARM_SETS = {
     "lengths": ARMS,
     "kinds": (NONE, *fixed("copies", 5), *fixed("chain", 3), *fixed("tree", 3), STEERED),
     "pilot": (
-        NONE,
-        *fixed("copies", 5),
-        *fixed("chain", 1, 2, 3),
-        *fixed("tree", 2, 3, 5),
+        *fixed("copies", 3, 5, 8),
+        *fixed("chain", 1),
+        *fixed("tree", 2),
         STEERED,
     ),
 }
@@ -103,6 +102,7 @@ def measure(
                 "repetition": repetition,
                 "seed": seed + repetition,
                 "quick": quick,
+                "by_turns": True,
                 "capacity_requests_per_s": capacity,
                 "arms": {name: arm_row(result) for name, result in played.items()},
                 "stolen_share": stolen(),
@@ -133,7 +133,7 @@ def stolen_share() -> Iterator[Callable[[], float]]:
 
 
 def arm_row(result: ArmPlayed) -> dict[str, Any]:
-    """What is kept of an arm: its summary, and who chose the lengths of its steps."""
+    """What is kept of an arm: its summary, who chose the lengths of its steps, and their sizes."""
     return {
         **summary.arm_summary(result.played.requests),
         "steps_by_source": result.steps_by_source,
@@ -167,8 +167,11 @@ def means_of(steps: Sequence[StepRecord]) -> dict[str, float]:
 
 
 def read(raw: Path) -> list[dict[str, Any]]:
-    """Repetitions measured so far."""
-    return sorted(lines(raw), key=lambda row: int(row["repetition"]))
+    """Repetitions measured so far. Raises ValueError for those of arms one after the other."""
+    rows = sorted(lines(raw), key=lambda row: int(row["repetition"]))
+    if not all(row.get("by_turns") for row in rows):
+        raise ValueError(f"{raw} has repetitions that were not played by turns: move it away")
+    return rows
 
 
 def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -227,8 +230,8 @@ def main() -> int:
         print("interrupted; `--resume` goes on from here", file=sys.stderr)
         code = demo.EXIT_INTERRUPTED
     except (ProcessFailed, PlayError, ValueError) as error:
-        print(f"bench_demo: {error}\n`--resume` goes on from here", file=sys.stderr)
-        code = demo.EXIT_FAILED
+        print(f"bench_demo: {error}\n`--resume` goes on from what was kept", file=sys.stderr)
+        return demo.EXIT_FAILED
     rows = read(raw)
     if rows:
         record(name, figures_of(rows), seed=args.seed)

@@ -216,9 +216,11 @@ def main() -> None:
         for late in LATE:
             mine = spent[f"{arm}_{late}"]
             figures[f"{arm}_{late}_tokens_per_s"] = num_tokens / float(mine.sum())
-            compared = {"punctual": f"{arm}_0", "best_punctual": "confidences_0"}
+            compared = {"punctual": f"{arm}_0"}
             if arm == "confidences":
                 compared |= {"lengths": f"lengths_{late}", "buckets": f"buckets_{late}"}
+            else:
+                compared["punctual_confidences"] = "confidences_0"
             for name, other in compared.items():
                 for part, value in zip(
                     ("", "_low", "_high"), ratio(mine, spent[other], draws), strict=True

@@ -73,7 +73,10 @@ class Heard(NamedTuple):
 def hear(
     target: models.LoadedModel, answers: list[Answer], layers: tuple[int, ...] = (0,)
 ) -> Heard:
-    """Read recorded greedy answers again, one pass over each; ``layers``: of the states."""
+    """Read recorded greedy answers again, prompt and answer in a pass each.
+
+    ``layers`` : of the target, whose states are kept
+    """
     text = {prompt.question_id: prompt for prompt in prompts()}
     runner = ModelRunner(target.model, 1, MODEL_LEN)
     starts, states = [], []

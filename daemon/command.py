@@ -10,7 +10,7 @@ import sys
 #: Packages that are in another extra than `daemon`.
 EXTRAS = {
     **dict.fromkeys(("fastapi", "gguf", "torch", "transformers", "uvicorn"), "worker"),
-    "matplotlib": "demo",
+    **dict.fromkeys(("matplotlib", "psutil"), "demo"),
     "textual": "top",
 }
 

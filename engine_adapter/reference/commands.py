@@ -54,11 +54,14 @@ class Speculation(_Command, frozen=True, tag="speculation", forbid_unknown_field
 
 
 class Hold(_Command, frozen=True, tag="hold", forbid_unknown_fields=True):
-    """Begin no further step until ``resume`` or ``stop``; answered with ``held``."""
+    """Begin no further step until ``resume``, ``stop`` or the end of input; answered with ``held``.
+
+    What is submitted or cancelled meanwhile is answered with the next step.
+    """
 
 
 class Resume(_Command, frozen=True, tag="resume", forbid_unknown_fields=True):
-    pass
+    """Go on after ``hold``."""
 
 
 class Stats(_Command, frozen=True, tag="stats", forbid_unknown_fields=True):

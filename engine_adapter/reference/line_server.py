@@ -106,7 +106,7 @@ class LineServer:
             while not self._stopping or self._worker.has_work:
                 # Wait only when there is nothing to decode.
                 idle = not self._decodes and not self._stopping
-                line = _next(lines, IDLE_S if idle else 0.0)
+                line = _next(lines, self._patience_s if idle else 0.0)
                 while line is not _NOTHING:
                     self.handle(line)
                     line = _next(lines, 0.0)
@@ -120,6 +120,11 @@ class LineServer:
                 self._link.close()
         self._say(replies.Stopped())
         self._flush()
+
+    @property
+    def _patience_s(self) -> float | None:
+        """How long to wait for a line; nobody needs a sign of life where there is no link."""
+        return None if self._link is None else IDLE_S
 
     @property
     def _decodes(self) -> bool:
@@ -311,9 +316,10 @@ class LineServer:
 _NOTHING = b"\n"  #: stands for no line; a real blank line means as little
 
 
-def _next(lines: queue.SimpleQueue[bytes | None], wait_s: float) -> bytes | None:
+def _next(lines: queue.SimpleQueue[bytes | None], wait_s: float | None) -> bytes | None:
+    """The next line; `_NOTHING` after a while. None: as long as it takes."""
     try:
-        return lines.get(block=wait_s > 0, timeout=wait_s or None)
+        return lines.get(block=wait_s != 0.0, timeout=wait_s)
     except queue.Empty:
         return _NOTHING
 

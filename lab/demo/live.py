@@ -42,6 +42,7 @@ class View:
     why: str
     goodput: float  #: tokens of answers per second so far
     done: bool
+    steered: bool  #: whether ``why`` changes with the decisions
 
     @property
     def shares(self) -> str:
@@ -50,7 +51,7 @@ class View:
         return " ".join(f"{k}:{n / total:.0%}" for k, n in self.lengths.items()) if total else "-"
 
 
-def view_of(playing: Play, schedule: Schedule, title: str, why: str) -> View:
+def view_of(playing: Play, schedule: Schedule, title: str, why: str, steered: bool = False) -> View:
     """Sum up what has been played so far."""
     played, now_s = playing.played, playing.now_s
     lengths: Counter[int] = Counter()
@@ -73,6 +74,7 @@ def view_of(playing: Play, schedule: Schedule, title: str, why: str) -> View:
         why=why,
         goodput=played.num_tokens / now_s if now_s > 0 else 0.0,
         done=playing.done,
+        steered=steered,
     )
 
 
@@ -105,10 +107,10 @@ def panel_of(title: str, views: Sequence[View], place: int) -> Panel:
         )
     shown = views[place]
     head = f"{shown.phase.replace('_', ' ')}, {shown.now_s:.0f} of about {shown.duration_s:.0f} s"
-    why = next((f"{view.title}: {view.why}" for view in reversed(views)), "")
+    told = next((view for view in views if view.steered), shown)
     return Panel(
-        Group(Text(head), Text(""), table, Text(""), Text(why)),
-        title=f"{title}the arms take turns",
+        Group(Text(head), Text(""), table, Text(""), Text(f"{told.title}: {told.why}")),
+        title=title + ("the arms take turns" if len(views) > 1 else shown.title),
         title_align="left",
         width=110,
     )
@@ -119,7 +121,7 @@ def bar_of(view: View) -> Text:
     total = sum(view.lengths.values())
     strip = Text("" if total else "-")
     for length, count in view.lengths.items():
-        text = str(length) * round(count / total * BAR_WIDTH) if total else ""
+        text = str(length) * round(count / total * BAR_WIDTH)
         strip.append(text, style="cyan" if length else "yellow")
     return strip
 

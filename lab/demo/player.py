@@ -19,7 +19,7 @@ class PlayError(RuntimeError):
 
 
 class Engine(Protocol):
-    """What the player needs of an engine (see worker_process.py)."""
+    """What the player needs of an engine (see processes.py)."""
 
     def submit(self, request_id: str, prompt: Prompt, max_tokens: int) -> None: ...
 

@@ -41,6 +41,7 @@ EXIT_INTERRUPTED = 130
 NUM_QUICK_PROMPTS = 16
 QUICK_MAX_TOKENS = 24
 WORKER_BYTES = 2.3e9  #: of memory, with the default model in fp32, its packed copy and its cache
+OTHER_BYTES = 0.5e9  #: of the daemon with its telemetry and Valkey, and of this process
 
 
 def main(
@@ -103,7 +104,7 @@ def run(out: Path, arms: Sequence[Arm], seed: int, quick: bool, console: Console
         "schedule": [asdict(phase) for phase in schedule.phases],
         "worker": {k: v for k, v in ready.items() if k != "event"},
         "env": environment.describe(),
-        "by_turns": not rest,
+        "by_turns": len(first) > 1,
         "seed": seed,
         "quick": quick,
     }
@@ -113,7 +114,9 @@ def run(out: Path, arms: Sequence[Arm], seed: int, quick: bool, console: Console
 
 def groups(arms: Sequence[Arm], console: Console) -> list[list[Arm]]:
     """Arms that take turns with each other: all, or where there is no room for that each alone."""
-    needed, free = len(arms) * WORKER_BYTES, psutil.virtual_memory().available
+    needed, free = len(arms) * WORKER_BYTES + OTHER_BYTES, free_bytes()
+    if len(arms) == 1:
+        return [list(arms)]
     if needed <= free:
         console.print(f"the arms take turns of {TURN_S:.0f} s, each on a clock of its own")
         return [list(arms)]
@@ -124,6 +127,15 @@ def groups(arms: Sequence[Arm], console: Console) -> list[list[Arm]]:
         highlight=False,
     )
     return [[arm] for arm in arms]
+
+
+def free_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Of memory: what the machine has left, or the container's limit if that is less."""
+    free: int = psutil.virtual_memory().available
+    try:
+        return min(free, int(limit.read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return free
 
 
 def describe(calibration: Calibration, schedule: Schedule) -> str:

@@ -22,7 +22,7 @@ from smartspec.lab.demo.monitor import Monitor
 from smartspec.lab.demo.player import Play, Played, burst, play
 from smartspec.lab.demo.processes import DaemonProcess, WorkerProcess, endpoints
 from smartspec.lab.demo.schedule import Prompt, Schedule, mixed
-from smartspec.lab.demo.turns import Lane, Player, take_turns
+from smartspec.lab.demo.turns import Lane, take_turns
 
 MAX_NUM_RUNNING = 16
 MAX_LENGTH = 8  #: what SmartSpec may choose up to; the static arms are what they are called
@@ -73,10 +73,10 @@ class Contender:
 
     def view(self, schedule: Schedule) -> View:
         """What is to be seen of it now."""
-        why = self.arm.why
+        reason = None
         if self.steering is not None:
-            why = self.steering[1].reason or "nothing heard yet"
-        return view_of(self.playing, schedule, self.arm.title, why)
+            reason = self.steering[1].reason or "nothing heard yet"
+        return view_of(self.playing, schedule, self.arm.title, reason or self.arm.why, bool(reason))
 
 
 class Session:
@@ -122,6 +122,9 @@ class Session:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None:  # what is still open need not be answered
+            for worker in self._workers.values():
+                worker.process.popen.terminate()
         self._cleanup.close()
 
     def _start_worker(self, arm: Arm, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -159,7 +162,8 @@ class Session:
         """Warm up every arm, then play the schedule to all by turns, until all is answered.
 
         The daemon of a SmartSpec arm starts cold before the arm's warm-up and is stopped in the
-        end; in the turns of others it has nothing to do.
+        end. In the turns of others its engine rests, and it does no more than keep in touch: a few
+        wake-ups a second, which all arms bear.
 
         Parameters
         ----------
@@ -175,8 +179,7 @@ class Session:
                     self._display.show(title, [one.view(schedule) for one in contenders], place)
 
             with self._display:
-                players = [Player(one.lane, one.playing) for one in contenders]
-                take_turns(players, np.random.default_rng([seed, 2]), look)
+                take_turns(contenders, np.random.default_rng([seed, 2]), look)
             return [ArmPlayed(one.arm, one.playing.played, one.notes) for one in contenders]
 
     def _prepare(

@@ -6,10 +6,10 @@ latencies are read from stands still until it goes on.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ TURN_S = 2.0
 
 
 class Holdable(Engine, Protocol):
-    """An engine that can be made to wait between two steps (see worker_process.py)."""
+    """An engine that can be made to wait between two steps (see processes.py)."""
 
     def hold(self) -> None:
         """Have it take no further step; it says ``held`` when none is under way."""
@@ -78,35 +78,39 @@ class Lane:
                 raise PlayError(f"the worker has not finished its step for {STALLED_S:.0f} s")
 
 
-@dataclass(frozen=True, slots=True)
-class Player:
-    """A play, and the lane that it is played on."""
+class Contender(Protocol):
+    """Who takes turns."""
 
-    lane: Lane
-    playing: Play
+    @property
+    def lane(self) -> Lane: ...
+
+    @property
+    def playing(self) -> Play:
+        """On the lane, by its clock."""
+        ...
 
 
 def take_turns(
-    players: Sequence[Player],
+    contenders: Sequence[Contender],
     rng: np.random.Generator,
     on_tick: Callable[[int], None],
     turn_s: float = TURN_S,
 ) -> None:
     """Play all to the end, round by round, in an order drawn for each round.
 
-    ``on_tick`` : called with the place of the player in turn whenever its play went on
+    ``on_tick`` : called with the place of the contender in turn whenever its play went on
 
     Raises `PlayError` when a request is refused or an engine stalls.
     """
-    places = list(range(len(players)))
+    places = list(range(len(contenders)))
     while places:
         for place in rng.permutation(places).tolist():
-            lane, playing = players[place].lane, players[place].playing
+            lane, playing = contenders[place].lane, contenders[place].playing
             lane.go_on()
-            until = lane.clock() + turn_s
+            until = lane.clock() + turn_s if len(places) > 1 else math.inf
             while not playing.done and lane.clock() < until:
                 playing.go_on()
                 on_tick(place)
             if not playing.done:  # else it is idle, and may be asked for other things
                 lane.hold()
-        places = [place for place in places if not players[place].playing.done]
+        places = [place for place in places if not contenders[place].playing.done]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from servers import eventually
 from tiny_models import LetterTokenizer, RandomLengths, space_tokenizer, tiny_model
 
 from smartspec.engine_adapter.base import DecodeBatch, StepFacts
@@ -61,13 +62,6 @@ def serve(*lines: str | dict[str, Any], factory: LinkFactory | None = None, step
     sink = io.BytesIO()
     build(sink, factory, steps, **settings).run(io.BytesIO("\n".join(text).encode()))
     return [json.loads(line) for line in sink.getvalue().splitlines()]
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10.0
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def build(
@@ -244,21 +238,24 @@ def test_step_events_tell_lengths_when_asked_for() -> None:
 def test_no_step_is_taken_while_held() -> None:
     sink = io.BytesIO()
     server = build(sink, steps=True)
-    lines = [submit("a", prompt="ababab"), {"op": "hold"}, {"op": "stats"}]
+    lines = [submit("a", prompt="ababab"), {"op": "stats"}]
     source_read, source_write = os.pipe()
-    sent = "\n".join(json.dumps(line) for line in lines) + "\n"
     with os.fdopen(source_read, "rb") as source, os.fdopen(source_write, "wb", 0) as said:
         thread = threading.Thread(target=server.run, args=(source,))
         thread.start()
-        said.write(sent.encode())
-        wait_for(lambda: b'"stats"' in sink.getvalue())
+        said.write(b'{"op":"hold"}\n')
+        eventually(lambda: b'"held"' in sink.getvalue())
+        said.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        eventually(lambda: b'"stats"' in sink.getvalue())
         time.sleep(0.3)
         held = [json.loads(line) for line in sink.getvalue().splitlines()]
         assert [event["event"] for event in held] == ["ready", "held", "stats"]
         assert held[-1]["num_waiting"] == 1
         said.write(b'{"op":"resume"}\n')
-        wait_for(lambda: b'"finished"' in sink.getvalue())
-        said.write(b'{"op":"hold"}\n' + json.dumps(submit("b", prompt="ab")).encode() + b"\n")
+        eventually(lambda: b'"finished"' in sink.getvalue())
+        said.write(b'{"op":"hold"}\n')
+        eventually(lambda: sink.getvalue().count(b'"held"') == 2)
+        said.write(json.dumps(submit("b", prompt="ab")).encode() + b"\n")
         said.close()  # the end of input ends the hold too
         thread.join(timeout=10)
     assert not thread.is_alive()

@@ -102,8 +102,18 @@ def test_best_is_the_best_over_all_repetitions_when_luck_changes() -> None:
 def test_repetitions_are_read_when_the_last_line_was_cut_off(tmp_path: Path) -> None:
     raw = tmp_path / "demo_raw.jsonl"
     assert bench_demo.read(raw) == []
-    raw.write_text(json.dumps({"repetition": 1}) + "\n" + json.dumps({"repetition": 0}) + '\n{"rep')
+    kept = "\n".join(json.dumps({"repetition": i, "by_turns": True}) for i in (1, 0))
+    raw.write_text(kept + '\n{"rep')
     assert [one["repetition"] for one in bench_demo.read(raw)] == [0, 1]
+
+
+def test_repetitions_are_refused_when_their_arms_were_played_one_after_the_other(
+    tmp_path: Path,
+) -> None:
+    raw = tmp_path / "demo_raw.jsonl"
+    raw.write_text(json.dumps({"repetition": 0}) + "\n")
+    with pytest.raises(ValueError, match="move it away"):
+        bench_demo.read(raw)
 
 
 class Answering:

@@ -11,7 +11,8 @@ from rich.console import Console
 from virtual_engine import VirtualEngine
 
 from smartspec.lab.demo import live, plots, run, summary
-from smartspec.lab.demo.arms import ARMS, named
+from smartspec.lab.demo.arms import ARMS, Arm, named
+from smartspec.lab.demo.calibration import Calibration
 from smartspec.lab.demo.player import Play, Played, RequestRecord, StepRecord
 from smartspec.lab.demo.schedule import build, load_prompts
 from smartspec.lab.demo.session import ArmPlayed
@@ -131,7 +132,7 @@ def test_plot_is_drawn_when_nothing_was_decoded(tmp_path: Path) -> None:
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
-def view(title: str, steps: list[StepRecord], why: str) -> live.View:
+def view(title: str, steps: list[StepRecord], why: str, steered: bool = False) -> live.View:
     """After 10 s of the demonstration's schedule."""
     now = iter([0.0])
     schedule = build(load_prompts(), 2.5, seed=0)
@@ -139,7 +140,7 @@ def view(title: str, steps: list[StepRecord], why: str) -> live.View:
     playing.played.requests += arm(1, 1)
     playing.played.steps += steps
     playing.played.num_tokens, playing.played.num_finished = 500, 2
-    return live.view_of(playing, schedule, title, why)
+    return live.view_of(playing, schedule, title, why, steered)
 
 
 def test_view_tells_load_lengths_and_reason_when_shown() -> None:
@@ -147,7 +148,7 @@ def test_view_tells_load_lengths_and_reason_when_shown() -> None:
         StepRecord(1.0, (5, 5), 2, 0, 0.1, 0, "policy"),
         StepRecord(9.5, (0, 3, 3, 3), 4, 7, 0.1, 0, "policy"),
     ]
-    steered = view("SmartSpec", steps, "costs too much")
+    steered = view("SmartSpec", steps, "costs too much", steered=True)
     line = live.line_of("1/6, ", steered)
     for part in (
         "1/6, SmartSpec",
@@ -160,7 +161,7 @@ def test_view_tells_load_lengths_and_reason_when_shown() -> None:
     ):
         assert part in line
     console = Console(record=True, width=120)
-    console.print(live.panel_of("1/6, ", [view("none", [], "set to 0"), steered], place=0))
+    console.print(live.panel_of("1/6, ", [steered, view("none", [], "set to 0")], place=1))
     panel = console.export_text()
     for part in ("1/6, ", "quiet", "none", "2 of 72", "costs too much", "0" * 6 + "3" * 18):
         assert part in panel
@@ -189,13 +190,66 @@ def test_arms_are_played_one_after_the_other_when_memory_is_short(
 ) -> None:
     memory = SimpleNamespace(available=gigabytes * 1e9)
     monkeypatch.setattr(run.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(run.free_bytes, "__defaults__", (Path("/nowhere"),))
     console = Console(record=True, width=200)
+    assert run.groups(ARMS[:1], console) == [[ARMS[0]]]
+    assert console.export_text() == ""
     found = run.groups(ARMS, console)
     assert len(found) == num_groups
     assert [one for group in found for one in group] == list(ARMS)
     said = console.export_text()
     assert ("8.0 GB of memory are free" in said) == (num_groups == 4)
     assert ("take turns of 2 s" in said) == (num_groups == 1)
+
+
+def test_memory_is_that_of_the_container_when_it_has_less(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    everything = run.free_bytes(limit)
+    assert everything > 1e6
+    limit.write_text("1000000\n")
+    assert run.free_bytes(limit) == 1_000_000
+    limit.write_text("max\n")
+    assert run.free_bytes(limit) > 1e6
+
+
+class Sessions:
+    """Stands for `Session`: notes which arms are together."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[str]] = []
+        self.ready = dict.fromkeys(("model", "dtype", "device", "proposer", "max_length"), "x")
+
+    def __call__(self, out: Path, display: live.Display, arms: list[Arm]) -> Sessions:
+        self._arms = arms
+        self.groups.append([one.name for one in arms])
+        return self
+
+    def __enter__(self) -> Sessions:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def calibrate(self, prompts: object, seed: int) -> Calibration:
+        return Calibration(2.0, 100.0, 24, 50.0, 60.0, 0.1, 0.05)
+
+    def play(self, schedule: object, warm_up: object, seed: int) -> list[ArmPlayed]:
+        return [ArmPlayed(one, Played(requests=arm(1.0, 2.0))) for one in self._arms]
+
+
+@pytest.mark.parametrize("by_turns", [True, False])
+def test_all_arms_are_compared_however_they_were_played(
+    by_turns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = Sessions()
+    monkeypatch.setattr(run, "Session", sessions)
+    monkeypatch.setattr(run, "free_bytes", lambda: 1e12 if by_turns else 1.0)
+    run.run(tmp_path, ARMS, 0, False, Console(record=True, width=200))
+    names = [one.name for one in ARMS]
+    assert sessions.groups == ([names] if by_turns else [[name] for name in names])
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert list(written["arms"]) == names
+    assert written["by_turns"] is by_turns
 
 
 def test_arms_are_refused_when_unknown() -> None:
