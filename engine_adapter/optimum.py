@@ -37,6 +37,8 @@ from smartspec.engine_adapter.lengths import (
 )
 
 EVERY_DEPTH = 16  #: up to which the optimum over depth is exact
+#: Items, each as often as it is sorted, up to which all depths are looked at in one go.
+AT_ONCE = 2500
 NIMBLE = 16  #: requests, up to which a batch is drafted for to a depth of its own
 
 
@@ -182,6 +184,14 @@ def _by_depth(
     worth: Callable[[Any, Any], Any],
 ) -> list[tuple[int, float]]:
     """The greatest worth of ragged lengths within each depth that is worth a look."""
+    num_items = deepest * ladder.size
+    at_once = deepest <= EVERY_DEPTH and (deepest + 1) * num_items <= AT_ONCE
+    if at_once and draft.per_forward_s > 0 and ladder.presence is None:
+        drafts = ladder.forced_drafts + np.arange(num_items + 1)
+        by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
+        rows = [ladder.add_depth(by_drafts, draft, depth, drafts) for depth in range(deepest + 1)]
+        worths = worth(ladder.gains_by_depth(deepest), np.array(rows))
+        return list(enumerate(worths.max(axis=1).tolist()))
     # Without a price per forward a smaller depth only takes candidates away.
     depths = depths_tried(deepest) if draft.per_forward_s > 0 else [deepest]
     most, drafts = ladder.prefixes(deepest)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from smartspec.daemon.goodput import best_by_batch
+from smartspec.engine_adapter import optimum
 from smartspec.engine_adapter.lengths import (
     RAGGED,
     UNIFORM,
@@ -187,6 +188,37 @@ def test_optimum_is_that_of_all_depths_where_few_are_looked_at(
         assert found == pytest.approx(best, rel=1e-12, abs=1e-12)
         fewest = min(fewest, len(looked_at._scans))
     assert fewest < 12
+
+
+def test_optimum_is_the_same_when_all_depths_are_looked_at_in_one_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(5)
+    found: dict[int, list[object]] = {0: [], 10**9: []}
+    for _ in range(400):
+        depth, size = int(rng.integers(1, 9)), int(rng.integers(1, 12))
+        survival = np.sort(rng.random((depth, size)), axis=0)[::-1]
+        some = [
+            rng.uniform(0.5, 2.0, size) if rng.random() < 0.5 else None,
+            rng.integers(0, depth + 1, size) if rng.random() < 0.3 else None,
+            rng.integers(0, depth + 1, size) if rng.random() < 0.5 else None,
+        ]
+        draft = DraftCost(
+            *rng.uniform(0.0, 0.2, 3),
+            forwards=tuple(np.sqrt(np.arange(1.0, depth + 1))) if rng.random() < 0.5 else (),
+            sunk_s=float(rng.uniform(0.0, 0.2)) if rng.random() < 0.5 else 0.0,
+        )
+        curves = [random_curve(rng, 200)]
+        other = int(rng.integers(0, 9))
+        for at_once, optima in found.items():
+            monkeypatch.setattr(optimum, "AT_ONCE", at_once)
+            for best in (
+                solve(Ladder(survival, *some), curves, draft, other),
+                at_price(Ladder(survival, *some), 2.0, curves, draft, other),
+            ):
+                choice = best.choice._replace(lengths=best.choice.lengths.tolist())
+                optima.append(best._replace(choice=choice))
+    assert found[0] == found[10**9]
 
 
 def test_engine_and_daemon_choose_alike_when_nothing_has_changed() -> None:
