@@ -287,6 +287,7 @@ class Ladder:
             self.forced_drafts = float(self._expected(self.floor).sum())
             self._free = np.where(forced, -np.inf, self._free)
         self._scans: dict[int, tuple[F64, F64, Worth]] = {}
+        self._by_depth: tuple[F64, Worth] | None = None  #: gains and items, a row for each depth
         self._timed: tuple[tuple[CostCurve, DraftCost, int], F64, F64] | None = None
 
     def clip(self, lengths: npt.ArrayLike) -> I64:
@@ -318,9 +319,11 @@ class Ladder:
         items = np.where(within[:, :, None], self._free[:deepest], -np.inf)
         items = items.reshape(deepest + 1, -1)
         items.sort(axis=1)
+        falling = items[:, ::-1]
         gains = np.zeros((deepest + 1, items.shape[1] + 1))
-        items[:, ::-1].cumsum(axis=1, out=gains[:, 1:])
+        falling.cumsum(axis=1, out=gains[:, 1:])
         gains += self.weight_sum + self._forced_gain
+        self._by_depth = gains, falling
         return gains
 
     def ranked(self, depth: int) -> tuple[I64, Worth, F64]:
@@ -346,12 +349,15 @@ class Ladder:
 
     def _sort_and_sum(self, depth: int) -> tuple[F64, F64, Worth]:
         num_items = min(depth, self.max_length) * self.size
+        if self._by_depth is not None and depth < len(self._by_depth[0]):
+            gains, falling = self._by_depth
+            return gains[depth, : num_items + 1], self.drafts(num_items), falling[depth, :num_items]
         gain = np.empty(num_items + 1)
         gain[0] = 0.0
         if self.presence is None:
             worth = np.sort(self._free[:depth], axis=None)[::-1]
             worth.cumsum(out=gain[1:])
-            drafts = np.arange(self.forced_drafts, self.forced_drafts + num_items + 0.5)
+            drafts = self.drafts(num_items)
         else:
             free = self._free[:depth].ravel()
             order = free.argsort()[::-1]
@@ -364,6 +370,10 @@ class Ladder:
             drafts += self.forced_drafts
         gain += self.weight_sum + self._forced_gain
         return gain, drafts, worth
+
+    def drafts(self, num_items: int) -> F64:
+        """Drafted tokens of 0, 1, ... ``num_items`` items, floors included; without presences."""
+        return np.arange(self.forced_drafts, self.forced_drafts + num_items + 0.5)
 
     def seconds_by_drafts(
         self, curve: CostCurve, draft: DraftCost, drafts: F64, num_other_tokens: int

@@ -187,7 +187,7 @@ def _by_depth(
     num_items = deepest * ladder.size
     at_once = deepest <= EVERY_DEPTH and (deepest + 1) * num_items <= AT_ONCE
     if at_once and draft.per_forward_s > 0 and ladder.presence is None:
-        drafts = ladder.forced_drafts + np.arange(num_items + 1)
+        drafts = ladder.drafts(num_items)
         by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
         rows = [ladder.add_depth(by_drafts, draft, depth, drafts) for depth in range(deepest + 1)]
         worths = worth(ladder.gains_by_depth(deepest), np.array(rows))
