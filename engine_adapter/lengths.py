@@ -315,6 +315,8 @@ class Ladder:
         All in one go, for few items: numpy takes longer to be called than to sort these. Without
         presences only.
         """
+        if self._by_depth is not None and len(self._by_depth[0]) == deepest + 1:
+            return self._by_depth[0]
         within = _DEPTHS[:deepest].ravel() < np.arange(deepest + 1)[:, None]
         items = np.where(within[:, :, None], self._free[:deepest], -np.inf)
         items = items.reshape(deepest + 1, -1)
@@ -402,6 +404,16 @@ class Ladder:
         total = seconds + by_depth
         if drafts[0] == 0:
             total[0] = seconds[0] + draft.sunk_s
+        return total
+
+    def add_depths(self, seconds: F64, draft: DraftCost, deepest: int, drafts: F64) -> F64:
+        """As `add_depth`, of each depth up to ``deepest``, a row each."""
+        depths = range(deepest + 1)
+        total: F64 = seconds + np.array(
+            [[draft.by_depth(max(d, self.deepest_floor))] for d in depths]
+        )
+        if drafts[0] == 0:
+            total[:, 0] = seconds[0] + draft.sunk_s
         return total
 
     def lengths(self, count: int, depth: int) -> I64:

@@ -189,9 +189,8 @@ def _by_depth(
     if at_once and draft.per_forward_s > 0 and ladder.presence is None:
         drafts = ladder.drafts(num_items)
         by_drafts = ladder.seconds_by_drafts(curve, draft, drafts, num_other_tokens)
-        rows = [ladder.add_depth(by_drafts, draft, depth, drafts) for depth in range(deepest + 1)]
-        worths = worth(ladder.gains_by_depth(deepest), np.array(rows))
-        return list(enumerate(worths.max(axis=1).tolist()))
+        seconds = ladder.add_depths(by_drafts, draft, deepest, drafts)
+        return list(enumerate(worth(ladder.gains_by_depth(deepest), seconds).max(axis=1).tolist()))
     # Without a price per forward a smaller depth only takes candidates away.
     depths = depths_tried(deepest) if draft.per_forward_s > 0 else [deepest]
     most, drafts = ladder.prefixes(deepest)
