@@ -25,6 +25,7 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import (
+    ExecAbortError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -173,6 +174,13 @@ def _merged(ours: bytes, theirs: bytes, key_id: str) -> bytes:
     except RefusedState as error:
         log.warning("learned state in Redis is replaced: %s", error)
         return ours
+
+
+def _passes(error: RedisError) -> bool:
+    """Whether the server is the trouble, not what was asked of it."""
+    _, _, text = str(error).rpartition("caused error: ")  # the client says which command it was
+    passing = (ReadOnlyError, OutOfMemoryError, ExecAbortError)
+    return isinstance(error, passing) or text.startswith(PASSING)
 
 
 class _Entry:
@@ -372,14 +380,46 @@ class RedisStore:
     def _write(
         self, batch: list[_Entry], states: dict[str, Any], daemon: Mapping[Any, Any]
     ) -> None:
-        touched: dict[str, None] = {}
-        pipe = self._client.pipeline(transaction=False)
         repeated = [entry.id is not None for entry in batch]
         for entry in batch:
             entry.id = entry.id or self._next_id(entry)
+        # All or nothing: a replica that took over in the middle would refuse the first entries and
+        # take the last, and the first, repeated, would be too old for it.
+        try:
+            answers = self._execute(batch, states, daemon, transaction=True)
+        except ResponseError as error:
+            if _passes(error):
+                raise
+            # A command that this user may never send: the others are written without it.
+            answers = self._execute(batch, states, daemon, transaction=False)
+            repeated = [True] * len(batch)
+        repeated += [False] * (len(answers) - len(batch))
+        refused = [
+            self._is_refused(answer, again) for answer, again in zip(answers, repeated, strict=True)
+        ]
+        if any(refused):
+            first = answers[refused.index(True)]
+            log.error("Redis refused %d writes, the first: %s", sum(refused), first)
+        num_refused = sum(refused[: len(batch)])
+        self.num_lost += num_refused
+        self.num_written += len(batch) - num_refused
+
+    def _execute(
+        self,
+        batch: list[_Entry],
+        states: dict[str, Any],
+        daemon: Mapping[Any, Any],
+        transaction: bool,
+    ) -> list[Any]:
+        """The answers, those to ``batch`` first. Raises RedisError."""
+        pipe = self._client.pipeline(transaction)
+        touched: dict[str, None] = {}
+        for entry in batch:
             fields: Any = to_fields(entry.event)
             fields["type"] = entry.event.__struct_config__.tag
-            pipe.xadd(entry.stream, fields, entry.id, maxlen=self._stream_maxlen, approximate=True)
+            pipe.xadd(
+                entry.stream, fields, entry.id or "*", maxlen=self._stream_maxlen, approximate=True
+            )
             touched[entry.stream] = None
         for name, state in states.items():
             # A field that is None now must not keep its old value.
@@ -393,17 +433,7 @@ class RedisStore:
         touched[self.keys.daemon] = None
         for key in touched:
             pipe.expire(key, self._ttl_s)
-        answers = pipe.execute(raise_on_error=False)
-        repeated += [False] * (len(answers) - len(batch))
-        refused = [
-            self._is_refused(answer, again) for answer, again in zip(answers, repeated, strict=True)
-        ]
-        if any(refused):
-            first = answers[refused.index(True)]
-            log.error("Redis refused %d writes, the first: %s", sum(refused), first)
-        num_refused = sum(refused[: len(batch)])
-        self.num_lost += num_refused
-        self.num_written += len(batch) - num_refused
+        return pipe.execute(raise_on_error=False)
 
     def _write_learned(self, checkpoints: dict[str, CheckpointEvent]) -> None:
         """Unlike the rest it does not expire: it is for the day that an engine returns.
@@ -470,10 +500,9 @@ class RedisStore:
         """Whether a command failed for good; raises when the server is the trouble."""
         if not isinstance(answer, RedisError):
             return False
-        text = str(answer)
-        if isinstance(answer, (ReadOnlyError, OutOfMemoryError)) or text.startswith(PASSING):
+        if _passes(answer):
             raise answer
-        return not (repeated and ALREADY_WRITTEN in text)
+        return not (repeated and ALREADY_WRITTEN in str(answer))
 
     def _next_id(self, entry: _Entry) -> str:
         """An id later than all in the stream, by the event's time where that is possible."""

@@ -5,11 +5,15 @@ By TLS and with an ACL user; and a failover to its replica.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+import socket
+import socketserver
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -219,6 +223,91 @@ def test_nothing_is_doubled_when_the_replica_takes_over(
     seqs = [int(fields[b"seq"]) for _, fields in replica.xrange("t:v1:steps:a")]
     assert seqs == list(range(1, 201))
     assert store.num_lost == 0
+
+
+class Way(socketserver.BaseRequestHandler):
+    """To a server; runs ``then`` once, when half of a long message has been answered."""
+
+    server: WayServer
+
+    def handle(self) -> None:
+        with socket.socket(socket.AF_UNIX) as to:
+            to.connect(self.server.to)
+            threading.Thread(target=self._back, args=(to,), daemon=True).start()
+            while data := self.request.recv(1 << 20):
+                middle = data.find(b"$4\r\nXADD", len(data) // 2)
+                if middle > 0 and self.server.then is not None:
+                    middle = data.rindex(b"*", 0, middle)
+                    to.sendall(data[:middle])
+                    time.sleep(0.3)  # by then it has been answered
+                    self.server.then()
+                    self.server.then = None
+                    data = data[middle:]
+                to.sendall(data)
+
+    def _back(self, source: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 20):
+                self.request.sendall(data)
+
+
+class WayServer(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+    def __init__(self, path: Path, to: Path, then: Callable[[], object]) -> None:
+        super().__init__(str(path), Way)
+        self.to = str(to)
+        self.then: Callable[[], object] | None = then
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize("trouble", ["read-only", "full"])
+def test_nothing_is_lost_when_the_trouble_passes_in_the_middle_of_a_batch(
+    runtime_dir: Path, stack: ExitStack, trouble: str
+) -> None:
+    server(stack, runtime_dir, "own")
+    client = redis.Redis(unix_socket_path=str(runtime_dir / "own.sock"))
+    stack.callback(client.close)
+    if trouble == "read-only":
+        client.replicaof("127.0.0.1", free_port())
+    else:
+        client.config_set("maxmemory", 1)
+    way = WayServer(
+        runtime_dir / "way.sock",
+        runtime_dir / "own.sock",
+        lambda: client.replicaof("NO", "ONE") and client.config_set("maxmemory", 0),
+    )
+    stack.callback(way.server_close)
+    stack.callback(way.shutdown)
+    store = RedisStore(connect(f"unix://{runtime_dir}/way.sock"), "t:", 1000, 60)
+    stack.callback(store.close)
+    for seq in range(1, 101):
+        store.add(step(seq))
+    with pytest.raises(redis.ResponseError):
+        store.flush()
+    assert way.then is None
+    store.flush()
+    seqs = [int(fields[b"seq"]) for _, fields in client.xrange("t:v1:steps:a")]
+    assert seqs == list(range(1, 101))
+    assert (store.num_written, store.num_lost) == (100, 0)
+
+
+@pytest.mark.parametrize("missing", ["+expire", "+multi"])
+def test_the_rest_is_written_when_a_right_is_missing(
+    runtime_dir: Path, stack: ExitStack, repository: Path, missing: str
+) -> None:
+    server(stack, runtime_dir, "own")
+    admin = redis.Redis(unix_socket_path=str(runtime_dir / "own.sock"))
+    stack.callback(admin.close)
+    rights = [right for right in documented_rights(repository) if right != missing]
+    admin.execute_command("ACL", "SETUSER", "smartspec", "on", ">hunter2", *rights)
+    client = connect(f"unix://smartspec:hunter2@{runtime_dir}/own.sock")
+    stack.callback(client.close)
+    store = RedisStore(client, "smartspec:", 100, 60)
+    store.add(step(1))
+    store.flush()
+    assert (store.num_written, store.num_lost) == (1, 0)
+    assert admin.xlen("smartspec:v1:steps:a") == 1
 
 
 @pytest.mark.parametrize(
