@@ -12,6 +12,10 @@ Estimators and calibration have served the three tasks of the other half of the 
 late, and are copied for every lateness. Of a draft behind a rejected one nothing is on record: its
 confidence is taken from the same place of the answer, as if the rejected one had been right.
 
+What an arm loses by being late is told against the same rule applied in time: at the step itself.
+Of lengths that is *buckets*, 0 late: the daemon chooses by the same policy, but before the step,
+not by what the engine sees when it drafts (`lengths_<late>_vs_at_step_time`).
+
 A step's seconds are shared among the requests in it, so that every arm has seconds by answer. All
 arms decode the same answers, so ratios of goodput are ratios of these seconds; intervals are 95% of
 a bootstrap over answers, which are drawn together for both arms.
@@ -191,11 +195,16 @@ def seconds(answers: Sequence[Answer], token_share: float, forward_share: float)
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def ratio(spent: F64, reference: F64, draws: npt.NDArray[np.intp]) -> tuple[float, float, float]:
-    """Goodput of one arm over another's, and the 95% interval of the bootstrap."""
+def ratio(spent: F64, reference: F64, draws: npt.NDArray[np.intp]) -> F64:
+    """Goodput of one arm over another's: of all answers, and then of each draw of them."""
     drawn = reference[draws].sum(axis=1) / spent[draws].sum(axis=1)
-    low, high = np.percentile(drawn, (2.5, 97.5)).tolist()
-    return float(reference.sum() / spent.sum()), low, high
+    return np.append(reference.sum() / spent.sum(), drawn)
+
+
+def with_interval(values: F64) -> dict[str, float]:
+    """The first, and the 95% interval of the others."""
+    low, high = np.percentile(values[1:], (2.5, 97.5)).tolist()
+    return {"": float(values[0]), "_low": low, "_high": high}
 
 
 def main() -> None:
@@ -221,11 +230,16 @@ def main() -> None:
                 compared |= {"lengths": f"lengths_{late}", "buckets": f"buckets_{late}"}
             else:
                 compared["punctual_confidences"] = "confidences_0"
+            if arm == "lengths":
+                compared["at_step_time"] = "buckets_0"
             for name, other in compared.items():
-                for part, value in zip(
-                    ("", "_low", "_high"), ratio(mine, spent[other], draws), strict=True
-                ):
+                for part, value in with_interval(ratio(mine, spent[other], draws)).items():
                     figures[f"{arm}_{late}_vs_{name}{part}"] = value
+    for late in LATE:
+        fresh = ratio(spent[f"confidences_{late}"], spent["confidences_0"], draws)
+        pushed = ratio(spent[f"lengths_{late}"], spent["buckets_0"], draws)
+        for part, value in with_interval(fresh - pushed).items():
+            figures[f"lengths_{late}_lose_more{part}"] = value
     record(f"late_replay_{args.token_share:g}_{args.forward_share:g}", figures, seed=SEED)
 
 
