@@ -1,7 +1,7 @@
 """Decisions that come late, on recorded answers: lengths, a policy, a policy on fresh confidences.
 
-The replay of bench_replay.py with the draft model's chains, 8 answers at a time. Three arms, all
-else equal, each 0, 1, 2, 5 and 20 steps late (0: what a step's report says steers the next):
+The draft model's chains (answer_replay.py), 8 answers at a time. Three arms, all else equal, each
+0, 1, 2, 5 and 20 steps late (0: what a step's report says steers the next):
 
 * *lengths*: the daemon chooses one for every request and sends those alone; a request that they do
   not know gets the median;
@@ -9,8 +9,7 @@ else equal, each 0, 1, 2, 5 and 20 steps late (0: what a step's report says stee
 * *confidences*: the policy on the draft model's own confidences (prices.py, growth.py).
 
 Estimators and calibration have served the three tasks of the other half of the split, one step
-late, and are copied for every lateness. Of a draft behind a rejected one nothing is on record: its
-confidence is taken from the same place of the answer, as if the rejected one had been right.
+late, and are copied for every lateness.
 
 What an arm loses by being late is told against the same rule applied in time: at the step itself.
 Of lengths that is *buckets*, 0 late: the daemon chooses by the same policy, but before the step,
@@ -27,102 +26,23 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from acceptance_stream import Decoding
-from acceptance_traces import MAX_LENGTH, SPLIT, Answer, load
-from bench_replay import SEED, Cell, Drafted, Replay, daemon_for
+from acceptance_traces import SPLIT, Answer, load
+from answer_replay import SEED, Cell, ConfidentReplay, Replay, Steering, daemon_for
 from figures import record
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from fakes import Steering
-
 from smartspec.engine_adapter.base import DecodeBatch, FixedLength, LengthSource, StepFacts
-from smartspec.engine_adapter.lengths import F64, I64, Choice
-from smartspec.engine_adapter.reference.calibration import Calibration, temperature_bands
-from smartspec.engine_adapter.reference.candidates import Candidates, Children, Level
-from smartspec.engine_adapter.reference.growth import Growth
-from smartspec.engine_adapter.reference.sequence import SamplingParams
+from smartspec.engine_adapter.lengths import F64, Choice
 
 BATCH = 8
 LATE = (0, 1, 2, 5, 20)
 ARMS = ("lengths", "buckets", "confidences")
 FIXED = (0, 1, 2, 3)
 NUM_SAMPLES = 2000
-
-
-class ConfidentReplay(Replay):
-    """Drafts as the reference worker's draft model does under prices."""
-
-    def __init__(self, cell: Cell, seed: int) -> None:
-        super().__init__(cell, seed)
-        self.calibration = Calibration(Candidates.num_bands())
-        self._looks: set[int] = set()  # whose first draft is run before lengths are chosen
-        self._sure: list[F64] = []  # by request, of drafts from here on
-        self._candidates: Candidates | None = None
-
-    def _draft(self, running: list[Decoding], batch: DecodeBatch, choice: Choice) -> Drafted:
-        began = np.array([one.goes_on for one in running])
-        self._sure = [one.answer.draft_confidence[one.position :] for one in running]
-        bands = temperature_bands(
-            SamplingParams(temperature=one.answer.temperature) for one in running
-        )
-        ceiling = np.minimum(choice.lengths, batch.ceiling).astype(np.int64)
-        if choice.prices is None:
-            self._looks = {one.number for one, k in zip(running, ceiling, strict=True) if k}
-            drafts = [[0] * length for length in ceiling.tolist()]
-            self._candidates = Candidates(self.calibration, bands)
-            confidences = zip(self._sure, ceiling, strict=True)
-            self._candidates.draft(drafts, [sure[:length].tolist() for sure, length in confidences])
-            return super()._draft(running, batch, choice)
-        growth = Growth(self.calibration, bands, ceiling, choice.prices)
-        self._candidates = growth.candidates
-        known = Level.of(np.flatnonzero(began))
-        self._lengthen(growth, known, 0)
-        first = Level.of(growth.starting())
-        self._lengthen(growth, first, 0)
-        num_forwards, num_tokens = bool(known.size) + bool(first.size), known.size + first.size
-        depth = 0
-        while (level := growth.next_level([MAX_LENGTH] * len(running))).size:
-            depth += 1
-            self._lengthen(growth, level, depth)
-            num_forwards, num_tokens = num_forwards + 1, num_tokens + level.size
-        anew = Growth(self.calibration, bands, ceiling, choice.prices).starting()
-        self._looks = {running[place].number for place in anew.tolist()}
-        cut = growth.cut(self._rng.random(len(running)))
-        sizes = cut.num_verified
-        runs = [int(one.run[one.position]) for one in running]
-        told = cut.accepted(
-            [_said(run, int(k)) for run, k in zip(runs, sizes, strict=True)],
-            [list(range(min(int(run), int(k)))) for run, k in zip(runs, sizes, strict=True)],
-        )
-        passed = np.array([len(path) for path in told]) - np.minimum(runs, sizes)
-        return Drafted(sizes, num_forwards, num_tokens, cut.num_cut.astype(np.int64), passed)
-
-    def _lengthen(self, growth: Growth, level: Level, depth: int) -> None:
-        """The next drafts, which are all token 0 here."""
-        own = np.array([[self._sure[place][depth]] for place in level.places], np.float64)
-        growth.add(level, Children(np.zeros(own.shape, np.int64), own))
-
-    def _learn(self, running: list[Decoding], lengths: I64, accepted: list[int]) -> None:
-        said = []
-        for decoding, length, count in zip(running, lengths.tolist(), accepted, strict=True):
-            decoding.goes_on = decoding.number in self._looks
-            run = int(decoding.run[decoding.position - count - 1])
-            said.append(_said(run, length)[: count + 1])
-        assert self._candidates is not None
-        self._candidates.learn(said)
-
-
-def _said(run: int, length: int) -> list[int]:
-    """The target's tokens from the first of ``length`` drafts on, ``run`` of which are right."""
-    return [0] * min(run, length + 1) + [1] * (length + 1 - min(run, length + 1))
 
 
 class PushedLengths:
@@ -181,7 +101,8 @@ def seconds(answers: Sequence[Answer], token_share: float, forward_share: float)
             found.setdefault(f"fixed_{length}", []).append(replay.spent)
         past = {}
         for confidences in (False, True):
-            source, served = daemon_for(cell, confidences), ConfidentReplay(cell, SEED + 1)
+            source = daemon_for(cell._replace(confidences=confidences))
+            served = ConfidentReplay(cell, SEED + 1)
             served.run(before, source)
             past[confidences] = source, served
         for arm in ARMS:
