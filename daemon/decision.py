@@ -99,17 +99,17 @@ class Decision:
 
 def in_words(optimum: Optimum, none: float, num_waiting: int, by_confidence: bool) -> str:
     """Why these lengths, in a line; ``none`` is the goodput of no speculation."""
-    lengths = optimum.choice.lengths
+    lengths = optimum.choice.lengths.tolist()
     load = f"{len(lengths)} running" + (f", {num_waiting} waiting" if num_waiting else "")
-    top = int(lengths.max(initial=0))
+    least, top = min(lengths, default=0), max(lengths, default=0)
     if by_confidence:
         what = "as many drafts as their confidences pay for"
-        what += f"; without them lengths {int(lengths.min())}-{top}"
+        what += f"; without them lengths {least}-{top}"
     elif top == 0:
         what = "no speculation: drafts would cost more than they bring"
-    elif lengths.min() == top:
+    elif least == top:
         what = f"length {top} for all"
     else:
-        what = f"lengths {int(lengths.min())}-{top} (mean {lengths.mean():.1f})"
+        what = f"lengths {least}-{top} (mean {sum(lengths) / len(lengths):.1f})"
     gain = optimum.goodput / none - 1 if none > 0 else 0.0
     return f"{load}: {what}; {optimum.goodput:.0f} tok/s, {gain:+.0%} over none"

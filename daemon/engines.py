@@ -248,7 +248,7 @@ class Engine:
         emitted = unpack(report.num_emitted, "u8", size, "num_emitted", 1)
         available = unpack(report.num_available, "u8", size, "num_available", self.max_length)
         require(bool((accepted <= drafted).all()), "num_accepted: more than drafted")
-        longest = int(drafted.max(initial=0))
+        longest = max(report.num_drafted, default=0)  # of bytes: an array takes longer
         require(longest <= self.max_length, "num_drafted: over limits.max_length")
         require(bool((emitted <= accepted + 1).all()), "num_emitted: more than accepted + 1")
         outcome, told = self._outcome(report, drafted, accepted)
@@ -268,7 +268,7 @@ class Engine:
             report,
             batch,
             drafted,
-            int(drafted.sum()),
+            sum(report.num_drafted),
             accepted,
             outcome,
             told,

@@ -21,7 +21,7 @@ def by_length(
     tokens = 1.0 + presence * np.concatenate([[0.0], np.cumsum(survival)])
     drafts = batches[:, None] * lengths * presence
     num_tokens = batches[:, None] + drafts
-    by_depth = np.array([draft.by_depth(length) for length in lengths.tolist()])
+    by_depth = draft.by_depths(lengths)
     speculating = by_depth + draft.per_token_s * drafts
     passes = np.array([curve.at(row) for curve, row in zip(curves, num_tokens, strict=True)])
     seconds = passes + np.where(lengths > 0, speculating, 0.0)

@@ -37,6 +37,7 @@ the above holds as it is; only, a drafter's forwards are fewer than nodes (`Draf
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -170,6 +171,14 @@ class DraftCost(NamedTuple):
         """The part that ``depth`` decides, of steps that draft."""
         return self.fixed_s + self.per_forward_s * self.num_forwards(depth)
 
+    def by_depths(self, depths: I64) -> F64:
+        """`by_depth` of each of ``depths``."""
+        forwards: Any = depths
+        if self.forwards:
+            forwards = np.array([self.num_forwards(depth) for depth in depths.tolist()])
+        by_depth: F64 = self.fixed_s + self.per_forward_s * forwards
+        return by_depth
+
     def begun(self) -> DraftCost:
         """Of a step whose first drafts have been run already: choosing none would not save that."""
         return self._replace(sunk_s=self.by_depth(1))
@@ -238,6 +247,12 @@ def bucket_index(edges: Sequence[npt.NDArray[Any]], features: Sequence[npt.NDArr
         digit = axis.searchsorted(feature, side="right")
         index = digit if index is None else index * (len(axis) + 1) + digit
     return np.zeros(1, np.int64) if index is None else index
+
+
+@cache
+def _within(deepest: int) -> npt.NDArray[np.bool_]:
+    """Whether a depth of 0 to ``deepest`` includes a draft's: [deepest + 1, deepest, 1]."""
+    return _DEPTHS[:deepest] < np.arange(deepest + 1)[:, None, None]
 
 
 class Ladder:
@@ -317,8 +332,7 @@ class Ladder:
         """
         if self._by_depth is not None and len(self._by_depth[0]) == deepest + 1:
             return self._by_depth[0]
-        within = _DEPTHS[:deepest].ravel() < np.arange(deepest + 1)[:, None]
-        items = np.where(within[:, :, None], self._free[:deepest], -np.inf)
+        items = np.where(_within(deepest), self._free[:deepest], -np.inf)
         items = items.reshape(deepest + 1, -1)
         items.sort(axis=1)
         falling = items[:, ::-1]
@@ -408,10 +422,8 @@ class Ladder:
 
     def add_depths(self, seconds: F64, draft: DraftCost, deepest: int, drafts: F64) -> F64:
         """As `add_depth`, of each depth up to ``deepest``, a row each."""
-        depths = range(deepest + 1)
-        total: F64 = seconds + np.array(
-            [[draft.by_depth(max(d, self.deepest_floor))] for d in depths]
-        )
+        depths = np.maximum(np.arange(deepest + 1), self.deepest_floor)
+        total: F64 = seconds + draft.by_depths(depths)[:, None]
         if drafts[0] == 0:
             total[:, 0] = seconds[0] + draft.sunk_s
         return total

@@ -170,7 +170,7 @@ class AcceptanceEstimator:
         Requests with nothing drafted are no observation.
         """
         bucket, proposed, passed = self._outcomes(buckets, drafted, accepted)
-        if not len(rows) == len(bucket) == len(proposed) == len(passed):
+        if len(rows) != len(bucket):
             raise ValueError("rows, buckets, drafted and accepted differ in length")
         self._requests.check(rows)
         some = proposed > 0
@@ -214,33 +214,32 @@ class AcceptanceEstimator:
 
     def _watch(self, c: F64, bucket: npt.NDArray[np.intp], first: npt.NDArray[np.bool_]) -> None:
         """Compare first drafts with what was expected of them; forget when it is another world."""
-        expected = np.exp(-c * self._table.cumulative[bucket, 1])
+        expected = np.exp(-c * self._table.cumulative[:, 1].take(bucket))
         surprise = float(np.count_nonzero(first) - expected.sum())
-        variance = float(expected @ (1.0 - expected)) + (SMALL_CHANGE * len(c)) ** 2
+        variance = float(expected.dot(1.0 - expected)) + (SMALL_CHANGE * len(c)) ** 2
         z = surprise / math.sqrt(variance)
         self._changes.update(min(max(z, -MAX_SURPRISE), MAX_SURPRISE))
         if self._changes.drift_detected:
             self._table.forget()
 
     def _outcomes(self, *columns: npt.ArrayLike) -> list[npt.NDArray[np.intp]]:
-        checked = []
-        for name, column, limit in zip(
-            ("buckets", "drafted", "accepted"),
-            columns,
-            (self.num_buckets - 1, self.max_length, self.max_length),
-            strict=True,
-        ):
-            array = np.asarray(column)
+        names = "buckets", "drafted", "accepted"
+        limits = self.num_buckets - 1, self.max_length, self.max_length
+        arrays = [np.asarray(column) for column in columns]
+        for name, array in zip(names, arrays, strict=True):
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 raise ValueError(f"{name} must be a column of integers")
-            numbers = array.astype(np.intp, copy=False)
-            # As unsigned numbers, negative ones are above any limit.
-            if array.size and numbers.view(np.uintp).max() > limit:
+        if not len(arrays[0]) == len(arrays[1]) == len(arrays[2]):
+            raise ValueError("buckets, drafted and accepted differ in length")
+        checked = np.array(arrays, np.intp)
+        # As unsigned numbers, negative ones are above any limit.
+        highest = checked.view(np.uintp).max(axis=1, initial=0).tolist()
+        for name, most, limit in zip(names, highest, limits, strict=True):
+            if most > limit:
                 raise ValueError(f"{name} must be in [0, {limit}]")
-            checked.append(numbers)
-        if len(checked[1]) == len(checked[2]) and (checked[2] > checked[1]).any():
+        if (checked[2] > checked[1]).any():
             raise ValueError("more drafts accepted than drafted")
-        return checked
+        return list(checked)
 
     def _events(
         self,

@@ -74,7 +74,7 @@ class Frailty:
     def __init__(
         self, half_life: float, recent_half_life: float, strength: float, recent_strength: float
     ) -> None:
-        self._fade = 0.5 ** (1.0 / np.array((half_life, recent_half_life)))
+        self._fade = 0.5 ** (1.0 / np.array((half_life, recent_half_life) * 2))
         self._recent_strength = recent_strength
         self._strengths = strength * np.array(STRENGTHS)
         self._scores = np.zeros(len(STRENGTHS) + 1)  # log-likelihoods; last: of how many drafts
@@ -92,9 +92,8 @@ class Frailty:
 
     def note(self, counts: F64, events: F64, exposure: F64) -> None:
         """Take rejections and the exposure to them, both [B], into ``counts``, in place."""
-        counts[:, _EVENTS:_EXPOSURE] *= self._fade
+        counts[:, :_STEPS] *= self._fade
         counts[:, _EVENTS:_EXPOSURE] += events[:, None]
-        counts[:, _EXPOSURE:_STEPS] *= self._fade
         counts[:, _EXPOSURE:_STEPS] += exposure[:, None]
         counts[:, _STEPS] += 1.0
 
@@ -107,7 +106,8 @@ class Frailty:
         """
         memory = POPULATION + len(counts)
         steps = counts[:, _STEPS]
-        change = (self.corrections(counts) - before) @ (steps <= SCORED_STEPS)
+        has_say = (steps <= SCORED_STEPS).astype(np.float64)
+        change = (self.corrections(counts) - before).dot(has_say)
         return float(change) / memory, int(np.count_nonzero(steps == 1.0)) / memory
 
     @staticmethod

@@ -85,14 +85,15 @@ class RecursiveLeastSquares:
 
     def add(self, row: F64, y: float, weight: float) -> None:
         """Take in one observation; `solve` makes it count."""
-        direction = self.precision @ row
-        known = float(row @ direction)
+        # `dot`: for arrays this small `@` takes twice as long.
+        direction = self.precision.dot(row)
+        known = float(row.dot(direction))
         forgotten = (1.0 - self.forgetting) / known if known > 0.0 else 0.0
         # Both rank-one terms in one product.
         change = np.array((direction, row))
         change_t = change.T * (-forgotten, weight)
-        self.precision += change_t @ change
-        self.moment += change_t @ (float(row @ self.moment), y)
+        self.precision += change_t.dot(change)
+        self.moment += change_t.dot((float(row.dot(self.moment)), y))
         self._is_solved = False
 
     def join(self, other: RecursiveLeastSquares) -> None:
@@ -175,7 +176,7 @@ class RecursiveLeastSquares:
 
     def leverage(self, row: F64) -> float:
         """Variance of row @ theta, in units of the noise of an observation of weight 1."""
-        return float(row @ self.covariance @ row)
+        return float(row.dot(self.covariance).dot(row))
 
     def loosen(self, keep: float, scale_variance: float) -> None:
         """Doubt what is known: keep a share of the precision, and let all coefficients move as one.
@@ -394,7 +395,7 @@ def learn(
 
     Noise is relative: an observation weighs 1 / seconds^2. The caller calls `solve`.
     """
-    predicted = max(offset_s + float(row @ solver.coef), RESOLUTION_S)
+    predicted = max(offset_s + float(row.dot(solver.coef)), RESOLUTION_S)
     verdict = residuals.judge(predicted, seconds, solver.leverage(row) / predicted**2, band)
     if verdict.shifted:
         solver.loosen(_KEPT_PRECISION, (_COMMON_FACTOR / residuals.noise) ** 2)

@@ -288,9 +288,9 @@ class StepCost(Regressor):
         if self._num_observed < LEVELLED:
             self._set_level(row, step_s)
         overhead_s = self._overhead.value
-        predicted = max(overhead_s + float(row @ solver.coef), RESOLUTION_S)
+        predicted = max(overhead_s + float(row.dot(solver.coef)), RESOLUTION_S)
         of_target = row * self._of_target
-        expected_s = float(of_target @ solver.coef)
+        expected_s = float(of_target.dot(solver.coef))
         residuals = self._filters["step"]
         name = "step" if target_s is None or draft_s is None else "target"
         band = self._band(shape)

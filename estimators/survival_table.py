@@ -99,6 +99,7 @@ class SurvivalTable:
         self._group_of_depth = np.searchsorted(self._groups, np.arange(max_length), "right") - 1
         self._effects: F64 = np.zeros((sum(axis_sizes), len(self._groups)))
         self._turn = 0  # the axis fitted last
+        self._depths = np.arange(max_length)
         ends = np.cumsum(axis_sizes).tolist()
         # Rows of the effects that belong to each axis, and the shape that lays them along it.
         self._axes = [slice(end - size, end) for end, size in zip(ends, axis_sizes, strict=True)]
@@ -170,8 +171,8 @@ class SurvivalTable:
         log_hazard = self.log_hazard.take(bucket, 0)
         more = self.hazard.take(bucket, 0) - np.exp(c[:, None] * log_hazard)
         reached = np.minimum(passed + 1, proposed)
-        more *= np.arange(self.max_length) < reached[:, None]
-        cells = bucket[:, None] * self.max_length + np.arange(self.max_length)
+        more *= self._depths < reached[:, None]
+        cells = bucket[:, None] * self.max_length + self._depths
         size = self.num_buckets * self.max_length
         due = np.empty((self.num_buckets + 1, self.max_length))
         due[:-1] = np.bincount(cells.ravel(), more.ravel(), size).reshape(due[:-1].shape)

@@ -140,7 +140,8 @@ class Engine:
             self.is_idle = True
             self.source.idle()
             return None
-        positions = self.outcomes.offset[rows] + self._emitted[rows]
+        emitted_before = self._emitted[rows]
+        positions = self.outcomes.offset[rows] + emitted_before
         batch = self._batch(rows, positions, chunks)
         factor = self._cost_factor(now_s)
         self.present = Present(rows, positions, context, chunks, factor)
@@ -149,20 +150,21 @@ class Engine:
             choice = self.source.choose(batch)
         lengths = np.minimum(choice.lengths, batch.ceiling).astype(np.uint8)
         drafted = self._drafter.draft(rows, positions, choice, lengths)
-        left = self.traffic.num_output[rows] - self._emitted[rows]
+        left = self.traffic.num_output[rows] - emitted_before
         emitted = np.minimum(drafted.num_accepted.astype(np.int64) + 1, left)
-        luck = 1 + self._noise * self._rng.standard_normal(2)
+        drawn: list[float] = self._rng.standard_normal(2).tolist()
+        luck = [1 + self._noise * deviation for deviation in drawn]
         target_s = self.profile.target_seconds(
             size, size + int(drafted.num_verified.sum()), context, chunks
         )
-        target_s *= factor * max(float(luck[0]), 0.1)
+        target_s *= factor * max(luck[0], 0.1)
         draft_s, forwards, tokens = 0.0, drafted.num_forwards, drafted.num_draft_tokens
         if self._is_lookup:
             forwards = tokens = 0
         if forwards:
             d = self._draft
             draft_s = d.fixed_s + d.per_forward_s * forwards + d.per_token_s * tokens
-            draft_s *= factor * max(float(luck[1]), 0.1)
+            draft_s *= factor * max(luck[1], 0.1)
         seconds = target_s + draft_s
         facts = StepFacts(
             batch=batch,
