@@ -186,7 +186,8 @@ def main() -> None:
         played = track(pool.map(play, groups), description="replaying", total=len(groups))
         results = [result for results in played for result in results]
     show(results)
-    record("replay", figures_of(results), seed=SEED, notes={"traces": FILE.name})
+    name = "replay_confidences" if args.confidences else "replay"
+    record(name, figures_of(results), seed=SEED, notes={"traces": FILE.name})
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ class TreeAcceptance(AcceptanceEstimator):
             raise ValueError(f"accepted must be bools [B, {self.max_length}]")
         count: Index = np.count_nonzero(hits, axis=1)
         bucket, proposed, _ = super()._outcomes(buckets, drafted, count)
-        if len(proposed) == len(hits) and (hits & ~tried(proposed, self.max_length)).any():
+        if (hits & ~tried(proposed, self.max_length)).any():
             raise ValueError("nodes accepted that were not drafted")
         return [bucket, proposed, hits]
 

@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import (
+    ClusterDownError,
     ExecAbortError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
     WatchError,
 )
 from redis.retry import Retry
@@ -61,7 +63,7 @@ PRUNE_S = 3600.0  #: between two looks for engines that have expired
 SOCKET_TIMEOUT_S = 1.0
 BACKOFF = ExponentialWithJitterBackoff(base=0.1, cap=5.0)
 #: Errors that concern the server and pass, where repeating the batch is right.
-PASSING = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "MISCONF", "BUSY", "NOREPLICAS")
+PASSING = ("LOADING", "MISCONF", "BUSY", "NOREPLICAS")  #: of those without a class of their own
 TOTALS = ("num_written", "num_lost", "num_failures")  #: of the store, in the daemon's hash
 ALREADY_WRITTEN = "equal or smaller"
 
@@ -179,7 +181,9 @@ def _merged(ours: bytes, theirs: bytes, key_id: str) -> bytes:
 def _passes(error: RedisError) -> bool:
     """Whether the server is the trouble, not what was asked of it."""
     _, _, text = str(error).rpartition("caused error: ")  # the client says which command it was
-    passing = (ReadOnlyError, OutOfMemoryError, ExecAbortError)
+    if isinstance(error, ExecAbortError):
+        return "NOPERM" not in text
+    passing = (ReadOnlyError, OutOfMemoryError, ClusterDownError, TryAgainError)
     return isinstance(error, passing) or text.startswith(PASSING)
 
 
@@ -244,6 +248,10 @@ class RedisStore:
         self._failures_in_a_row = 0
         self._prune_at = time.monotonic()
         self._may_watch = True
+        self._is_whole: bool | None = None  # whether batches are transactions; None: not asked yet
+        # It repeats by itself, and knows that it does: what the client would send again unseen was
+        # refused as too old, and counted as lost.
+        client.set_retry(Retry(NoBackoff(), 0))
 
     # -- any thread --
 
@@ -383,16 +391,7 @@ class RedisStore:
         repeated = [entry.id is not None for entry in batch]
         for entry in batch:
             entry.id = entry.id or self._next_id(entry)
-        # All or nothing: a replica that took over in the middle would refuse the first entries and
-        # take the last, and the first, repeated, would be too old for it.
-        try:
-            answers = self._execute(batch, states, daemon, transaction=True)
-        except ResponseError as error:
-            if _passes(error):
-                raise
-            # A command that this user may never send: the others are written without it.
-            answers = self._execute(batch, states, daemon, transaction=False)
-            repeated = [True] * len(batch)
+        answers = self._execute(batch, states, daemon)
         repeated += [False] * (len(answers) - len(batch))
         refused = [
             self._is_refused(answer, again) for answer, again in zip(answers, repeated, strict=True)
@@ -405,14 +404,57 @@ class RedisStore:
         self.num_written += len(batch) - num_refused
 
     def _execute(
+        self, batch: list[_Entry], states: dict[str, Any], daemon: Mapping[Any, Any]
+    ) -> list[Any]:
+        """The answers, those to ``batch`` first. Raises RedisError.
+
+        All or nothing: a replica that took over in the middle would refuse the first entries and
+        take the last, and the first, repeated, would be too old for it.
+        """
+        if self._is_whole is None:
+            self._is_whole = self._may_transact()
+        pipe = self._client.pipeline(transaction=self._is_whole)
+        self._fill(pipe, batch, states, daemon)
+        try:
+            return pipe.execute(raise_on_error=False)
+        except ResponseError as error:
+            if _passes(error) or not self._is_whole:
+                raise
+            # One command that this user may never send: the others are written without it.
+            self._divide(error)
+        return self._execute(batch, states, daemon)
+
+    def _may_transact(self) -> bool:
+        """Whether a transaction does nothing where it cannot be had. Raises RedisError.
+
+        Where MULTI is refused, what follows it would be run, and sent again doubled.
+        """
+        try:
+            with self._client.pipeline() as pipe:
+                pipe.ping()
+                pipe.execute()
+        except ResponseError as error:
+            if _passes(error):
+                raise
+            self._divide(error)
+            return False
+        return True
+
+    def _divide(self, error: ResponseError) -> None:
+        """From now on a batch may be written in part."""
+        self._is_whole = False
+        self._client.connection_pool.disconnect()  # it may still be within MULTI
+        log.warning(
+            "Redis takes no batch whole (%s): a failover in the middle of one may lose steps", error
+        )
+
+    def _fill(
         self,
+        pipe: Any,
         batch: list[_Entry],
         states: dict[str, Any],
         daemon: Mapping[Any, Any],
-        transaction: bool,
-    ) -> list[Any]:
-        """The answers, those to ``batch`` first. Raises RedisError."""
-        pipe = self._client.pipeline(transaction)
+    ) -> None:
         touched: dict[str, None] = {}
         for entry in batch:
             fields: Any = to_fields(entry.event)
@@ -433,7 +475,6 @@ class RedisStore:
         touched[self.keys.daemon] = None
         for key in touched:
             pipe.expire(key, self._ttl_s)
-        return pipe.execute(raise_on_error=False)
 
     def _write_learned(self, checkpoints: dict[str, CheckpointEvent]) -> None:
         """Unlike the rest it does not expire: it is for the day that an engine returns.

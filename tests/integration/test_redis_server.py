@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -226,44 +227,75 @@ def test_nothing_is_doubled_when_the_replica_takes_over(
 
 
 class Way(socketserver.BaseRequestHandler):
-    """To a server; runs ``then`` once, when half of a long message has been answered."""
+    """To a server; see `WayServer`."""
 
     server: WayServer
 
     def handle(self) -> None:
+        self._answered = threading.Event()
         with socket.socket(socket.AF_UNIX) as to:
             to.connect(self.server.to)
             threading.Thread(target=self._back, args=(to,), daemon=True).start()
-            while data := self.request.recv(1 << 20):
-                middle = data.find(b"$4\r\nXADD", len(data) // 2)
-                if middle > 0 and self.server.then is not None:
-                    middle = data.rindex(b"*", 0, middle)
-                    to.sendall(data[:middle])
-                    time.sleep(0.3)  # by then it has been answered
-                    self.server.then()
-                    self.server.then = None
-                    data = data[middle:]
-                to.sendall(data)
+            with contextlib.suppress(OSError):
+                while data := self.request.recv(1 << 20):
+                    middle = data.find(b"$4\r\nXADD", len(data) // 2)
+                    if middle > 0 and self.server.then is not None:
+                        middle = data.rindex(b"*", 0, middle)
+                        self._answered.clear()
+                        to.sendall(data[:middle])
+                        assert self._answered.wait(10.0)
+                        time.sleep(0.1)  # the rest of the answers
+                        self.server.then()
+                        self.server.then = None
+                        data = data[middle:]
+                    to.sendall(data)
 
     def _back(self, source: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 20):
+                self._answered.set()
+                if self.server.drops and len(data) > 500:
+                    self.server.drops = False
+                    self.request.shutdown(socket.SHUT_RDWR)
+                    return
                 self.request.sendall(data)
 
 
 class WayServer(socketserver.ThreadingUnixStreamServer):
+    """A way to a server.
+
+    ``then`` is run once, when half of a long message has been answered; ``drops``: the first long
+    answer does not arrive, and the connection ends.
+    """
+
     daemon_threads = True
 
-    def __init__(self, path: Path, to: Path, then: Callable[[], object]) -> None:
+    def __init__(
+        self, path: Path, to: Path, then: Callable[[], object] | None = None, drops: bool = False
+    ) -> None:
         super().__init__(str(path), Way)
         self.to = str(to)
-        self.then: Callable[[], object] | None = then
+        self.then = then
+        self.drops = drops
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def way_to_own(runtime_dir: Path, stack: ExitStack) -> Callable[..., WayServer]:
+    """Makes ``way.sock``, which leads to the server ``own``."""
+
+    def make(**options: Any) -> WayServer:
+        way = WayServer(runtime_dir / "way.sock", runtime_dir / "own.sock", **options)
+        stack.callback(way.server_close)
+        stack.callback(way.shutdown)
+        return way
+
+    return make
 
 
 @pytest.mark.parametrize("trouble", ["read-only", "full"])
 def test_nothing_is_lost_when_the_trouble_passes_in_the_middle_of_a_batch(
-    runtime_dir: Path, stack: ExitStack, trouble: str
+    runtime_dir: Path, stack: ExitStack, way_to_own: Callable[..., WayServer], trouble: str
 ) -> None:
     server(stack, runtime_dir, "own")
     client = redis.Redis(unix_socket_path=str(runtime_dir / "own.sock"))
@@ -272,13 +304,9 @@ def test_nothing_is_lost_when_the_trouble_passes_in_the_middle_of_a_batch(
         client.replicaof("127.0.0.1", free_port())
     else:
         client.config_set("maxmemory", 1)
-    way = WayServer(
-        runtime_dir / "way.sock",
-        runtime_dir / "own.sock",
-        lambda: client.replicaof("NO", "ONE") and client.config_set("maxmemory", 0),
+    way = way_to_own(
+        then=lambda: client.replicaof("NO", "ONE") and client.config_set("maxmemory", 0)
     )
-    stack.callback(way.server_close)
-    stack.callback(way.shutdown)
     store = RedisStore(connect(f"unix://{runtime_dir}/way.sock"), "t:", 1000, 60)
     stack.callback(store.close)
     for seq in range(1, 101):
@@ -292,9 +320,32 @@ def test_nothing_is_lost_when_the_trouble_passes_in_the_middle_of_a_batch(
     assert (store.num_written, store.num_lost) == (100, 0)
 
 
-@pytest.mark.parametrize("missing", ["+expire", "+multi"])
-def test_the_rest_is_written_when_a_right_is_missing(
-    runtime_dir: Path, stack: ExitStack, repository: Path, missing: str
+def test_steps_count_as_written_when_only_the_answer_was_lost(
+    runtime_dir: Path, stack: ExitStack, way_to_own: Callable[..., WayServer]
+) -> None:
+    server(stack, runtime_dir, "own")
+    client = redis.Redis(unix_socket_path=str(runtime_dir / "own.sock"))
+    stack.callback(client.close)
+    way = way_to_own(drops=True)
+    store = RedisStore(connect(f"unix://{runtime_dir}/way.sock"), "t:", 1000, 60)
+    stack.callback(store.close)
+    for seq in range(1, 101):
+        store.add(step(seq))
+    with pytest.raises(redis.ConnectionError):
+        store.flush()
+    assert not way.drops and client.xlen("t:v1:steps:a") == 100
+    store.flush()
+    assert (store.num_written, store.num_lost) == (100, 0)
+    assert client.xlen("t:v1:steps:a") == 100
+
+
+@pytest.mark.parametrize("missing", ["+expire", "+multi", "+exec"])
+def test_the_rest_is_written_once_when_a_right_is_missing(
+    runtime_dir: Path,
+    stack: ExitStack,
+    repository: Path,
+    caplog: pytest.LogCaptureFixture,
+    missing: str,
 ) -> None:
     server(stack, runtime_dir, "own")
     admin = redis.Redis(unix_socket_path=str(runtime_dir / "own.sock"))
@@ -304,10 +355,14 @@ def test_the_rest_is_written_when_a_right_is_missing(
     client = connect(f"unix://smartspec:hunter2@{runtime_dir}/own.sock")
     stack.callback(client.close)
     store = RedisStore(client, "smartspec:", 100, 60)
-    store.add(step(1))
-    store.flush()
-    assert (store.num_written, store.num_lost) == (1, 0)
-    assert admin.xlen("smartspec:v1:steps:a") == 1
+    for seq in range(1, 4):
+        store.add(step(seq))
+        store.add(NoteEvent(engine="a", kind="drift", text="slower"))
+        store.flush()
+    assert (store.num_written, store.num_lost) == (6, 0)
+    assert admin.xlen("smartspec:v1:steps:a") == 3
+    assert admin.xlen("smartspec:v1:events") == 3
+    assert caplog.text.count("takes no batch whole") == 1
 
 
 @pytest.mark.parametrize(
