@@ -85,7 +85,7 @@ class RecursiveLeastSquares:
 
     def add(self, row: F64, y: float, weight: float) -> None:
         """Take in one observation; `solve` makes it count."""
-        # `dot`: for arrays this small `@` takes twice as long.
+        # `dot`: for arrays this small `@` takes up to twice as long.
         direction = self.precision.dot(row)
         known = float(row.dot(direction))
         forgotten = (1.0 - self.forgetting) / known if known > 0.0 else 0.0

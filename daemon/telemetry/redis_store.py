@@ -62,8 +62,9 @@ FLUSH_INTERVAL_S = 0.5
 PRUNE_S = 3600.0  #: between two looks for engines that have expired
 SOCKET_TIMEOUT_S = 1.0
 BACKOFF = ExponentialWithJitterBackoff(base=0.1, cap=5.0)
-#: Errors that concern the server and pass, where repeating the batch is right.
-PASSING = ("LOADING", "MISCONF", "BUSY", "NOREPLICAS")  #: of those without a class of their own
+#: Errors that concern the server and pass, where repeating the batch is right; of those that the
+#: client has no class for.
+PASSING = ("MISCONF", "BUSY", "NOREPLICAS")
 TOTALS = ("num_written", "num_lost", "num_failures")  #: of the store, in the daemon's hash
 ALREADY_WRITTEN = "equal or smaller"
 
@@ -248,7 +249,7 @@ class RedisStore:
         self._failures_in_a_row = 0
         self._prune_at = time.monotonic()
         self._may_watch = True
-        self._is_whole: bool | None = None  # whether batches are transactions; None: not asked yet
+        self._transacts: bool | None = None  # whether batches are transactions; None: not asked yet
         # It repeats by itself, and knows that it does: what the client would send again unseen was
         # refused as too old, and counted as lost.
         client.set_retry(Retry(NoBackoff(), 0))
@@ -411,21 +412,21 @@ class RedisStore:
         All or nothing: a replica that took over in the middle would refuse the first entries and
         take the last, and the first, repeated, would be too old for it.
         """
-        if self._is_whole is None:
-            self._is_whole = self._may_transact()
-        pipe = self._client.pipeline(transaction=self._is_whole)
+        if self._transacts is None:
+            self._transacts = self._may_transact()
+        pipe = self._client.pipeline(transaction=self._transacts)
         self._fill(pipe, batch, states, daemon)
         try:
             return pipe.execute(raise_on_error=False)
         except ResponseError as error:
-            if _passes(error) or not self._is_whole:
+            if _passes(error) or not self._transacts:
                 raise
             # One command that this user may never send: the others are written without it.
             self._divide(error)
         return self._execute(batch, states, daemon)
 
     def _may_transact(self) -> bool:
-        """Whether a transaction does nothing where it cannot be had. Raises RedisError.
+        """Whether transactions are to be had, asked with one that does nothing. Raises RedisError.
 
         Where MULTI is refused, what follows it would be run, and sent again doubled.
         """
@@ -442,7 +443,7 @@ class RedisStore:
 
     def _divide(self, error: ResponseError) -> None:
         """From now on a batch may be written in part."""
-        self._is_whole = False
+        self._transacts = False
         self._client.connection_pool.disconnect()  # it may still be within MULTI
         log.warning(
             "Redis takes no batch whole (%s): a failover in the middle of one may lose steps", error

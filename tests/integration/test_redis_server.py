@@ -149,6 +149,19 @@ def test_all_is_written_and_read_by_tls_with_the_documented_rights(
         reader.get("other:key")
 
 
+def store_with(
+    rights: list[str], runtime_dir: Path, stack: ExitStack
+) -> tuple[RedisStore, redis.Redis]:
+    """A store whose user has ``rights`` on a server of its own, and a client that has all."""
+    server(stack, runtime_dir, "own")
+    admin = redis.Redis(unix_socket_path=str(runtime_dir / "own.sock"))
+    stack.callback(admin.close)
+    admin.execute_command("ACL", "SETUSER", "smartspec", "on", ">hunter2", *rights)
+    client = connect(f"unix://smartspec:hunter2@{runtime_dir}/own.sock")
+    stack.callback(client.close)
+    return RedisStore(client, "smartspec:", 100, 60), admin
+
+
 @pytest.mark.parametrize("may", [True, False])
 def test_all_is_written_when_rights_are_missing_that_were_once_not_needed(
     runtime_dir: Path,
@@ -158,15 +171,9 @@ def test_all_is_written_when_rights_are_missing_that_were_once_not_needed(
     may: bool,
 ) -> None:
     """Then names are not taken off the list, and what two hosts learned is not watched over."""
-    server(stack, runtime_dir, "own")
-    admin = redis.Redis(unix_socket_path=str(runtime_dir / "own.sock"))
-    stack.callback(admin.close)
     rights = [right for right in documented_rights(repository) if may or right not in LATER]
-    admin.execute_command("ACL", "SETUSER", "smartspec", "on", ">hunter2", *rights)
+    store, admin = store_with(rights, runtime_dir, stack)
     admin.sadd("smartspec:v1:engines", "gone")
-    client = connect(f"unix://smartspec:hunter2@{runtime_dir}/own.sock")
-    stack.callback(client.close)
-    store = RedisStore(client, "smartspec:", 100, 60)
     store.add(step(1))
     store.put_states([EngineState(engine="a", updated_s=time.time())])
     store.add(CheckpointEvent(key_id=KEY_ID, frame=b"?"))
@@ -347,14 +354,8 @@ def test_the_rest_is_written_once_when_a_right_is_missing(
     caplog: pytest.LogCaptureFixture,
     missing: str,
 ) -> None:
-    server(stack, runtime_dir, "own")
-    admin = redis.Redis(unix_socket_path=str(runtime_dir / "own.sock"))
-    stack.callback(admin.close)
     rights = [right for right in documented_rights(repository) if right != missing]
-    admin.execute_command("ACL", "SETUSER", "smartspec", "on", ">hunter2", *rights)
-    client = connect(f"unix://smartspec:hunter2@{runtime_dir}/own.sock")
-    stack.callback(client.close)
-    store = RedisStore(client, "smartspec:", 100, 60)
+    store, admin = store_with(rights, runtime_dir, stack)
     for seq in range(1, 4):
         store.add(step(seq))
         store.add(NoteEvent(engine="a", kind="drift", text="slower"))
