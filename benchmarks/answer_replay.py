@@ -75,6 +75,11 @@ class Cell(NamedTuple):
     confidences: bool = False  #: drafting stops, and drafts are cut, by the draft model's own
 
     @property
+    def load(self) -> tuple[float, float]:
+        """Shares of a step's base."""
+        return self.token_share, self.forward_share
+
+    @property
     def label(self) -> str:
         return self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
 
@@ -85,12 +90,12 @@ class Course(NamedTuple):
     num_emitted: int  #: tokens of answers
     num_steps: int
     num_tokens: int  #: of the target's passes
-    num_forwards: int  #: of the draft model
+    num_forwards: int  #: of the drafter
 
-    def goodput(self, cell: Cell) -> float:
-        """Tokens per second at a cell's load."""
-        passes = self.num_steps + cell.token_share * self.num_tokens
-        return self.num_emitted / (BASE_S * (passes + cell.forward_share * self.num_forwards))
+    def goodput(self, token_share: float, forward_share: float = 0.0) -> float:
+        """Tokens per second at a load."""
+        shares = self.num_steps + token_share * self.num_tokens + forward_share * self.num_forwards
+        return self.num_emitted / (BASE_S * shares)
 
 
 class Drafted(NamedTuple):

@@ -24,8 +24,9 @@ from __future__ import annotations
 import argparse
 
 from acceptance_traces import load
+from answer_replay import Course
 from figures import record
-from proposer_replay import ROWS, Course, daemon_for, hear, replay, some_of
+from proposer_replay import ROWS, daemon_for, hear, replay, some_of
 from record_acceptance import MODEL_LEN
 from rich.console import Console
 from rich.table import Table
@@ -116,15 +117,15 @@ def main() -> None:
             f"{copies:.1f}",
             f"{goodput:.1f}",
             f"{ratio:.3f}",
-            f"{ours.num_forwards / ours.steps:.2f}",
+            f"{ours.num_forwards / ours.num_steps:.2f}",
         ]
         figures |= {
             f"{cell}_steered_tokens_per_s": goodput,
             f"{cell}_copies_steered_tokens_per_s": copies,
             f"{cell}_steered_vs_best_fixed": ratio,
             f"{cell}_steered_vs_copies_steered": goodput / copies,
-            f"{cell}_steered_forwards_per_step": ours.num_forwards / ours.steps,
-            f"{cell}_steered_verified_per_step": ours.num_verified / ours.steps,
+            f"{cell}_steered_forwards_per_step": ours.num_forwards / ours.num_steps,
+            f"{cell}_steered_verified_per_step": ours.num_tokens / ours.num_steps,
         }
         print(row, flush=True)
         table.add_row(*row)

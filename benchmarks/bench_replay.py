@@ -77,7 +77,7 @@ def clairvoyant(cell: Cell, answers: Sequence[Answer], value_of_time: float) -> 
     """Goodput of knowing every outcome, by Dinkelbach's iteration on the value of time."""
     for _ in range(4):
         replay = Replay(cell, SEED)
-        found = replay.run(answers, Clairvoyant(replay, value_of_time)).goodput(cell)
+        found = replay.run(answers, Clairvoyant(replay, value_of_time)).goodput(*cell.load)
         if abs(found - value_of_time) < 1e-6 * found:
             break
         value_of_time = found
@@ -95,14 +95,14 @@ def play(group: Sequence[Cell]) -> list[Result]:
         measured = answers_of(cell.tasks, cell.num_answers)
         static = [
             static_course(cell.style, cell.batch, cell.tasks, cell.num_answers, length).goodput(
-                cell
+                *cell.load
             )
             for length in range(MAX_LENGTH + 1)
         ]
-        cold = replay_for(cell, SEED).run(measured, daemon_for(cell)).goodput(cell)
+        cold = replay_for(cell, SEED).run(measured, daemon_for(cell)).goodput(*cell.load)
         warmed = copy.deepcopy(served)
         warmed.reseed(SEED)
-        warm = warmed.run(measured, copy.deepcopy(steering)).goodput(cell)
+        warm = warmed.run(measured, copy.deepcopy(steering)).goodput(*cell.load)
         results.append(Result(cell, static, cold, warm, clairvoyant(cell, measured, max(static))))
     return results
 

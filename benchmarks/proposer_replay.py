@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from acceptance_traces import Answer
+from answer_replay import BASE_S, NOISE, Course
 from record_acceptance import MODEL_LEN, ask
 from spec_bench import TASKS, prompts
 from torch import Tensor
@@ -43,22 +44,6 @@ from smartspec.engine_adapter.reference.sequence import Request, Sequence
 from smartspec.engine_adapter.reference.service import CONFIDENT, KNOWN_FIRST
 
 ROWS = 8  #: answers drafted for together
-BASE_S = 0.02
-NOISE = 0.02
-
-
-class Course(NamedTuple):
-    """What decoding all answers took."""
-
-    tokens: int
-    steps: int
-    num_verified: int  #: tokens of the target's passes
-    num_forwards: int  #: of a drafter
-
-    def goodput(self, token_share: float, forward_share: float = 0.0) -> float:
-        """Tokens per second."""
-        shares = self.steps + token_share * self.num_verified + forward_share * self.num_forwards
-        return self.tokens / (BASE_S * shares)
 
 
 class Heard(NamedTuple):
