@@ -158,14 +158,15 @@ class Prober:
         """Pay for what a probe brought less than was expected, and for a forward that follows it.
 
         Some engines run the first forward of whoever was drafted for in the step before, whether or
-        not anything is then drafted. No more is lost by a step than the time that it took.
+        not anything is then drafted. Where drafts are cut by their confidences a forward was run
+        because it was expected to pay. No more is lost by a step than the time that it took.
         """
         report, ladder, lost_s = observation.report, outlook.ladder, 0.0
         if report.source == "probe":
             drafted = np.arange(ladder.max_length)[:, None] < observation.num_drafted
             expected = ladder.weight_sum + float(ladder.worth[drafted].sum())
             lost_s = (expected - observation.weighted_tokens) / optimum.value_of_time
-        elif report.num_draft_forwards and not observation.drafted_any:
+        elif report.num_draft_forwards and not observation.drafted_any and not report.num_cut:
             lost_s = outlook.draft.by_depth(report.num_draft_forwards)
         self._pay(min(lost_s, report.step_s))
 

@@ -251,18 +251,23 @@ def test_probe_is_paid_at_what_it_brought() -> None:
 
 
 def test_forward_that_follows_a_probe_is_paid_for() -> None:
+    """But not one whose drafts were all cut: that was run because it was expected to pay."""
     costs = []
-    for num_draft_forwards in (0, 1):
+    for num_draft_forwards, num_cut in ((0, 0), (1, 0), (1, 1)):
         engine, source = steered([0.1] * 4, DRAFTING, lookup=False, share=0.0, sweep=False)
         for _ in range(50):
             engine.step()
         assert not engine.choices[-1].lengths.any()
-        more = {"num_draft_forwards": num_draft_forwards, "num_draft_tokens": 0}
-        facts = step_facts(engine.batch(), draft_s=0.03 * num_draft_forwards, step_s=0.07, **more)
+        batch = engine.batch()
+        more: dict[str, Any] = {"num_draft_forwards": num_draft_forwards, "num_draft_tokens": 0}
+        if num_cut:
+            more["num_cut"] = np.full(batch.size, num_cut, np.uint8)
+            more["num_cut_accepted"] = np.zeros(batch.size, np.uint8)
+        facts = step_facts(batch, draft_s=0.03 * num_draft_forwards, step_s=0.07, **more)
         before = source.planner.prober.cost_s
         source.report(facts)
         costs.append(source.planner.prober.cost_s - before)
-    assert costs[0] == 0.0
+    assert costs[0] == costs[2] == 0.0
     assert costs[1] == pytest.approx(DRAFTING.draft_forward_s, rel=0.15)
 
 
