@@ -71,14 +71,16 @@ class Decoding:
         answer, p = self.answer, self.position
         return int(answer.token[p] if answer.lookup_run[p] else answer.lookup_miss[p])
 
-    def advance(self, drafted: int, rates: Rates) -> int:
-        """Decode one step; returns how many drafts were accepted."""
+    def advance(self, drafted: int, rates: Rates | None) -> int:
+        """Decode one step; returns how many drafts were accepted, of which ``rates`` learn."""
         p, run, token = self.position, int(self.run[self.position]), self.answer.token
         accepted = min(drafted, run)
         if isinstance(rates, TokenAcceptance):
             reached = min(accepted + 1, drafted)
             rates.learn(token[p - 1 : p - 1 + reached], np.arange(reached) < accepted)
-        elif self.available:  # what a lookup would have copied is known without a draft
+        elif (
+            rates is not None and self.available
+        ):  # what a lookup would have copied is known without a draft
             passed = min(run, accepted + 1)
             copied = token[p : p + passed]
             if passed == accepted and run < MAX_LENGTH:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from acceptance_stream import Decoding, features, rates_for
+from acceptance_stream import Decoding, Rates, features, rates_for
 from acceptance_traces import MAX_LENGTH, Answer, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -43,14 +43,16 @@ from smartspec.engine_adapter.base import (
 )
 from smartspec.engine_adapter.lengths import F64, I64, Choice
 from smartspec.engine_adapter.messages import Limits
-from smartspec.engine_adapter.reference.calibration import Calibration, temperature_bands
-from smartspec.engine_adapter.reference.candidates import Candidates, Children, Level
+from smartspec.engine_adapter.reference.calibration import temperature_bands
+from smartspec.engine_adapter.reference.candidates import Candidates, Children, Ease, Level
 from smartspec.engine_adapter.reference.growth import Growth
 from smartspec.engine_adapter.reference.sequence import SamplingParams
+from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 BASE_S = 0.02
 NOISE = 0.02
 SEED = 7
+WRONG = 1 << 16  #: a draft that is not right: which it was is not on record
 FEATURES = {
     "lookup": (
         FEATURE_LAST_SHARE,
@@ -115,6 +117,7 @@ class Replay:
         self.cell = cell
         self.is_lookup = cell.style == "lookup"
         self.rates = rates_for(cell.style)
+        self.learned: Rates | None = self.rates  #: from what is verified
         self._rng = np.random.default_rng(seed)
         self._next_id = 0
         self.spent: F64 = np.zeros(0)  #: seconds of each answer in the last run
@@ -154,12 +157,12 @@ class Replay:
             drafted = self._draft(running, batch, source.choose(batch))
             lengths = drafted.lengths
             accepted = [
-                one.advance(length, self.rates)
+                one.advance(length, self.learned)
                 for one, length in zip(running, lengths.tolist(), strict=True)
             ]
             for i, (count, length) in enumerate(zip(accepted, lengths.tolist(), strict=True)):
                 shares[i] = count / length if length else shares[i]
-            self._learn(running, lengths, accepted)
+            self._learn(running, accepted)
             num_tokens, num_emitted = batch.size + int(lengths.sum()), sum(accepted) + len(running)
             added = num_emitted, 1, num_tokens, drafted.num_forwards
             course = Course(*map(operator.add, course, added))
@@ -184,7 +187,7 @@ class Replay:
         num_forwards = max(int(lengths.max(initial=0)), int(began))
         return Drafted(lengths, num_forwards, int(lengths.sum()))
 
-    def _learn(self, running: list[Decoding], lengths: I64, accepted: list[int]) -> None:
+    def _learn(self, running: list[Decoding], accepted: list[int]) -> None:
         """Take in what became of a step."""
 
     def _report(
@@ -218,31 +221,37 @@ class ConfidentReplay(Replay):
     """Drafts as the reference worker's draft model does under prices (prices.py, growth.py).
 
     Of a draft behind a rejected one nothing is on record: its confidence is taken from the same
-    place of the answer, as if the rejected one had been right.
+    place of the answer, as if the rejected one had been right; and which it was, neither.
     """
 
     def __init__(self, cell: Cell, seed: int) -> None:
         super().__init__(cell, seed)
-        self.calibration = Calibration(Candidates.num_bands())
+        self.rates = self._by_token = TokenAcceptance()
+        self.learned = None  # by the candidates, from all that is drafted
+        self.calibration = Candidates.new_calibration()
         self._looks: set[int] = set()  # whose first draft is run before lengths are chosen
         self._sure: list[F64] = []  # by request, of drafts from here on
+        self._tokens: list[list[int]] = []  # of these
         self._candidates: Candidates | None = None
 
     def _draft(self, running: list[Decoding], batch: DecodeBatch, choice: Choice) -> Drafted:
         began = np.array([one.goes_on for one in running])
         self._sure = [one.answer.draft_confidence[one.position :] for one in running]
-        bands = temperature_bands(
+        temperatures = temperature_bands(
             SamplingParams(temperature=one.answer.temperature) for one in running
         )
+        ease = Ease(self._by_token, np.array([one.token_before for one in running]))
         ceiling = np.minimum(choice.lengths, batch.ceiling).astype(np.int64)
+        self._tokens = [_drafts(one) for one in running]
         if choice.prices is None:
             self._looks = {one.number for one, k in zip(running, ceiling, strict=True) if k}
-            drafts = [[0] * length for length in ceiling.tolist()]
-            self._candidates = Candidates(self.calibration, bands)
-            confidences = zip(self._sure, ceiling, strict=True)
-            self._candidates.draft(drafts, [sure[:length].tolist() for sure, length in confidences])
+            self._candidates = Candidates(self.calibration, temperatures, ease=ease)
+            tokens = [all_[:k] for all_, k in zip(self._tokens, ceiling, strict=True)]
+            sure = [all_[:k].tolist() for all_, k in zip(self._sure, ceiling, strict=True)]
+            self._candidates.draft(tokens, sure)
             return super()._draft(running, batch, choice)
-        growth = Growth(self.calibration, bands, ceiling, choice.prices)
+        self._looks = set()
+        growth = Growth(self.calibration, temperatures, ceiling, choice.prices, ease=ease)
         self._candidates = growth.candidates
         known = Level.of(np.flatnonzero(began))
         self._lengthen(growth, known, 0)
@@ -254,36 +263,43 @@ class ConfidentReplay(Replay):
             depth += 1
             self._lengthen(growth, level, depth)
             num_forwards, num_tokens = num_forwards + 1, num_tokens + level.size
-        anew = Growth(self.calibration, bands, ceiling, choice.prices).starting()
-        self._looks = {running[place].number for place in anew.tolist()}
         cut = growth.cut(self._rng.random(len(running)))
         sizes = cut.num_verified
         runs = [int(one.run[one.position]) for one in running]
         told = cut.accepted(
-            [_said(run, int(k)) for run, k in zip(runs, sizes, strict=True)],
-            [list(range(min(int(run), int(k)))) for run, k in zip(runs, sizes, strict=True)],
+            [_said(one, one.position, k) for one, k in zip(running, sizes.tolist(), strict=True)],
+            [list(range(min(run, k))) for run, k in zip(runs, sizes.tolist(), strict=True)],
         )
         passed = np.array([len(path) for path in told]) - np.minimum(runs, sizes)
         return Drafted(sizes, num_forwards, num_tokens, cut.num_cut.astype(np.int64), passed)
 
     def _lengthen(self, growth: Growth, level: Level, depth: int) -> None:
-        """The next drafts, which are all token 0 here."""
+        """The next drafts."""
         own = np.array([[self._sure[place][depth]] for place in level.places], np.float64)
-        growth.add(level, Children(np.zeros(own.shape, np.int64), own))
+        tokens = np.array([[self._tokens[place][depth]] for place in level.places], np.int64)
+        growth.add(level, Children(tokens, own))
 
-    def _learn(self, running: list[Decoding], lengths: I64, accepted: list[int]) -> None:
+    def _learn(self, running: list[Decoding], accepted: list[int]) -> None:
         said = []
-        for decoding, length, count in zip(running, lengths.tolist(), accepted, strict=True):
+        for decoding, count in zip(running, accepted, strict=True):
             decoding.goes_on = decoding.number in self._looks
-            run = int(decoding.run[decoding.position - count - 1])
-            said.append(_said(run, length)[: count + 1])
+            said.append(_said(decoding, decoding.position - count - 1, count))
         assert self._candidates is not None
         self._candidates.learn(said)
 
 
-def _said(run: int, length: int) -> list[int]:
-    """The target's tokens from the first of ``length`` drafts on, ``run`` of which are right."""
-    return [0] * min(run, length + 1) + [1] * (length + 1 - min(run, length + 1))
+def _drafts(decoding: Decoding) -> list[int]:
+    """What the draft model would propose from here on, as far as it is right."""
+    position = decoding.position
+    run = int(decoding.run[position])
+    right: list[int] = decoding.answer.token[position : position + run].tolist()
+    return right + [WRONG] * (MAX_LENGTH - run)
+
+
+def _said(decoding: Decoding, position: int, length: int) -> list[int]:
+    """The target's tokens, in place of the first of ``length`` drafts and after each of them."""
+    said: list[int] = decoding.answer.token[position : position + length + 1].tolist()
+    return said
 
 
 class Clairvoyant(FixedLength):

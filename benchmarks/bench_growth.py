@@ -19,7 +19,6 @@ from figures import percentiles_ms, record
 
 from smartspec.engine_adapter.lengths import RAGGED, CostCurve, DraftCost
 from smartspec.engine_adapter.prices import Prices
-from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.candidates import Candidates, Children, Level
 from smartspec.engine_adapter.reference.draft_tree import agreeing_path
 from smartspec.engine_adapter.reference.growth import Growth
@@ -37,7 +36,7 @@ class Steps:
         self._size = size
         self._prices = prices
         self._rng = np.random.default_rng(0)
-        self._calibration = Calibration(Candidates.num_bands())
+        self._calibration = Candidates.new_calibration()
         self._bands = np.zeros(size, np.int64)
         self.num_levels = self.num_verified = 0
 

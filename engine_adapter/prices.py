@@ -110,6 +110,22 @@ class Prices(NamedTuple):
             joins = np.zeros(len(gain), np.bool_)
         return joins, np.where(joins, 0.0, waited)
 
+    def short(self, gain: F64, lag: F64) -> tuple[Bools, float]:
+        """Whom a step's first forward might bring anything, [M], and what it lacks, in tokens.
+
+        ``gain``, ``lag`` : as of `join`; what the drafter has missed of these is paid for now
+
+        >>> prices = Prices(1.0, (CostCurve("ragged", [0.0, 9.0], [1.0, 5.5]),), DraftCost(0, 0.3))
+        >>> able, lacking = prices.short(np.array([0.2, 0.0]), np.zeros(2))
+        >>> able.tolist(), round(lacking, 2)
+        ([True, False], 0.1)
+        """
+        draft, value = self.draft, self.value_of_time
+        beyond = gain - value * (draft.per_token_s + draft.per_catch_up_s * lag)
+        able: Bools = (gain > 0) & (beyond > 0)
+        forward_s = draft.per_forward_s + draft.fixed_s
+        return able, value * forward_s - float(beyond[able].sum())
+
     def verified(self, chances: F64, drafted: I64) -> I64:
         """How many of its drafts are worth their verification, [B].
 

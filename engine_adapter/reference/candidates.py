@@ -23,8 +23,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smartspec.engine_adapter.reference.calibration import F64, I64, NUM_BANDS, Calibration
+from smartspec.engine_adapter.reference.calibration import (
+    F64,
+    I64,
+    NUM_TEMPERATURES,
+    Calibration,
+)
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
+from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 if TYPE_CHECKING:  # simulated trees grow where there is no torch
     from torch import Tensor
@@ -33,12 +39,13 @@ Bools = npt.NDArray[np.bool_]
 
 NONE = -2  #: no such node, or no slot
 WIDTH = 32  #: columns to begin with
+NUM_EASES = 4  #: levels of how often the drafter is right after a token
 
 
 class Kind(enum.IntEnum):
     """Who proposes a node."""
 
-    DRAFTED = 0  #: so that its bands are those of temperature
+    DRAFTED = 0
     COPIED = 1  #: the first token of a copy
     COPIED_ON = 2  #: a later one
     BOTH = 3
@@ -61,6 +68,17 @@ class Level(NamedTuple):
 
     def where(self, chosen: Bools | npt.NDArray[np.intp]) -> Level:
         return Level(self.places[chosen], self.nodes[chosen])
+
+
+class Ease(NamedTuple):
+    """How easy it is to go on from a token: a drafter's confidence does not tell all of it."""
+
+    rates: TokenAcceptance
+    last: I64  #: [B], tokens that are known, the last of each request
+
+    def levels(self, tokens: I64) -> I64:
+        """Of these tokens, 0 to `NUM_EASES` - 1."""
+        return (self.rates.rates(tokens) * NUM_EASES).astype(np.int64)
 
 
 class Children(NamedTuple):
@@ -98,11 +116,12 @@ class Candidates:
 
     Parameters
     ----------
-    calibration : of all kinds, with `num_bands` bands
-    bands : [B], of the requests' temperatures
+    calibration : of all kinds, as `new_calibration` makes it
+    temperatures : [B], bands of the requests'
     chains : whether one path alone is drafted; of nodes that are run there is then one child each
+    ease : of the tokens that drafts come after; None: not known
 
-    >>> candidates = Candidates(Calibration(Candidates.num_bands()), np.array([0]))
+    >>> candidates = Candidates(Candidates.new_calibration(), np.array([0]))
     >>> candidates.copy([[7, 8]], [[0.5, 0.8]])
     >>> candidates.add(Level.of([0]), Children(np.array([[9, 7]]), np.array([[0.4, 0.5]])))
     >>> best = candidates.best(np.array([3]))
@@ -110,7 +129,7 @@ class Candidates:
     [DraftTree(tokens=[7, 8, 9], parents=[-1, 0, -1])]
     >>> best.chances.round(3).tolist()  # 0.75 and 0.4: over 1
     [[0.652, 0.522, 0.348]]
-    >>> chain = Candidates(Calibration(Candidates.num_bands()), np.array([0]), chains=True)
+    >>> chain = Candidates(Candidates.new_calibration(), np.array([0]), chains=True)
     >>> chain.copy([[7, 8]], [[0.5, 0.8]])
     >>> chain.add(Level.of([0]), Children(np.array([[9]]), np.array([[0.4]])))
     >>> chain.trees(chain.best(np.array([3])))
@@ -126,12 +145,19 @@ class Candidates:
     _left: F64  #: share of that which no child has
     _own: F64  #: confidences
 
-    def __init__(self, calibration: Calibration, bands: I64, chains: bool = False) -> None:
-        size = len(bands)
+    def __init__(
+        self,
+        calibration: Calibration,
+        temperatures: I64,
+        chains: bool = False,
+        ease: Ease | None = None,
+    ) -> None:
+        size = len(temperatures)
         self._chains = chains
-        self.lineages: list[list[int]] = [[] for _ in bands]  #: of nodes run: slots of parents
+        self.lineages: list[list[int]] = [[] for _ in temperatures]  #: of nodes run: parents' slots
         self._calibration = calibration
-        self._temperatures = bands
+        self._temperatures = temperatures
+        self._ease = ease
         self._rows = np.arange(size)[:, None]
         self._num: I64 = np.zeros(size, np.int64)
         self._num_run: I64 = np.zeros(size, np.int64)
@@ -141,6 +167,8 @@ class Candidates:
         self._floats: F64 = np.ones((3, size, 1))
         self._allot(WIDTH)
         self.depths[:, ROOT] = 0
+        if ease is not None:
+            self.tokens[:, ROOT] = ease.last
 
     def _allot(self, width: int) -> None:
         """Make room for so many nodes of each request."""
@@ -160,9 +188,17 @@ class Candidates:
         return len(self._num)
 
     @staticmethod
-    def num_bands() -> int:
-        """Of a calibration of all kinds in all bands of temperature."""
-        return len(Kind) * NUM_BANDS
+    def new_calibration() -> Calibration:
+        """Of all kinds, at all temperatures."""
+        return Calibration(len(Kind) * NUM_TEMPERATURES, NUM_EASES)
+
+    def bands_after(self, level: Level) -> I64:
+        """Of what the drafter says may follow each node of ``level``, [M]."""
+        groups = _groups(Kind.DRAFTED, self._temperatures[level.places])
+        return groups + self._levels(self.tokens[level])
+
+    def _levels(self, tokens: I64) -> I64 | int:
+        return 0 if self._ease is None else self._ease.levels(tokens)
 
     def copy(self, tokens: Sequence[Sequence[int]], confidences: Sequence[Sequence[float]]) -> None:
         """By request, what would be copied, each token after the one before; ahead of drafts."""
@@ -190,14 +226,17 @@ class Candidates:
             self._allot(width)
         columns = np.arange(width)
         part, held = np.s_[:, :width], columns < self._num[:, None]
-        kinds = np.where(columns, later, first) * NUM_BANDS + self._temperatures[:, None]
         self.tokens[part][held] = [token for one in tokens for token in one]
         self._own[part][held] = [own for one in confidences for own in one]
-        self._bands[part][held] = kinds[held]
+        bands = _groups(np.where(columns, later, first), self._temperatures[:, None])
+        if first == Kind.DRAFTED:
+            before = self.tokens[:, [ROOT, *range(width - 1)]]
+            bands = bands + self._levels(np.where(held, before, 0))
+        self._bands[part][held] = bands[held]
         self.parents[part][held] = np.broadcast_to(columns - 1, held.shape)[held]
         self.depths[part] = columns + 1
         self._shares = np.zeros(held.shape)
-        self._shares[held] = self._rates(self._own[part][held], kinds[held])
+        self._shares[held] = self._rates(self._own[part][held], bands[held])
         self._left[:, [ROOT, *range(width - 1)]] = 1.0 - self._shares
         self._chances[part] = np.where(held, self._shares.cumprod(axis=1), -1.0)
 
@@ -212,7 +251,8 @@ class Candidates:
         places, nodes = level
         own = children.confidences
         self.slots[places[nodes == ROOT], ROOT] = ROOT
-        rates = self._calibration.note(own, self._temperatures[places])
+        bands = self.bands_after(level)
+        rates = self._calibration.note(own, bands)
         rates = np.where(own > 0, np.minimum(rates, 1.0), 0.0)
         copied = nodes + 1  # a copy goes on with the next node
         on = np.flatnonzero(copied < self._num_copied[places])
@@ -231,18 +271,18 @@ class Candidates:
             chances = self._shares.cumprod(axis=1)
             self._chances[:, : is_copy.shape[1]][is_copy] = chances[is_copy]
         chances = self._chances[places, nodes][:, None] * rates / scale[:, None]
-        self._append(level, children, chances)
+        self._append(level, children, chances, bands)
 
     def _agree(self, level: Level, agreed: Bools, own: F64) -> None:
         """The drafter has proposed what a copy has after these nodes too."""
         places, copied = level.places[agreed], level.nodes[agreed] + 1
         joint = 1.0 - (1.0 - self._own[places, copied]) * (1.0 - own)
-        bands = self._temperatures[places] + Kind.BOTH * NUM_BANDS
+        bands = _groups(Kind.BOTH, self._temperatures[places])
         self._own[places, copied], self._bands[places, copied] = joint, bands
         self._shares[places, copied] = self._rates(joint, bands)
 
-    def _append(self, level: Level, children: Children, chances: F64) -> None:
-        """New nodes, wherever there is a chance."""
+    def _append(self, level: Level, children: Children, chances: F64, bands: I64) -> None:
+        """New nodes, wherever there is a chance; ``bands`` : [M], of these."""
         rows, order = np.nonzero(chances > 0)
         places, parents = level.places[rows], level.nodes[rows]
         columns = self._num[places] + _within(places)
@@ -254,7 +294,7 @@ class Candidates:
         self.tokens.ravel()[at] = children.tokens[rows, order]
         self.parents.ravel()[at] = parents
         self.depths.ravel()[at] = depths
-        self._bands.ravel()[at] = self._temperatures[places]
+        self._bands.ravel()[at] = bands[rows]
         self._own.ravel()[at] = children.confidences[rows, order]
         self._chances.ravel()[at] = chances[rows, order]
 
@@ -351,6 +391,10 @@ class Candidates:
         told = np.full((self.size, int(sizes.max(initial=0))), NONE)
         told[np.arange(told.shape[1]) < sizes[:, None]] = [t for one in said for t in one]
         tried, right = np.zeros(parents.shape, np.bool_), np.zeros(parents.shape, np.bool_)
+        kinds = self._bands[:, :width] // (NUM_TEMPERATURES * NUM_EASES)
+        drafted = (kinds == Kind.DRAFTED) | (kinds == Kind.BOTH)
+        before: list[I64] = []
+        found: list[Bools] = []
         at, goes_on = np.full(self.size, ROOT), np.ones(self.size, np.bool_)
         for depth, next_token in enumerate(told.T):
             goes_on &= depth < sizes
@@ -360,11 +404,22 @@ class Candidates:
             hits = children & (tokens == next_token[:, None])
             tried |= children
             right |= hits
+            after = np.flatnonzero((children & drafted).any(axis=1))
+            before.append(self.tokens[after, at[after]])
+            found.append((hits & drafted)[after].any(axis=1))
             goes_on = hits.any(axis=1)
             at = hits.argmax(axis=1) if width else at
         if tried.any():
             own, bands = self._own[:, :width], self._bands[:, :width]
             self._calibration.learn(own[tried], right[tried], bands[tried])
+            if self._ease is not None:
+                self._ease.rates.learn(np.concatenate(before), np.concatenate(found))
+
+
+def _groups(kinds: I64 | int, temperatures: I64) -> I64:
+    """The first band of each."""
+    groups: I64 = (kinds * NUM_TEMPERATURES + temperatures) * NUM_EASES
+    return groups
 
 
 def _within(places: I64) -> I64:

@@ -14,9 +14,9 @@ from smartspec.engine_adapter.base import (
 )
 from smartspec.engine_adapter.messages import NOT_RUN
 from smartspec.engine_adapter.prices import Prices
-from smartspec.engine_adapter.reference.calibration import Calibration, temperature_bands
-from smartspec.engine_adapter.reference.candidates import NONE, Candidates, Children, Level
-from smartspec.engine_adapter.reference.draft_tree import DraftTree, outcomes
+from smartspec.engine_adapter.reference.calibration import temperature_bands
+from smartspec.engine_adapter.reference.candidates import NONE, Candidates, Children, Ease, Level
+from smartspec.engine_adapter.reference.draft_tree import DraftTree
 from smartspec.engine_adapter.reference.growth import Arrears, Growth
 from smartspec.engine_adapter.reference.kv_cache import KvCache
 from smartspec.engine_adapter.reference.model_runner import ModelRunner, Segment
@@ -46,10 +46,9 @@ class Spent(NamedTuple):
 class Drafts(NamedTuple):
     """Of one request, in the last step."""
 
-    tree: DraftTree  #: verified
     place: int  #: in the batch
     num_tokens: int  #: that were known
-    slots: list[int]  #: of the tree's nodes in the drafter's cache, from there; `NONE`: not run
+    slots: list[int]  #: of the drafts in the drafter's cache, from there; `NONE`: not run
 
 
 class DraftModel:
@@ -61,8 +60,8 @@ class DraftModel:
 
     Requests that were drafted for in the last step have their first draft run before lengths are
     chosen, so that its confidence can tell how far to go. Then k drafts take k - 1 more passes;
-    the next step's first is the k-th. Where lengths are left to the confidences (`propose_at`), who
-    is looked at is decided in the step before, at its prices.
+    the next step's first is the k-th. Where lengths are left to the confidences (`propose_at`),
+    nobody is looked at beforehand.
 
     Parameters
     ----------
@@ -87,7 +86,7 @@ class DraftModel:
         self._num_computed: dict[int, int] = {}  # true tokens in the draft model's cache
         self._waited: dict[int, float] = {}  # what this was worth catching up with, so far
         self._rates = TokenAcceptance()
-        self._calibration = Calibration(Candidates.num_bands())
+        self._calibration = Candidates.new_calibration()
         self._drafts: dict[int, Drafts] = {}  # of this step
         self._candidates: Candidates | None = None  # of which these were chosen
         self._goes_on: set[int] = set()  # whose first draft is run before lengths are chosen
@@ -147,29 +146,37 @@ class DraftModel:
             ):
                 drafts[row][0].append(token)
                 drafts[row][1].append(own)
-        bands = temperature_bands(s.request.sampling for s in sequences)
-        self._candidates = Candidates(self._calibration, bands)
+        temperatures = temperature_bands(s.request.sampling for s in sequences)
+        ease = self._ease(sequences)
+        self._candidates = Candidates(self._calibration, temperatures, ease=ease)
         self._candidates.draft([draft for draft, _ in drafts], [own for _, own in drafts])
         chains = [DraftTree.chain(draft) for draft, _ in drafts]
         fed = [[*range(chain.size - 1), NONE] for chain in chains]  # the last was not run
-        self._note(sequences, chains, fed)
+        self._note(sequences, fed)
         return Proposal(chains, *self._spent)
 
     def propose_at(
         self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
     ) -> Proposal:
-        bands = temperature_bands(s.request.sampling for s in sequences)
-        growth = Growth(self._calibration, bands, lengths, prices, arrears=self._arrears(sequences))
-        # Whose first draft will be looked at in the next step: as far as these prices tell.
-        ahead = growth.starting()
-        self._goes_on = {sequences[place].id for place in ahead.tolist()}
-        return self._grow(sequences, growth)
+        self._goes_on = set()  # whether the drafter is run at all is decided here
+        return self._grow(sequences, self._growth(sequences, lengths, prices))
 
-    def _note(
-        self, sequences: list[Sequence], trees: list[DraftTree], slots: list[list[int]]
-    ) -> None:
-        for place, (s, tree, fed) in enumerate(zip(sequences, trees, slots, strict=True)):
-            self._drafts[s.id] = Drafts(tree, place, s.num_tokens, fed)
+    def _growth(
+        self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices | None
+    ) -> Growth:
+        return Growth(
+            self._calibration,
+            temperature_bands(s.request.sampling for s in sequences),
+            lengths,
+            prices,
+            chains=not self.trees,
+            arrears=self._arrears(sequences),
+            ease=self._ease(sequences),
+        )
+
+    def _note(self, sequences: list[Sequence], slots: list[list[int]]) -> None:
+        for place, (s, fed) in enumerate(zip(sequences, slots, strict=True)):
+            self._drafts[s.id] = Drafts(place, s.num_tokens, fed)
 
     def _grow(self, sequences: list[Sequence], growth: Growth) -> Proposal:
         """Drafts as far as ``growth`` says."""
@@ -188,14 +195,16 @@ class DraftModel:
             growth.add(level, self._run(sequences, growth.candidates, level))
         cut = growth.cut(self._luck.random(len(sequences)))
         self._candidates = growth.candidates
-        trees = cut.verified
-        self._note(sequences, trees, cut.slots)
-        return Proposal(trees, *self._spent, cut)
+        self._note(sequences, cut.slots)
+        return Proposal(cut.verified, *self._spent, cut)
 
     def _arrears(self, sequences: list[Sequence]) -> Arrears:
         lag = [s.num_tokens - 1 - self._num_computed.get(s.id, 0) for s in sequences]
         waited = [self._waited.get(s.id, 0.0) for s in sequences]
         return Arrears(np.maximum(lag, 0.0), np.array(waited, np.float64))
+
+    def _ease(self, sequences: list[Sequence]) -> Ease:
+        return Ease(self._rates, np.array([s.tokens[-1] for s in sequences]))
 
     def _open(self, sequences: list[Sequence]) -> Children:
         """What may follow all that is known of each."""
@@ -271,8 +280,6 @@ class DraftModel:
         return Draws.of((s.request.sampling, s.seed, places) for s, places in asked)
 
     def accepted(self, sequences: list[Sequence], paths: list[list[int]]) -> None:
-        before: list[int] = []
-        outcome: list[bool] = []
         kept = []
         said: list[list[int]] = (
             [[] for _ in range(self._candidates.size)] if self._candidates else []
@@ -282,15 +289,10 @@ class DraftModel:
             if drafts is None:
                 continue
             said[drafts.place] = sequence.tokens[drafts.num_tokens :]
-            if drafts.tree.size:
-                tried, right = outcomes(drafts.tree, path, sequence.tokens, drafts.num_tokens)
-                before += tried
-                outcome += right
             if slots := [drafts.slots[node] for node in path if drafts.slots[node] != NONE]:
                 kept.append((sequence, drafts.num_tokens, slots))
         if self._candidates is not None:
             self._candidates.learn(said)
-        self._rates.learn(before, outcome)
         self._keep(kept)
 
     def _keep(self, kept: list[tuple[Sequence, int, list[int]]]) -> None:

@@ -70,23 +70,6 @@ def agreeing_path(tree: DraftTree, drawn: Sequence[int]) -> list[int]:
     return path
 
 
-def outcomes(
-    tree: DraftTree, path: list[int], tokens: Sequence[int], start: int
-) -> tuple[list[int], list[bool]]:
-    """After which tokens of the accepted path there was a draft, and whether one was right.
-
-    ``tokens`` of the sequence after the step, of which ``start`` before it.
-
-    >>> tree = DraftTree(tokens=[5, 6, 7], parents=[ROOT, ROOT, 1])
-    >>> outcomes(tree, [1], [3, 4, 6, 8], 2)
-    ([4, 6], [True, False])
-    """
-    end = path[-1] if path else ROOT
-    num_tried = len(path) + (end in tree.parents)
-    before = list(tokens[start - 1 : start - 1 + num_tried])  # less where the answer has ended
-    return before, [depth < len(path) for depth in range(len(before))]
-
-
 def most_probable(
     tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float], size: int
 ) -> tuple[DraftTree, list[int]]:

@@ -23,7 +23,14 @@ import numpy.typing as npt
 from smartspec.engine_adapter.base import U8
 from smartspec.engine_adapter.prices import Prices
 from smartspec.engine_adapter.reference.calibration import F64, I64, Calibration
-from smartspec.engine_adapter.reference.candidates import Best, Bools, Candidates, Children, Level
+from smartspec.engine_adapter.reference.candidates import (
+    Best,
+    Bools,
+    Candidates,
+    Children,
+    Ease,
+    Level,
+)
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
 
 
@@ -103,33 +110,36 @@ class Growth:
     Parameters
     ----------
     calibration : of confidences, by kind and temperature band (candidates.py)
-    bands : [B], of temperature
+    temperatures : [B], bands of the requests'
     most : [B], nodes
     prices : of the step; None: as many nodes as there may be
     chains : whether one path alone is drafted
     arrears : of the drafter; None: it has missed nothing
+    ease : of the tokens that drafts come after; None: not known
     """
 
     def __init__(
         self,
         calibration: Calibration,
-        bands: I64,
+        temperatures: I64,
         most: I64,
         prices: Prices | None = None,
         chains: bool = False,
         arrears: Arrears | None = None,
+        ease: Ease | None = None,
     ) -> None:
-        self.candidates = Candidates(calibration, bands, chains)
+        self.candidates = Candidates(calibration, temperatures, chains, ease)
         self._calibration = calibration
-        self._bands = bands
         self._most = most
         self._prices = prices
-        none = np.zeros(len(bands))
+        none = np.zeros(len(temperatures))
         self._arrears = Arrears(none, none) if arrears is None else arrears
         self.waited = self._arrears.waited  #: when those that `starting` finds have been run
         # Of the candidates as they are.
         self._found: tuple[Best, I64] | None = None
         self._starting: I64 | None = None
+        if prices is not None:
+            calibration.curiosity.earn(len(temperatures))
 
     def starting(self) -> I64:
         """Whom the drafter should be run for, of those whose root it was not run from yet."""
@@ -189,6 +199,10 @@ class Growth:
         gains = self._gains(roots, self._prices)
         lag, waited = (column[roots.places] for column in self._arrears)
         paying, waited = self._prices.join(gains, first, lag, waited)
+        if first and not paying.any():
+            able, lacking = self._prices.short(gains, lag)
+            if able.any() and self._calibration.curiosity.pay(lacking):
+                paying = able
         paying = self._at_least(roots, paying)
         self.waited[roots.places] = np.where(paying, 0.0, waited)
         return paying
@@ -199,8 +213,8 @@ class Growth:
         _, num_verified = self._best()
         weight = np.ones(size) if prices.weight is None else prices.weight
         price = prices.of_token(size, int(num_verified.sum())) / weight[places]
-        opening = self.candidates.open(level)
-        gains: F64 = weight[places] * self._calibration.outlook(opening, price, self._bands[places])
+        opening, bands = self.candidates.open(level), self.candidates.bands_after(level)
+        gains: F64 = weight[places] * self._calibration.outlook(opening, price, bands)
         return gains
 
     def _at_least(self, level: Level, paying: Bools) -> Bools:

@@ -15,7 +15,6 @@ import torch
 
 from smartspec.engine_adapter.base import FEATURE_DRAFT_CONFIDENCE
 from smartspec.engine_adapter.prices import Prices
-from smartspec.engine_adapter.reference.calibration import temperature_bands
 from smartspec.engine_adapter.reference.candidates import Children
 from smartspec.engine_adapter.reference.draft_model import DraftModel
 from smartspec.engine_adapter.reference.draft_tree import MAX_NODES
@@ -77,18 +76,10 @@ class TreeDraftModel(DraftModel):
         self._goes_on = {s.id for s, size in zip(sequences, lengths, strict=True) if size}
         return self._grow(sequences, self._growth(sequences, lengths, None))._replace(cut=None)
 
-    def propose_at(
-        self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices
-    ) -> Proposal:
-        self._goes_on = set()  # whether the drafter is run at all is decided here
-        return self._grow(sequences, self._growth(sequences, lengths, prices))
-
     def _growth(
         self, sequences: list[Sequence], lengths: npt.NDArray[np.int64], prices: Prices | None
     ) -> Growth:
-        bands = temperature_bands(s.request.sampling for s in sequences)
-        arrears = self._arrears(sequences)
-        growth = Growth(self._calibration, bands, lengths, prices, not self.trees, arrears)
+        growth = super()._growth(sequences, lengths, prices)
         if self._lookup is not None:
             tokens = [text for text, _ in self._copies]
             growth.candidates.copy(tokens, [likely for _, likely in self._copies])

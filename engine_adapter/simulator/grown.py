@@ -14,7 +14,6 @@ from __future__ import annotations
 import numpy as np
 
 from smartspec.engine_adapter.lengths import Choice
-from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.candidates import Candidates, Children, Level
 from smartspec.engine_adapter.reference.draft_tree import agreeing_path
 from smartspec.engine_adapter.reference.growth import Cut, Growth
@@ -34,7 +33,7 @@ class Grown:
         assert outcomes.trees is not None and outcomes.copies is not None
         self._guess, self._copies = outcomes.trees.guess, outcomes.copies
         self._probability = outcomes.probability.astype(np.float64)
-        self._calibration = Calibration(Candidates.num_bands())
+        self._calibration = Candidates.new_calibration()
         self._luck = np.random.default_rng((seed, 4))
 
     def draft(self, requests: I64, positions: I64, choice: Choice, lengths: U8) -> Drafted:

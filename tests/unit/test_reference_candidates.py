@@ -5,28 +5,31 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smartspec.engine_adapter.reference.calibration import NUM_BANDS, Calibration
+from smartspec.engine_adapter.reference.calibration import NUM_TEMPERATURES, Calibration
 from smartspec.engine_adapter.reference.candidates import (
+    NUM_EASES,
     WIDTH,
     Best,
     Candidates,
     Children,
+    Ease,
     Kind,
     Level,
 )
 from smartspec.engine_adapter.reference.draft_tree import ROOT, DraftTree
+from smartspec.engine_adapter.token_acceptance import TokenAcceptance
 
 GREEDY = np.zeros(1, np.int64)
 
 
 def candidates(calibration: Calibration | None = None) -> Candidates:
     """Of one greedy request."""
-    return Candidates(calibration or Calibration(Candidates.num_bands()), GREEDY)
+    return Candidates(calibration or Candidates.new_calibration(), GREEDY)
 
 
 def chain(calibration: Calibration | None = None) -> Candidates:
     """Of one greedy request that is drafted one path."""
-    return Candidates(calibration or Calibration(Candidates.num_bands()), GREEDY, chains=True)
+    return Candidates(calibration or Candidates.new_calibration(), GREEDY, chains=True)
 
 
 def add(one: Candidates, node: int, tokens: list[int], own: list[float], place: int = 0) -> None:
@@ -87,7 +90,7 @@ def test_only_what_is_not_known_yet_is_left_to_the_drafter() -> None:
 
 
 def test_nodes_are_run_while_there_is_room_and_each_in_the_next_slot() -> None:
-    one = Candidates(Calibration(Candidates.num_bands()), np.zeros(3, np.int64))
+    one = Candidates(Candidates.new_calibration(), np.zeros(3, np.int64))
     one.copy([[5], [], [6, 7]], [[0.5], [], [0.5, 0.5]])
     add(one, ROOT, [8], [0.2])
     add(one, ROOT, [9, 4], [0.3, 0.2], place=2)
@@ -100,14 +103,14 @@ def test_nodes_are_run_while_there_is_room_and_each_in_the_next_slot() -> None:
 
 
 def test_each_kind_is_calibrated_by_itself() -> None:
-    calibration = Calibration(Candidates.num_bands())
+    calibration = Candidates.new_calibration()
     for _ in range(200):
         one = candidates(calibration)
         one.copy([[5, 6]], [[0.5, 0.5]])
         add(one, ROOT, [7], [0.5])
         # The copy's first token is always right, its second and the draft never.
         one.learn([[5, 9]])
-    kinds = np.arange(len(Kind)) * NUM_BANDS
+    kinds = np.arange(len(Kind)) * NUM_TEMPERATURES * NUM_EASES
     drafted, copied, copied_on, both = calibration.rates(np.full(4, 0.5), kinds)
     assert copied > 0.95
     assert copied_on < 0.1
@@ -119,8 +122,55 @@ def test_each_kind_is_calibrated_by_itself() -> None:
     assert first_chance(one) == pytest.approx(0.6, abs=0.05)
 
 
+def after(calibration: Calibration, rates: TokenAcceptance, last: int) -> Candidates:
+    """Of one greedy request, whose last token is known."""
+    return Candidates(calibration, GREEDY, ease=Ease(rates, np.array([last])))
+
+
+def test_the_token_before_tells_what_a_confidence_does_not() -> None:
+    calibration, rates = Candidates.new_calibration(), TokenAcceptance()
+    for _ in range(100):
+        for last in (1, 2):  # all goes well after 1, and nothing after 2
+            one = after(calibration, rates, last)
+            add(one, ROOT, [7], [0.5])
+            one.learn([[7 if last == 1 else 8]])
+    chances = []
+    for last in (1, 2):
+        one = after(calibration, rates, last)
+        add(one, ROOT, [last], [0.5])
+        one.run(Level.of([0], 0), [9])
+        add(one, 0, [7], [0.5])
+        found = best(one, 2).chances[0]
+        chances.append([found[0], found[1] / found[0]])
+    assert np.array(chances) == pytest.approx(np.array([[0.95, 0.95], [0.05, 0.05]]), abs=0.05)
+
+
+def test_chains_given_beforehand_are_judged_by_the_tokens_before_each_draft() -> None:
+    calibration, rates = Candidates.new_calibration(), TokenAcceptance()
+    for _ in range(200):
+        one = after(calibration, rates, 1)
+        one.draft([[2, 3]], [[0.5, 0.5]])
+        one.learn([[2, 9]])  # after 1 a draft is right, after 2 it is not
+    one = after(calibration, rates, 1)
+    one.draft([[2, 3]], [[0.5, 0.5]])
+    first, both = best(one, 2).chances[0]
+    assert first > 0.9 and both / first < 0.1
+
+
+def test_tokens_are_learned_of_by_all_drafts_after_them_but_not_by_copies() -> None:
+    rates = TokenAcceptance()
+    for _ in range(40):
+        one = after(Candidates.new_calibration(), rates, 1)
+        one.copy([[5, 6]], [[0.5, 0.5]])
+        add(one, ROOT, [7], [0.01])  # none of which may have been verified
+        one.learn([[5, 6]])  # the copy is right, so that the draft was not
+    told, untold = rates.rates([1, 5])
+    assert told < 0.05
+    assert untold == pytest.approx(rates.pooled)
+
+
 def test_nothing_is_learned_of_what_stands_on_a_wrong_guess_or_was_not_reached() -> None:
-    calibration = Calibration(Candidates.num_bands())
+    calibration = Candidates.new_calibration()
     for _ in range(200):
         both = Candidates(calibration, np.zeros(2, np.int64))
         both.draft([[5, 6, 8], [4, 6]], [[0.3, 0.5, 0.7], [0.9, 0.1]])
@@ -132,7 +182,7 @@ def test_nothing_is_learned_of_what_stands_on_a_wrong_guess_or_was_not_reached()
 
 def test_no_node_is_likelier_than_its_parent_whatever_was_learned() -> None:
     rng = np.random.default_rng(3)
-    calibration = Calibration(Candidates.num_bands())
+    calibration = Candidates.new_calibration()
     for _ in range(300):
         one = candidates(calibration)
         one.copy([rng.integers(0, 3, 4).tolist()], [rng.random(4).tolist()])
@@ -173,19 +223,19 @@ def test_a_chain_goes_on_from_a_copied_token_as_from_a_draft() -> None:
 
 
 def test_what_a_chain_passed_over_is_learned_of_too() -> None:
-    calibration = Calibration(Candidates.num_bands())
+    calibration = Candidates.new_calibration()
     for own in (0.2, 0.8) * 100:
         one = chain(calibration)
         one.copy([[5]], [[0.5]])
         add(one, ROOT, [7], [own])
         one.learn([[5]] if own > 0.5 else [[7]])  # whichever was not taken is right
-    drafted = calibration.rates([0.2, 0.8], Kind.DRAFTED * NUM_BANDS)
+    drafted = calibration.rates([0.2, 0.8], Kind.DRAFTED * NUM_EASES)
     assert drafted[0] > 0.8 and drafted[1] < 0.2
 
 
 def test_a_chain_is_one_path_on_which_no_other_child_is_likelier() -> None:
     rng = np.random.default_rng(5)
-    calibration = Calibration(Candidates.num_bands())
+    calibration = Candidates.new_calibration()
     num_mixed = 0
     for _ in range(400):
         one = chain(calibration)
@@ -213,16 +263,16 @@ def test_a_batch_is_as_each_of_its_requests_by_itself(chains: bool) -> None:
     """Whatever the others have, and however many nodes there are in all."""
     num_children = 1 if chains else 8
     rng = np.random.default_rng(8)
-    calibration = Calibration(Candidates.num_bands())
+    calibration = Candidates.new_calibration()
     for fill in range(40):
-        calibration.learn(rng.random(30), rng.random(30) < 0.4, rng.integers(0, 16, 30))
+        calibration.learn(rng.random(30), rng.random(30) < 0.4, rng.integers(0, 16, 30) * NUM_EASES)
         size, most = 5, rng.integers(0, 9, 5)
-        bands = rng.integers(0, NUM_BANDS, size)
+        temperatures = rng.integers(0, NUM_TEMPERATURES, size)
         copies = [rng.integers(0, 9, n).tolist() for n in rng.integers(0, 5, size)]
         sure = [rng.random(len(copy)).tolist() for copy in copies]
-        batch = Candidates(calibration, bands, chains)
+        batch = Candidates(calibration, temperatures, chains)
         batch.copy(copies, sure)
-        alone = [Candidates(calibration, bands[i : i + 1], chains) for i in range(size)]
+        alone = [Candidates(calibration, temperatures[i : i + 1], chains) for i in range(size)]
         for one, copy, own in zip(alone, copies, sure, strict=True):
             one.copy([copy], [own])
         level = Level.of(np.flatnonzero(rng.random(size) < 0.7))

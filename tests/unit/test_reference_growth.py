@@ -8,7 +8,7 @@ import pytest
 
 from smartspec.engine_adapter.lengths import RAGGED, CostCurve, DraftCost
 from smartspec.engine_adapter.prices import Prices
-from smartspec.engine_adapter.reference.calibration import F64, I64, Calibration
+from smartspec.engine_adapter.reference.calibration import CURIOSITY, F64, I64, Calibration
 from smartspec.engine_adapter.reference.candidates import Candidates, Children, Level
 from smartspec.engine_adapter.reference.growth import Cut, Growth
 from smartspec.estimators.acceptance import AcceptanceEstimator
@@ -27,7 +27,7 @@ def true_rate(confidence: F64) -> F64:
 
 
 def new_calibration() -> Calibration:
-    return Calibration(Candidates.num_bands())
+    return Candidates.new_calibration()
 
 
 def lengthen(growth: Growth, level: Level, confidences: npt.ArrayLike) -> None:
@@ -141,6 +141,29 @@ def test_nothing_is_drafted_or_cut_when_no_forward_pays() -> None:
     growth, cut, _, _ = grow(new_calibration(), np.random.default_rng(0), dear)
     assert not growth.starting().size
     assert not cut.num_verified.any() and not cut.num_cut.any()
+
+
+def test_drafts_that_turned_good_are_found_out_about_from_a_budget() -> None:
+    """They did not pay once, so that nobody would run them any more; what is tried costs little."""
+    for chance, found_out in ((0.8, True), (0.05, False)):
+        calibration, rng = new_calibration(), np.random.default_rng(4)
+        for _ in range(3):  # what is known: a sure draft is never right
+            calibration.note(np.full((500, 1), 0.7), np.zeros(500, np.int64))
+            calibration.learn([0.7] * 300, [False] * 300, np.zeros(300, np.int64))
+        num_run, lost = np.zeros(4000), 0.0
+        for step in range(4000):
+            growth = Growth(calibration, BANDS, np.full(SIZE, 1), PRICES)
+            level = Level.of(growth.starting())
+            lengthen(growth, level, np.full(level.size, 0.7))
+            cut, right = growth.cut(rng.random(SIZE)), rng.random(SIZE) < chance
+            num_run[step] = level.size > 0
+            lost += 0.3 * num_run[step] - (cut.num_verified * (right - PRICE)).sum()
+            growth.candidates.learn([[0] if ok else [1] for ok in right])
+        assert not num_run[:3].any()
+        assert (num_run[-500:].mean() > 0.9) == found_out
+        if not found_out:
+            assert num_run[-500:].mean() < 0.3
+            assert lost < 1.2 * CURIOSITY * SIZE * 4000
 
 
 def test_tokens_beyond_their_price_are_more_than_of_any_fixed_length() -> None:

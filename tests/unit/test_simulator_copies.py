@@ -95,7 +95,7 @@ def test_what_copy_and_drafter_both_say_is_one_node(
     run: int, guess: int, miss: int, nodes: int
 ) -> None:
     grown, where = Grown(outcomes([guess, 0, 0], run, 0.5, miss), seed=0), np.zeros(1, np.int64)
-    candidates, root = Candidates(Calibration(Candidates.num_bands()), where), Level.of([0])
+    candidates, root = Candidates(Candidates.new_calibration(), where), Level.of([0])
     candidates.copy(*grown._copied(where, 1))
     candidates.add(root, grown._children(candidates, root, where))
     [tree] = candidates.trees(candidates.best(np.array([20])))
