@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from smartspec.engine_adapter.base import U64, DecodeBatch, StepFacts
 from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, Choice
+from smartspec.engine_adapter.vllm.compatibility import STALE_TOKENS
 from smartspec.engine_adapter.vllm.copies import Found
 from smartspec.engine_adapter.vllm.facts import Method
 
@@ -106,10 +107,7 @@ class Step:
         self._result = result
         self._num_sampled = list(map(len, result.sampled_token_ids))
         if not is_last:  # vLLM drops results of requests that are gone, or were preempted
-            self._counts = np.array(
-                [not (r.num_stale_output_tokens or r.is_finished()) for r in self.group.requests],
-                bool,
-            )
+            self._counts = np.array([not _is_dropped(r) for r in self.group.requests], bool)
 
     def _places(self) -> list[int]:
         """Of the group in what the worker brought, [B]; -1, where nothing follows: not in it."""
@@ -162,6 +160,12 @@ class Step:
             mode=UNIFORM if is_uniform else RAGGED,
             choice=self.choice,
         )
+
+
+def _is_dropped(request: Any) -> bool:
+    """Whether vLLM drops what a step in flight brings for this request."""
+    stale = any(getattr(request, name, 0) for name in STALE_TOKENS)
+    return stale or bool(request.is_finished())
 
 
 def _drafting(output: Any, method: Method) -> tuple[int, int, int]:
