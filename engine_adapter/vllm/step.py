@@ -142,7 +142,7 @@ class Step:
             num_emitted = num_emitted[rows]
         num_prefill = output.total_num_scheduled_tokens - self.num_decode_tokens
         is_uniform = not num_prefill and bool((num_drafted == num_drafted[:1]).all())
-        forwards, num_draft_tokens, catch_up = _drafting(output, method)
+        forwards, num_draft_tokens = _drafting(output, method)
         return StepFacts(
             batch=DecodeBatch(group.ids, ceiling, features, num_prefill),
             num_drafted=num_drafted.astype(np.uint8),
@@ -154,7 +154,6 @@ class Step:
             context_tokens=self.context_tokens,
             num_draft_forwards=forwards,
             num_draft_tokens=num_draft_tokens,
-            num_catch_up_tokens=catch_up,
             num_waiting=num_waiting,
             kv_usage=kv_usage,
             mode=UNIFORM if is_uniform else RAGGED,
@@ -168,11 +167,10 @@ def _is_dropped(request: Any) -> bool:
     return stale or bool(request.is_finished())
 
 
-def _drafting(output: Any, method: Method) -> tuple[int, int, int]:
-    """Sequential passes of the drafter, tokens drafted in them, tokens it caught up on."""
+def _drafting(output: Any, method: Method) -> tuple[int, int]:
+    """Sequential passes of the drafter, and tokens drafted in them."""
     if method.is_lookup:
-        return 0, 0, 0
+        return 0, 0
     length = output.num_spec_tokens_to_schedule
     forwards = min(length, 1) if method.one_pass else length
-    catch_up = output.total_num_scheduled_tokens if length == 0 else 0
-    return forwards, length * len(output.num_scheduled_tokens), catch_up
+    return forwards, length * len(output.num_scheduled_tokens)
