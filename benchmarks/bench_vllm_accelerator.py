@@ -18,10 +18,10 @@ speculation, and for each method vLLM's own static length, lengths drawn at rand
 and step, and SmartSpec. How many answers are those of no speculation, what vLLM's metrics say of
 drafts and what ours do, and how many steps had which length.
 
-Each engine is a process (vllm_arms.py); one that fails is told, tried again with less (without
-async scheduling; without graphs and torch.compile), and does not end the rest.
+Each engine is a process (vllm_arms.py); one that fails, or takes too long, does not end the rest.
 
-Run: python benchmarks/bench_vllm_accelerator.py [--stages turns alone overhead answers]
+Run: python benchmarks/bench_vllm_accelerator.py [--stages turns alone overhead answers]; on the
+last run's rows: --summary-only --raw benchmarks/data/vllm_accelerator.jsonl
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from figures import FOLDER, record
-from paired import paired_ratio
+from vllm_accelerator_figures import read, summary
 
 HERE = Path(__file__).parent
 LONGEST = 5
+STAGES = ("turns", "alone", "overhead", "answers")
 ARMS = ("0", "1", "3", "5", "smartspec")
+DAEMON_CORES = 4  #: of a machine that has twice as many
 SAMPLE_TOKENS = 96
 WORDS = (
     "Repeat: the quick brown fox jumps over the lazy dog. the quick brown fox",
@@ -93,12 +94,6 @@ SHAPES = {
         llama(256, 4, 4, 2, 512, 64, 2048), llama(128, 1, 4, 2, 256, 64, 2048), (1, 4), 32, 1024
     ),
 }
-#: What an engine is tried with, one after the other.
-FALLBACKS: tuple[dict[str, Any], ...] = (
-    {},
-    {"async_scheduling": False},
-    {"async_scheduling": False, "enforce_eager": True},
-)
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -148,11 +143,9 @@ class Bench:
         self.folder = folder
         self.began = time.monotonic()
         self.shape = SHAPES[args.shape]
+        self.target = model(folder, "target", self.shape.target, self.shape.max_model_len)
+        self.draft = model(folder, "draft", self.shape.draft, self.shape.max_model_len)
         self.daemon: subprocess.Popen[bytes] | None = None
-
-    @property
-    def left_s(self) -> float:
-        return float(self.args.budget_s - (time.monotonic() - self.began))
 
     def say(self, what: str) -> None:
         print(f"[{time.monotonic() - self.began:.0f} s] {what}", flush=True)
@@ -166,13 +159,11 @@ class Bench:
         command = [sys.executable, "-m", "smartspec.daemon.cli", "run", "--runtime-dir", runtime]
         command += ["--set", "telemetry.enabled=false", "--set", "state.enabled=false"]
         log = (FOLDER / "vllm_accelerator_daemon.log").open("ab")
-        cores = sorted(os.sched_getaffinity(0))
-        theirs = set(cores[-4:]) if len(cores) >= 8 else set(cores)
         self.daemon = subprocess.Popen(
             [*map(str, command), "--log-level", "info"],
             stdout=log,
             stderr=log,
-            preexec_fn=lambda: os.sched_setaffinity(0, theirs),
+            preexec_fn=partial(os.sched_setaffinity, 0, self.cores(is_engine=False)),
         )
         socket = runtime / "engines.sock"
         deadline = time.monotonic() + 30
@@ -193,65 +184,43 @@ class Bench:
 
     # -- an engine --------------------------------------------------------------------------------
 
-    def run(self, name: str, stage: dict[str, Any], limit_s: float, **environment: str) -> bool:
-        """Whether a stage ran to its end, with whatever of `FALLBACKS` it took."""
-        for number, less in enumerate(FALLBACKS):
-            if number and not self.args.fall_back:
-                break
-            limit = min(limit_s, self.left_s)
-            if limit < self.args.least_s:
-                self.say(f"{name}: no time left")
-                return False
-            engine = stage["engine"] | less
-            if engine == stage["engine"] and number:
-                continue
-            if self.args.eager:
-                engine["enforce_eager"] = True
-            if self.args.backend and "attention_config" not in engine:
-                engine["attention_config"] = {"backend": self.args.backend}
-            label = name if not number else f"{name}_less_{number}"
-            told = {
-                **stage,
-                "name": label,
-                "raw": str(self.args.raw),
-                "engine": engine,
-                "budget_s": limit - 25,  # its start and end are beside it
-            }
-            if not stage.get("own_class"):
-                told["endpoint"] = self.start_daemon()
-            if self._child(label, told, limit, environment):
-                return True
-        return False
-
-    def _child(
-        self, label: str, stage: dict[str, Any], limit_s: float, environment: dict[str, str]
-    ) -> bool:
-        log = FOLDER / f"vllm_accelerator_{label}.log"
-        self.say(f"{label}: begins, {limit_s:.0f} s at most")
+    @staticmethod
+    def cores(*, is_engine: bool) -> set[int]:
+        """Of an engine, or of its daemon: where there are enough, none is both's."""
         cores = sorted(os.sched_getaffinity(0))
-        ours = set(cores[:-4]) if len(cores) >= 8 else set(cores)
+        if len(cores) < 2 * DAEMON_CORES:
+            return set(cores)
+        return set(cores[:-DAEMON_CORES] if is_engine else cores[-DAEMON_CORES:])
+
+    def run(self, name: str, stage: dict[str, Any]) -> None:
+        """An engine through a stage, to its end or as far as it comes."""
+        limit_s = self.args.limit_s
+        if self.args.eager:
+            stage["engine"]["enforce_eager"] = True
+        # Its start and end are beside its budget.
+        stage |= {"name": name, "raw": str(self.args.raw), "budget_s": limit_s - 25}
+        if not stage.get("own_class"):
+            stage["endpoint"] = self.start_daemon()
+        log = FOLDER / f"vllm_accelerator_{name}.log"
+        self.say(f"{name}: begins, {limit_s:.0f} s at most")
         with log.open("wb") as sink:
             child = subprocess.Popen(
                 [self.args.python, str(HERE / "vllm_arms.py"), json.dumps(stage)],
                 stderr=sink,
-                env={**ENVIRONMENT, **os.environ, **environment},
-                preexec_fn=lambda: os.sched_setaffinity(0, ours),
+                env=ENVIRONMENT | os.environ,
+                preexec_fn=partial(os.sched_setaffinity, 0, self.cores(is_engine=True)),
             )
             try:
-                code: int | None = child.wait(limit_s)
+                said = f"exit code {child.wait(limit_s)}"
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-                code = None
-        self.say(f"{label}: " + ("out of time" if code is None else f"exit code {code}"))
-        if code:
-            lines = log.read_text("utf-8", "replace").splitlines()
-            print("\n".join(line[:300] for line in lines[-self.args.tail :]), flush=True)
-        return code == 0
+                said = "out of time"
+        self.say(f"{name}: {said}; its log: {log}")
 
     # -- stages -----------------------------------------------------------------------------------
 
-    def _engine(self, speculation: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
+    def _engine(self, speculation: dict[str, Any] | None) -> dict[str, Any]:
         """Of random weights."""
         engine: dict[str, Any] = {
             "model": self.target,
@@ -263,7 +232,7 @@ class Bench:
             "enable_prefix_caching": False,
             "gpu_memory_utilization": self.args.memory,
             "seed": 0,
-        } | more
+        }
         if speculation:
             engine["speculative_config"] = speculation
             engine["async_scheduling"] = not self.args.sync
@@ -291,41 +260,13 @@ class Bench:
             "prompt": self.shape.prompt,
         } | more
 
-    def stages(self) -> None:
-        self.target = model(self.folder, "target", self.shape.target, self.shape.max_model_len)
-        self.draft = model(self.folder, "draft", self.shape.draft, self.shape.max_model_len)
-        for stage in self.args.stages:
-            getattr(self, stage)()
-        self.stop_daemon()
-
-    def smoke(self) -> None:
-        """Whether vLLM runs here at all: tiny, without graphs and torch.compile."""
-        tiny = SHAPES["tiny"]
-        target = model(self.folder, "tiny", tiny.target, tiny.max_model_len)
-        draft = model(self.folder, "tiny-draft", tiny.draft, tiny.max_model_len)
-        engine = self._engine(
-            self._draft() | {"model": draft},
-            model=target,
-            max_model_len=tiny.max_model_len,
-            max_num_batched_tokens=2048,
-            enforce_eager=True,
-            gpu_memory_utilization=0.3,
-        )
-        load = self._load(batches=[4], rounds=1, turn_s=0.5, warm_up_s=1.0, prompt=tiny.prompt)
-        self.run("smoke", {"engine": engine, "arms": ["5", "smartspec"], **load}, 100)
-
     def turns(self) -> None:
-        self.run(
-            "turns",
-            {"engine": self._engine(self._draft()), "arms": list(ARMS), **self._load()},
-            self.args.limit_s,
-        )
+        self.run("turns", {"engine": self._engine(self._draft()), "arms": ARMS, **self._load()})
 
     def overhead(self) -> None:
-        arms = ["off_3", "shadow_3"]
         engine = self._engine(self._draft())
-        stage = {"engine": engine, "arms": arms, **self._load(acceptance=self.args.acceptance[:1])}
-        self.run("overhead", stage, self.args.limit_s)
+        load = self._load(acceptance=self.args.acceptance[:1])
+        self.run("overhead", {"engine": engine, "arms": ["off_3", "shadow_3"], **load})
 
     def alone(self) -> None:
         """vLLM without our class: no speculation, and static lengths by engines made for them."""
@@ -333,7 +274,7 @@ class Bench:
             engine = self._engine(self._draft(length) if length else None)
             stage = {"engine": engine, "own_class": True, "arms": [str(length)]}
             load = self._load(rounds=3) | ({} if length else {"acceptance": []})
-            self.run(f"alone_{length}", {**stage, **load}, self.args.limit_s)
+            self.run(f"alone_{length}", {**stage, **load})
 
     def answers(self) -> None:
         sys.path.insert(0, str(HERE.parent / "tests" / "vllm"))
@@ -362,9 +303,8 @@ class Bench:
             "prompt_lookup_max": 5,
         }
         draft = {"method": "draft_model", "model": str(draft_dir()), "num_speculative_tokens": 4}
-        limit = self.args.limit_s
         none = {"engine": engine, "own_class": True, "arms": ["none", "again"], **stage}
-        self.run("answers_none", none, limit)
+        self.run("answers_none", none)
         for name, speculation, is_async in (
             ("draft_model_async", draft, True),
             ("ngram", ngram, False),
@@ -375,94 +315,7 @@ class Bench:
             length = str(speculation["num_speculative_tokens"])
             theirs = engine | {"speculative_config": speculation, "async_scheduling": is_async}
             arms = [length, "random", "smartspec"]
-            self.run(f"answers_{name}", {"engine": theirs, "arms": arms, **stage}, limit)
-
-
-# -- what came of it ------------------------------------------------------------------------------
-
-
-def read(raw: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows by stage."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in raw.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        found.setdefault(row["stage"], []).append(row)
-    return found
-
-
-def places(rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, list[dict[str, Any]]]]]:
-    """Turns of each batch size and acceptance, by arm, for rounds that all arms have."""
-    turns = [row for row in rows if row.get("round", -1) >= 0]
-    for batch, rate in dict.fromkeys((row["batch"], row["acceptance"]) for row in turns):
-        here = [row for row in turns if (row["batch"], row["acceptance"]) == (batch, rate)]
-        arms = {row["arm"] for row in here}
-        rounds = {row["round"] for row in here}
-        for number in rounds.copy():
-            if {row["arm"] for row in here if row["round"] == number} != arms:
-                rounds.discard(number)
-        if rounds:
-            name = f"batch_{batch}" + ("" if rate is None else f"_accept_{100 * rate:.0f}")
-            kept = sorted((r for r in here if r["round"] in rounds), key=lambda r: r["round"])
-            yield name, {arm: [row for row in kept if row["arm"] == arm] for arm in sorted(arms)}
-
-
-def seconds_per_token(turns: list[dict[str, Any]]) -> list[float]:
-    return [turn["s"] / turn["tokens"] for turn in turns]
-
-
-def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Figures of all stages that have any."""
-    figures: dict[str, float] = {}
-    for stage, rows in found.items():
-        if stage.startswith(("turns", "alone", "overhead")):
-            for place, arms in places(rows):
-                figures |= _of_turns(f"{stage}_{place}", arms)
-    for stage, rows in found.items():
-        if stage.startswith("answers"):
-            figures |= _of_answers(stage, rows, found.get("answers_none", []))
-    return figures
-
-
-def _of_turns(name: str, arms: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for arm, turns in arms.items():
-        figures[f"{name}_{arm}_tokens_per_s"] = 1 / float(np.mean(seconds_per_token(turns)))
-        figures[f"{name}_{arm}_step_ms"] = float(np.mean([turn["step_ms"] for turn in turns]))
-    ours = arms.get("smartspec") or arms.get("shadow_3") or []
-    for key in ("own_us", "meanwhile_us") if ours else ():
-        figures[f"{name}_{key}"] = float(np.median([turn[key] for turn in ours]))
-    if "smartspec" in arms:
-        steps = sum(turn["steps"] for turn in ours)
-        figures[f"{name}_mean_to_draft"] = sum(turn["to_draft"] for turn in ours) / steps
-        cost = {arm: seconds_per_token(turns) for arm, turns in arms.items()}
-        statics = [arm for arm in arms if arm != "smartspec"]
-        best = min(statics, key=lambda arm: float(np.mean(cost[arm])))
-        figures[f"{name}_best_static"] = float(best)
-        for other, what in ((best, "best_static"), ("0", "length_0")):
-            ratio = paired_ratio(cost["smartspec"], cost[other])
-            figures |= ratio.figures(f"{name}_smartspec_over_{what}")
-    if "shadow_3" in arms and "off_3" in arms:
-        times = [[turn["s"] / turn["steps"] for turn in arms[arm]] for arm in ("shadow_3", "off_3")]
-        figures |= paired_ratio(*times).figures(f"{name}_step_with_over_without")
-    return figures
-
-
-def _of_answers(
-    stage: str, rows: list[dict[str, Any]], plain: list[dict[str, Any]]
-) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    expected = next((row["answers"] for row in plain if row.get("arm") == "none"), None)
-    for row in rows:
-        if "answers" not in row or expected is None:
-            continue
-        name = f"{stage}_{row['arm']}"
-        same = sum(a == b for a, b in zip(row["answers"], expected, strict=True))
-        figures |= {f"{name}_same": same, f"{name}_of": len(expected)}
-        figures |= {f"{name}_{key}": row[key] for key in ("drafted", "accepted")}
-        if "ours" in row:
-            figures[f"{name}_counted_drafted"] = row["ours"][0]
-            figures[f"{name}_counted_accepted"] = row["ours"][1]
-    return figures
+            self.run(f"answers_{name}", {"engine": theirs, "arms": arms, **stage})
 
 
 def main() -> None:
@@ -470,8 +323,8 @@ def main() -> None:
     parser.add_argument(
         "--stages",
         nargs="+",
-        default=["turns", "alone", "overhead", "answers"],
-        choices=("smoke", "turns", "alone", "overhead", "answers"),
+        default=STAGES,
+        choices=STAGES,
     )
     parser.add_argument("--shape", choices=SHAPES, help="default: 8b; tiny on a CPU")
     parser.add_argument("--python", default=os.environ.get("SMARTSPEC_VLLM_PYTHON", sys.executable))
@@ -483,14 +336,9 @@ def main() -> None:
     parser.add_argument("--warm-up-s", type=float, default=4.0, help="at each batch size")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--memory", type=float, default=0.85, help="share of the device's to take")
-    parser.add_argument("--backend", default="", help="of attention; default: vLLM's choice")
     parser.add_argument("--sync", action="store_true", help="without async scheduling")
     parser.add_argument("--eager", action="store_true", help="without graphs and torch.compile")
-    parser.add_argument("--no-fall-back", dest="fall_back", action="store_false")
     parser.add_argument("--limit-s", type=float, default=600.0, help="of an engine")
-    parser.add_argument("--least-s", type=float, default=45.0, help="that an engine is begun with")
-    parser.add_argument("--budget-s", type=float, default=3600.0, help="of all")
-    parser.add_argument("--tail", type=int, default=30, help="lines shown of what failed")
     parser.add_argument("--raw", type=Path, default=FOLDER / "vllm_accelerator.jsonl")
     parser.add_argument("--summary-only", action="store_true", help="of what --raw has")
     args = parser.parse_args()
@@ -510,7 +358,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="ss-") as scratch:
             bench = Bench(args, Path(scratch))
             try:
-                bench.stages()
+                for stage in args.stages:
+                    getattr(bench, stage)()
             finally:
                 bench.stop_daemon()
     found = read(args.raw)
