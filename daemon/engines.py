@@ -397,7 +397,7 @@ class Engine:
             verify_tokens=size + num_drafts,
             prefill_tokens=report.num_prefill_tokens,
             context_tokens=report.context_tokens,
-            draft_forwards=report.num_draft_forwards,
+            draft_forwards=self._forwards_beyond(report.num_draft_forwards),
             draft_tokens=num_draft_tokens,
             catch_up_tokens=report.num_catch_up_tokens,
             ragged=float(self.is_dear(report.mode)),
@@ -407,9 +407,21 @@ class Engine:
         residual = self.step_cost.observe(shape, report.target_s, report.draft_s, report.step_s)
         return float(residual.predicted_s)
 
+    def _forwards_beyond(self, count: float) -> float:
+        """Of ``count`` forwards those that would not be run if nothing were drafted.
+
+        One that always is counts as a part of the step: were it told as a cost of drafting nothing,
+        length 0 would look cheaper than it is, and length 1 dearer.
+        """
+        return max(count - 1.0, 0.0) if self.key.keeps_up else count
+
     def draft_cost(self) -> DraftCost:
         """What drafting costs, as far as it is known."""
-        cost = DraftCost(*self.step_cost.draft_cost(), self.acceptance.forwards())
+        forwards = self.acceptance.forwards()
+        if self.key.keeps_up:
+            by_depth = forwards or range(1, self.max_length + 1)
+            forwards = tuple(map(self._forwards_beyond, by_depth))
+        cost = DraftCost(*self.step_cost.draft_cost(), forwards)
         return cost._replace(per_catch_up_s=self.step_cost.catch_up_cost())
 
     def is_dear(self, mode: str) -> bool:

@@ -78,6 +78,9 @@ class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     drafts_known_first: bool = False  #: drafts exist before lengths are chosen (prompt lookup)
     trees: bool = False  #: a length is a number of nodes of a tree, the most probable first
     confidences: bool = False  #: can stop drafting, and cut drafts, by its drafter's confidences
+    #: Its drafter's first forward is run in every step, whether or not anything is drafted: what a
+    #: draft costs begins with the second.
+    keeps_up: bool = False
 
 
 class Hello(Message, frozen=True, tag="hello"):

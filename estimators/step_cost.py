@@ -50,7 +50,7 @@ class StepShape(NamedTuple):
     verify_tokens: float  #: tokens verified for them: sum of k_i + 1, prompts not included
     prefill_tokens: float = 0.0  #: prompt tokens that shared the target's pass
     context_tokens: float = 0.0  #: KV entries read
-    draft_forwards: float = 0.0  #: sequential draft passes
+    draft_forwards: float = 0.0  #: sequential draft passes, but for one that is run anyway
     draft_tokens: float = 0.0  #: tokens drafted in them
     catch_up_tokens: float = 0.0  #: tokens that the drafter processed to be in step again
     ragged: float = 0.0  #: 1: of several lengths, on an engine that runs a single one faster

@@ -70,6 +70,7 @@ class ModelKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
     drafts_known_first: bool = False
     axes: tuple[BucketAxis, ...] = ()
     trees: bool = False
+    keeps_up: bool = False  #: forwards are counted from the second one on
 
     @classmethod
     def of(cls, hello: Hello) -> Self:
@@ -86,6 +87,7 @@ class ModelKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
                 if name in BUCKET_EDGES
             ),
             trees=limits.trees and limits.max_length > 0,
+            keeps_up=limits.keeps_up,
         )
 
     @property
@@ -116,12 +118,13 @@ class ModelKey(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """What differs in shape, as people would say it: ``max_length 5, now 8``."""
         return ", ".join(
             f"{name} {_shown(getattr(self, name))}, now {_shown(getattr(other, name))}"
-            for name in ("max_length", "graph_sizes", "drafts_known_first", "axes", "trees")
+            for name in _SHAPE
             if getattr(self, name) != getattr(other, name)
         )
 
 
 _NO_FINGERPRINT = Fingerprint(target="", proposer="")
+_SHAPE = ("max_length", "graph_sizes", "drafts_known_first", "axes", "trees", "keeps_up")
 
 
 def fingerprint_id(fingerprint: Fingerprint) -> str:

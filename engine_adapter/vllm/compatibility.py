@@ -36,12 +36,13 @@ SET_BY_REQUEST = (
     "max_tokens",
     "num_computed_tokens",
     "num_output_placeholders",
-    "num_stale_output_tokens",
     "request_id",
     "resumable",
     "spec_token_ids",
     "status",
 )
+#: What a request counts of its results that are dropped: newer and older name, one of which is set.
+STALE_TOKENS = ("num_stale_output_tokens", "async_tokens_to_discard")
 NEW_REQUEST_FIELDS = ("num_computed_tokens", "prompt_token_ids")
 OUTPUT_FIELDS = (
     "num_invalid_spec_tokens",
@@ -92,12 +93,20 @@ def problems() -> list[str]:
     found += _missing_names(Scheduler.schedule, READ_BY_SCHEDULE, "Scheduler.schedule reads no")
     found += _missing_names(Scheduler.__init__, SET_BY_SCHEDULER, "Scheduler sets no")
     found += _missing_names(Request.__init__, SET_BY_REQUEST, "Request sets no")
+    if not stale_tokens(Request):
+        found.append(f"Request sets neither {' nor '.join(STALE_TOKENS)}")
     found += _missing_fields(SchedulerOutput, OUTPUT_FIELDS)
     found += _missing_fields(NewRequestData, NEW_REQUEST_FIELDS)
     found += _missing_fields(ModelRunnerOutput, RESULT_FIELDS)
     if not issubclass(AsyncScheduler, Scheduler):
         found.append("AsyncScheduler is not a Scheduler")
     return found
+
+
+def stale_tokens(request: Any) -> str:
+    """Which of `STALE_TOKENS` this class of vLLM's requests sets; "" for none."""
+    known = inspect.unwrap(request.__init__).__code__.co_names
+    return next((name for name in STALE_TOKENS if name in known), "")
 
 
 def _missing_parameters(owner: Any, name: str, wanted: tuple[str, ...]) -> list[str]:

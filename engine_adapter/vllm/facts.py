@@ -25,6 +25,7 @@ class Method(NamedTuple):
 
     is_lookup: bool  #: drafts cost next to nothing, and exist before lengths are chosen
     one_pass: bool = False  #: all drafts of a request come from a single pass
+    keeps_up: bool = False  #: a first pass is run at length 0 too, for the drafter's KV cache
     fresh_lists: bool = False  #: what it finds is in lists that nobody else keeps
 
 
@@ -37,7 +38,7 @@ METHODS = {
     "ngram_gpu": Method(is_lookup=False, one_pass=True),  # drafts are not known when scheduling
     "dflash": Method(is_lookup=False, one_pass=True),
 }
-SEQUENTIAL = Method(is_lookup=False)
+SEQUENTIAL = Method(is_lookup=False, keeps_up=True)
 
 
 def method_of(config: Any) -> Method:
@@ -97,6 +98,7 @@ def hello(config: Any, settings: Settings) -> Hello:
             modes=_modes(settings.lengths, graph_sizes),
             graph_sizes=graph_sizes,
             drafts_known_first=method.is_lookup,
+            keeps_up=method.keeps_up,
         ),
     )
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from smartspec.engine_adapter.base import U64, DecodeBatch, StepFacts
 from smartspec.engine_adapter.lengths import I64, RAGGED, UNIFORM, Choice
+from smartspec.engine_adapter.vllm.compatibility import STALE_TOKENS
 from smartspec.engine_adapter.vllm.copies import Found
 from smartspec.engine_adapter.vllm.facts import Method
 
@@ -106,10 +107,7 @@ class Step:
         self._result = result
         self._num_sampled = list(map(len, result.sampled_token_ids))
         if not is_last:  # vLLM drops results of requests that are gone, or were preempted
-            self._counts = np.array(
-                [not (r.num_stale_output_tokens or r.is_finished()) for r in self.group.requests],
-                bool,
-            )
+            self._counts = np.array([not _is_dropped(r) for r in self.group.requests], bool)
 
     def _places(self) -> list[int]:
         """Of the group in what the worker brought, [B]; -1, where nothing follows: not in it."""
@@ -144,7 +142,7 @@ class Step:
             num_emitted = num_emitted[rows]
         num_prefill = output.total_num_scheduled_tokens - self.num_decode_tokens
         is_uniform = not num_prefill and bool((num_drafted == num_drafted[:1]).all())
-        forwards, num_draft_tokens, catch_up = _drafting(output, method)
+        forwards, num_draft_tokens = _drafting(output, method)
         return StepFacts(
             batch=DecodeBatch(group.ids, ceiling, features, num_prefill),
             num_drafted=num_drafted.astype(np.uint8),
@@ -156,7 +154,6 @@ class Step:
             context_tokens=self.context_tokens,
             num_draft_forwards=forwards,
             num_draft_tokens=num_draft_tokens,
-            num_catch_up_tokens=catch_up,
             num_waiting=num_waiting,
             kv_usage=kv_usage,
             mode=UNIFORM if is_uniform else RAGGED,
@@ -164,11 +161,16 @@ class Step:
         )
 
 
-def _drafting(output: Any, method: Method) -> tuple[int, int, int]:
-    """Sequential passes of the drafter, tokens drafted in them, tokens it caught up on."""
+def _is_dropped(request: Any) -> bool:
+    """Whether vLLM drops what a step in flight brings for this request."""
+    stale = any(getattr(request, name, 0) for name in STALE_TOKENS)
+    return stale or bool(request.is_finished())
+
+
+def _drafting(output: Any, method: Method) -> tuple[int, int]:
+    """Sequential passes of the drafter, and tokens drafted in them."""
     if method.is_lookup:
-        return 0, 0, 0
+        return 0, 0
     length = output.num_spec_tokens_to_schedule
     forwards = min(length, 1) if method.one_pass else length
-    catch_up = output.total_num_scheduled_tokens if length == 0 else 0
-    return forwards, length * len(output.num_scheduled_tokens), catch_up
+    return forwards, length * len(output.num_scheduled_tokens)

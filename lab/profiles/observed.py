@@ -236,6 +236,8 @@ def of_learned(learned: Learned, most_running: int) -> Observed:
         shape = StepShape(size, size + drafts, prefill, context)
         target_s = float(cost.target_curve(shape, [size + drafts + prefill])[0])
         forwards = 0 if key.drafts_known_first else depth
+        if key.keeps_up:
+            forwards = max(depth - 1, 0)
         draft_s = fixed_s + forward_s * forwards + token_s * drafts if depth else 0.0
         seen.steps.append(
             Step(size, size + drafts, prefill, context, forwards, drafts, target_s, draft_s,

@@ -11,6 +11,7 @@ from fakes import step_report
 from scripted_engine import hello
 
 from smartspec.daemon.engines import Engine, Numbering, RosterGap
+from smartspec.daemon.outlook import Outlook
 from smartspec.engine_adapter import messages as wire
 from smartspec.estimators.features import BUCKET_EDGES
 
@@ -422,6 +423,7 @@ def test_restart_keeps_what_was_learned_but_not_the_requests() -> None:
         {"features": ("last_accepted_share",)},
         {"graph_sizes": (1, 2, 4)},
         {"drafts_known_first": False},
+        {"keeps_up": True},
     ],
 )
 def test_restart_begins_anew_when_the_models_would_not_fit(limits: dict[str, Any]) -> None:
@@ -453,6 +455,44 @@ def test_policies_are_numbered_over_all_engines() -> None:
     assert (one.policy_seq, other.policy_seq) == (4, 3)
     # What it may hold already is older than whatever it will be told.
     assert Engine(hello("a"), numbering=numbering).policy_seq == 4
+
+
+#: Milliseconds by length of an engine whose drafter runs its first forward anyway.
+KEPT_UP_MS = (17.0, 18.0, 27.0, 36.0, 45.0, 54.0)
+
+
+def predicted_ms(*, keeps_up: bool) -> list[float]:
+    """What steps should take by length, after each was tried some times, and 0 all the time."""
+    limits: dict[str, Any] = {"graph_sizes": (8, 16), "drafts_known_first": False}
+    made = engine(features=(), keeps_up=keeps_up, **limits)
+    rng = np.random.default_rng(0)
+    for seq in range(1, 241):
+        length = seq % 6 if seq <= 120 else 0
+        report = step_report(
+            seq,
+            [1],
+            roster=seq == 1,
+            features=b"",
+            step_s=1e-3 * KEPT_UP_MS[length] * float(np.exp(0.02 * rng.standard_normal())),
+            target_s=None,
+            draft_s=None,
+            num_drafted=column(length),
+            num_accepted=column(length),
+            num_emitted=column(length + 1),
+            num_available=column(5),
+            num_draft_forwards=length,
+            num_draft_tokens=length,
+        )
+        made.learn(made.observe(report))
+    assert made.last is not None
+    outlook = Outlook.of(made, made.last, np.log(np.full((5, 1), 0.5, np.float32)))
+    return [1e3 * outlook.at_length(length).seconds for length in range(6)]
+
+
+def test_first_draft_costs_what_it_adds_when_its_forward_is_run_anyway() -> None:
+    assert predicted_ms(keeps_up=True) == pytest.approx(KEPT_UP_MS, rel=0.06)
+    # Otherwise a first draft is taken to cost as much as another one.
+    assert predicted_ms(keeps_up=False)[1] > 1.2 * KEPT_UP_MS[1]
 
 
 def test_looking_up_drafts_is_charged_at_what_it_costs() -> None:

@@ -87,6 +87,11 @@ CONFIDENCES = {  # of an engine that cuts its drafts by their confidences
     ),
     "policy_by_confidence": msgspec.structs.replace(POLICY, by_confidence=True),
 }
+KEEPS_UP = {  # of an engine whose drafter runs a forward in every step
+    "hello_keeps_up": msgspec.structs.replace(
+        HELLO, limits=msgspec.structs.replace(HELLO.limits, keeps_up=True)
+    ),
+}
 MESSAGES: dict[str, wire.Message] = {
     "hello": HELLO,
     "step": STEP,
@@ -97,8 +102,10 @@ MESSAGES: dict[str, wire.Message] = {
     "refused": wire.Refused(daemon_epoch=99, reason="full"),
     **TREES,
     **CONFIDENCES,
+    **KEEPS_UP,
 }
 UP = ("hello", "step", "goodbye", "hello_trees", "step_trees", "hello_confidences", "step_cut")
+UP += ("hello_keeps_up",)
 
 
 def decode(name: str, frame: bytes) -> Any:

@@ -103,7 +103,7 @@ def configuration(**changes: Any) -> Any:
         "has_inner_state": False,
     } | changes
     return SimpleNamespace(
-        speculative_config=SimpleNamespace(method="ngram"),
+        speculative_config=SimpleNamespace(method=values.get("method", "ngram")),
         num_speculative_tokens=values["num_speculative_tokens"],
         parallel_config=SimpleNamespace(
             data_parallel_size=values["data_parallel_size"],
@@ -158,6 +158,18 @@ def test_replicas_that_share_their_settings_have_names_of_their_own(
     monkeypatch.setattr(facts, "_device_name", lambda: "cpu")
     settings = load({}, {"SMARTSPEC_ENGINE_NAME": given} if given else {})
     assert facts.hello(configuration(rank=rank), settings).engine == name
+
+
+@pytest.mark.parametrize(
+    ("method", "keeps_up"),
+    [("draft_model", True), ("eagle", True), ("ngram", False), ("medusa", False)],
+)
+def test_drafter_that_runs_a_pass_at_length_0_too_says_so(
+    method: str, keeps_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "_device_name", lambda: "cpu")
+    limits = facts.hello(configuration(method=method), load({}, {})).limits
+    assert limits.keeps_up is keeps_up
 
 
 def test_what_weights_and_cache_are_held_in_tells_engines_apart(
