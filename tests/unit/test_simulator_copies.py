@@ -17,7 +17,6 @@ from smartspec.daemon.cli import app
 from smartspec.engine_adapter.base import StepFacts
 from smartspec.engine_adapter.lengths import Choice, CostCurve, DraftCost
 from smartspec.engine_adapter.prices import Prices
-from smartspec.engine_adapter.reference.calibration import Calibration
 from smartspec.engine_adapter.reference.candidates import Candidates, Level
 from smartspec.engine_adapter.simulator import acceptance, copies
 from smartspec.engine_adapter.simulator.copies import Copies
