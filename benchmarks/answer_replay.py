@@ -10,7 +10,8 @@ know what they would at each moment: reports of steps that have ended, with 2% o
 times; and a policy arrives while the next step is under way, so that it steers the step after.
 
 A draft model's first pass is run before lengths are chosen for those who were drafted for in the
-step before, and charged whether or not it is used (engine_adapter/reference/draft_model.py).
+step before, and charged whether or not it is used (engine_adapter/reference/draft_model.py); by
+confidences no pass is run before the step's prices say so.
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ SPACING = 8  #: decisions between two probes, or two looks at what one would cos
 TURNS, TURNS_WHEN_OFF = (2, 0, 1), (1, 1, 2, 1, 1, 0)
 SHARE_WHILE_DRAFTING = 0.2  #: of the budget, once settled: much is then learned without probes
 SHARE_WHILE_OFF = 0.5  #: of the budget: deep probes, which bring little then, are dear
+#: Of the budget, where drafts are cut by their confidences: such engines try drafts by themselves
+#: (engine_adapter/reference/growth.py).
+SHARE_BY_CONFIDENCE = 0.2
 SETTLING_STEPS = 1000  #: of a first start, whose sweep saw each size of pass only now and then
 #: What was earned in more than this time, or in these steps where they are long, is not saved up:
 #: else what was saved while nothing was drafted is spent in a burst once something is.
@@ -83,6 +86,8 @@ class Prober:
             share *= SHARE_WHILE_OFF
         elif settled:
             share *= SHARE_WHILE_DRAFTING
+        if observation.report.num_cut:
+            share *= SHARE_BY_CONFIDENCE
         step_s = observation.report.step_s
         most_s = share * max(SAVINGS_S, SAVINGS_STEPS * step_s)
         self._purse_s = min(self._purse_s + share * step_s, most_s)
@@ -158,8 +163,9 @@ class Prober:
         """Pay for what a probe brought less than was expected, and for a forward that follows it.
 
         Some engines run the first forward of whoever was drafted for in the step before, whether or
-        not anything is then drafted. Where drafts are cut by their confidences a forward was run
-        because it was expected to pay. No more is lost by a step than the time that it took.
+        not anything is then drafted. Where drafts are cut by their confidences, what the drafter is
+        run for is decided in the step, and no probe's doing. No more is lost by a step than the
+        time that it took.
         """
         report, ladder, lost_s = observation.report, outlook.ladder, 0.0
         if report.source == "probe":

@@ -30,8 +30,8 @@ FEATURE_LAST_SHARE = "last_accepted_share"  #: accepted / drafted when last draf
 FEATURE_MATCH_LENGTH = "match_length"  #: tokens matched by prompt lookup; 0 without a match
 #: how far the earlier occurrences of a lookup's match agree on what comes next, 0 to 1
 FEATURE_MATCH_AGREEMENT = "match_agreement"
-#: share of drafts accepted that came after the token that the request now ends with, 0 to 1; where
-#: the draft is known beforehand, joined with the share of such drafts
+#: share of drafts that were right after the token that the request now ends with, 0 to 1
+#: (token_acceptance.py); where the draft is known beforehand, joined with the share of such drafts
 FEATURE_TOKEN_ACCEPTANCE = "token_acceptance"
 #: the same of the second draft, where both are known beforehand, 0 to 1
 FEATURE_SECOND_ACCEPTANCE = "second_acceptance"

@@ -145,8 +145,9 @@ class CostCurve:
 class DraftCost(NamedTuple):
     """Seconds of drafting: ``fixed_s + per_forward_s * f(D) + per_token_s * sum(k)``.
 
-    D is the greatest length. A chain of D drafts takes f(D) = D sequential forwards, a tree of D
-    nodes fewer. At k = 0 it is ``sunk_s``.
+    D is the greatest length. A chain of D drafts takes f(D) = D sequential forwards, or one less
+    where the first is run anyway (`Limits.keeps_up`), a tree of D nodes fewer. At k = 0 it is
+    ``sunk_s``.
 
     >>> DraftCost(0.5, 1.0, forwards=(1.0, 1.5)).by_depth(2)
     2.0

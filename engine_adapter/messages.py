@@ -192,7 +192,7 @@ class Policy(Message, frozen=True, tag="policy"):
     predicted_goodput: float = 0.0  #: tokens per second
     reason: Annotated[str, Meta(max_length=1024)] = ""
     meet_targets: bool = False  #: requests' token time targets are to be kept (targets.py)
-    draft_forwards: tuple[Amount, ...] = ()  #: of trees of 1, 2, ... nodes (lengths.DraftCost)
+    draft_forwards: tuple[Amount, ...] = ()  #: of 1, 2, ... drafts or nodes (lengths.DraftCost)
     by_confidence: bool = False  #: up to ``depth`` by the drafter's confidences (prices.py)
     #: A small batch may be drafted for to another depth, the best one, up to this; 0: to ``depth``.
     deepest: Length = 0

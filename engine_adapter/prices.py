@@ -111,9 +111,12 @@ class Prices(NamedTuple):
         return joins, np.where(joins, 0.0, waited)
 
     def short(self, gain: F64, lag: F64) -> tuple[Bools, float]:
-        """Whom a step's first forward might bring anything, [M], and what it lacks, in tokens.
+        """Whom to run the drafter for to see how drafts are, [M], and what that lacks, in tokens.
 
-        ``gain``, ``lag`` : as of `join`; what the drafter has missed of these is paid for now
+        Those who bring something beyond their own cost, or else the one that loses least.
+
+        ``gain``, ``lag`` : as of `join`, of one request or more; what the drafter has missed of
+        these is paid for now
 
         >>> prices = Prices(1.0, (CostCurve("ragged", [0.0, 9.0], [1.0, 5.5]),), DraftCost(0, 0.3))
         >>> able, lacking = prices.short(np.array([0.2, 0.0]), np.zeros(2))
@@ -122,7 +125,9 @@ class Prices(NamedTuple):
         """
         draft, value = self.draft, self.value_of_time
         beyond = gain - value * (draft.per_token_s + draft.per_catch_up_s * lag)
-        able: Bools = (gain > 0) & (beyond > 0)
+        able: Bools = beyond > 0
+        if not able.any():
+            able = np.arange(len(gain)) == beyond.argmax()
         forward_s = draft.per_forward_s + draft.fixed_s
         return able, value * forward_s - float(beyond[able].sum())
 

@@ -2,7 +2,9 @@
 
 Some tokens are easy to go on from (half a word, an opening bracket) and some are not (a comma).
 The rate is kept per token, over all requests, shrunk to the rate of all tokens; it changes only
-when drafts were verified, so it goes stale but is never lost while nothing is drafted.
+when there were drafts, so it goes stale but is never lost while nothing is drafted. Of a drafter
+that cuts its drafts all of them count, those of which the target has told too; of trees, whether
+one of the drafts after a token was right.
 """
 
 from __future__ import annotations

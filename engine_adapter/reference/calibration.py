@@ -12,13 +12,13 @@ from smartspec.engine_adapter.reference.sequence import SamplingParams
 NUM_BINS = 16  #: of equal width in log-odds
 LOG_ODDS = 6.0  #: from minus this to this
 MEMORY = 256.0  #: guesses of one bin beyond which older ones fade
-STRENGTH = 16.0  #: guesses that the confidence is worth in a group, and what this says in a band
+STRENGTH = 16.0  #: guesses that a confidence is worth beside a group's, and this beside a band's
 SHARE_MEMORY = 256.0  #: runs of the drafter, of one band, that what it proposes is remembered from
 TEMPERATURES = (0.0, 0.5, 1.0)  #: of requests: a band is what lies beyond one, up to the next
 NUM_TEMPERATURES = len(TEMPERATURES) + 1
 #: Of all tokens, what may be given up to see drafts that would not be run; and steps' worth of it
 #: that are saved up.
-CURIOSITY, SAVINGS_STEPS = 0.003, 200
+CURIOSITY, SAVINGS_STEPS = 0.002, 200
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -45,9 +45,9 @@ class Curiosity:
         self._left = 0.0
 
     def earn(self, num_tokens: float) -> None:
-        """Of a step that brings so many tokens without drafts."""
+        """Of a step that brings so many (weighted) tokens without drafts."""
         earned = CURIOSITY * num_tokens
-        self._left = min(self._left + earned, SAVINGS_STEPS * earned)
+        self._left = max(self._left, min(self._left + earned, SAVINGS_STEPS * earned))
 
     def pay(self, price: float) -> bool:
         """Pay, in tokens, if there is so much; whether there is."""
@@ -108,13 +108,11 @@ class Calibration:
 
     def _line(self) -> tuple[F64, F64]:
         """By cell, the rate at a confidence of 0, and what it gains up to 1: it is a line."""
-        known, trust = self._right, np.full_like(self._tried, STRENGTH)
-        if known.shape[1] > 1:
-            among = STRENGTH / (self._tried.sum(axis=1, keepdims=True) + STRENGTH)
-            known = known + among * self._right.sum(axis=1, keepdims=True)
-            trust = trust * among
+        others_right = self._right.sum(axis=1, keepdims=True) - self._right
+        others_tried = self._tried.sum(axis=1, keepdims=True) - self._tried
+        among = STRENGTH / (others_tried + STRENGTH)
         tried = self._tried + STRENGTH
-        return known / tried, trust / tried
+        return (self._right + among * others_right) / tried, STRENGTH * among / tried
 
     def note(self, confidences: npt.ArrayLike, bands: I64) -> F64:
         """Take in how sure the drafter was of what may follow: of all, verified or not.
@@ -137,10 +135,8 @@ class Calibration:
     def _spread(self) -> F64:
         """Children of each bin that a node has in the mean."""
         drafted, passes = self._drafted, self._num_passes
-        if drafted.shape[1] > 1:
-            of_group = drafted.sum(axis=1, keepdims=True) / passes.sum(axis=1, keepdims=True)
-            drafted, passes = drafted + STRENGTH * of_group, passes + STRENGTH
-        shares: F64 = drafted / passes
+        of_group = drafted.sum(axis=1, keepdims=True) / passes.sum(axis=1, keepdims=True)
+        shares: F64 = (drafted + STRENGTH * of_group) / (passes + STRENGTH)
         return shares
 
     def outlook(self, chances: npt.ArrayLike, price: F64, bands: I64) -> F64:

@@ -78,7 +78,8 @@ class Ease(NamedTuple):
 
     def levels(self, tokens: I64) -> I64:
         """Of these tokens, 0 to `NUM_EASES` - 1."""
-        return (self.rates.rates(tokens) * NUM_EASES).astype(np.int64)
+        levels: I64 = (self.rates.rates(tokens) * NUM_EASES).astype(np.int64)
+        return np.minimum(levels, NUM_EASES - 1)  # a rate may round to 1
 
 
 class Children(NamedTuple):

@@ -109,7 +109,7 @@ class Growth:
 
     Parameters
     ----------
-    calibration : of confidences, by kind and temperature band (candidates.py)
+    calibration : of confidences (`Candidates.new_calibration`)
     temperatures : [B], bands of the requests'
     most : [B], nodes
     prices : of the step; None: as many nodes as there may be
@@ -139,7 +139,8 @@ class Growth:
         self._found: tuple[Best, I64] | None = None
         self._starting: I64 | None = None
         if prices is not None:
-            calibration.curiosity.earn(len(temperatures))
+            weight = prices.weight
+            calibration.curiosity.earn(len(temperatures) if weight is None else float(weight.sum()))
 
     def starting(self) -> I64:
         """Whom the drafter should be run for, of those whose root it was not run from yet."""
@@ -199,11 +200,11 @@ class Growth:
         gains = self._gains(roots, self._prices)
         lag, waited = (column[roots.places] for column in self._arrears)
         paying, waited = self._prices.join(gains, first, lag, waited)
-        if first and not paying.any():
-            able, lacking = self._prices.short(gains, lag)
-            if able.any() and self._calibration.curiosity.pay(lacking):
-                paying = able
         paying = self._at_least(roots, paying)
+        if first and not paying.any():
+            tried, lacking = self._prices.short(gains, lag)
+            if self._calibration.curiosity.pay(lacking):
+                paying = tried
         self.waited[roots.places] = np.where(paying, 0.0, waited)
         return paying
 

@@ -251,7 +251,7 @@ def test_probe_is_paid_at_what_it_brought() -> None:
 
 
 def test_forward_that_follows_a_probe_is_paid_for() -> None:
-    """But not one whose drafts were all cut: that was run because it was expected to pay."""
+    """But not one whose drafts were all cut: that was run for what they might have been worth."""
     costs = []
     for num_draft_forwards, num_cut in ((0, 0), (1, 0), (1, 1)):
         engine, source = steered([0.1] * 4, DRAFTING, lookup=False, share=0.0, sweep=False)

@@ -44,11 +44,11 @@ def test_a_band_of_which_little_is_known_is_like_its_group() -> None:
     calibration = Calibration(num_groups=2, num_bands=2)
     calibration.learn([0.5] * 2000, [True] * 2000, np.zeros(2000, np.int64))
     known, alike, another = calibration.rates([0.5] * 3, np.arange(3))
-    assert known > 0.99 and alike > 0.95 and another == 0.5
+    assert known > 0.95 and alike > 0.95 and another == 0.5
     for _ in range(60):
         calibration.learn([0.5], [False], np.ones(1, np.int64))
     known, apart = calibration.rates([0.5] * 2, np.arange(2))
-    assert known > 0.95 and apart < 0.3
+    assert known > 0.9 and apart < 0.3
 
 
 def test_what_a_band_may_bring_is_as_in_its_group_until_it_was_run() -> None:

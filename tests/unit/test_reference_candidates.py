@@ -142,7 +142,16 @@ def test_the_token_before_tells_what_a_confidence_does_not() -> None:
         add(one, 0, [7], [0.5])
         found = best(one, 2).chances[0]
         chances.append([found[0], found[1] / found[0]])
-    assert np.array(chances) == pytest.approx(np.array([[0.95, 0.95], [0.05, 0.05]]), abs=0.05)
+    assert np.array(chances) == pytest.approx(np.array([[0.9, 0.9], [0.1, 0.1]]), abs=0.05)
+
+
+def test_a_token_after_which_all_is_right_is_of_the_easiest() -> None:
+    rates = TokenAcceptance()
+    rates.learn([1] * 512 + [2] * 8192, [True] * 512 + [False] * 8192)
+    for _ in range(40):
+        rates.learn([3] * 8192, [True] * 8192)
+    assert rates.rates([1])[0] == 1.0
+    assert Ease(rates, np.array([1])).levels(np.array([1])).tolist() == [NUM_EASES - 1]
 
 
 def test_chains_given_beforehand_are_judged_by_the_tokens_before_each_draft() -> None:
@@ -229,7 +238,7 @@ def test_what_a_chain_passed_over_is_learned_of_too() -> None:
         one.copy([[5]], [[0.5]])
         add(one, ROOT, [7], [own])
         one.learn([[5]] if own > 0.5 else [[7]])  # whichever was not taken is right
-    drafted = calibration.rates([0.2, 0.8], Kind.DRAFTED * NUM_EASES)
+    drafted = calibration.rates([0.2, 0.8])
     assert drafted[0] > 0.8 and drafted[1] < 0.2
 
 

@@ -143,27 +143,32 @@ def test_nothing_is_drafted_or_cut_when_no_forward_pays() -> None:
     assert not cut.num_verified.any() and not cut.num_cut.any()
 
 
-def test_drafts_that_turned_good_are_found_out_about_from_a_budget() -> None:
+@pytest.mark.parametrize("weight", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize(("chance", "found_out"), [(0.8, True), (0.05, False)])
+def test_drafts_that_turned_good_are_found_out_about_from_a_budget(
+    chance: float, found_out: bool, weight: float
+) -> None:
     """They did not pay once, so that nobody would run them any more; what is tried costs little."""
-    for chance, found_out in ((0.8, True), (0.05, False)):
-        calibration, rng = new_calibration(), np.random.default_rng(4)
-        for _ in range(3):  # what is known: a sure draft is never right
-            calibration.note(np.full((500, 1), 0.7), np.zeros(500, np.int64))
-            calibration.learn([0.7] * 300, [False] * 300, np.zeros(300, np.int64))
-        num_run, lost = np.zeros(4000), 0.0
-        for step in range(4000):
-            growth = Growth(calibration, BANDS, np.full(SIZE, 1), PRICES)
-            level = Level.of(growth.starting())
-            lengthen(growth, level, np.full(level.size, 0.7))
-            cut, right = growth.cut(rng.random(SIZE)), rng.random(SIZE) < chance
-            num_run[step] = level.size > 0
-            lost += 0.3 * num_run[step] - (cut.num_verified * (right - PRICE)).sum()
-            growth.candidates.learn([[0] if ok else [1] for ok in right])
-        assert not num_run[:3].any()
-        assert (num_run[-500:].mean() > 0.9) == found_out
-        if not found_out:
-            assert num_run[-500:].mean() < 0.3
-            assert lost < 1.2 * CURIOSITY * SIZE * 4000
+    weights = np.full(SIZE, weight)
+    prices = Prices(weight, (CURVE,), DraftCost(0.0, 0.3, per_token_s=0.005), weights)
+    calibration, rng = new_calibration(), np.random.default_rng(4)
+    for _ in range(3):  # what is known: a sure draft is never right
+        calibration.note(np.full((500, 1), 0.7), np.zeros(500, np.int64))
+        calibration.learn([0.7] * 300, [False] * 300, np.zeros(300, np.int64))
+    num_run, lost = np.zeros(4000), 0.0
+    for step in range(4000):
+        growth = Growth(calibration, BANDS, np.full(SIZE, 1), prices)
+        level = Level.of(growth.starting())
+        lengthen(growth, level, np.full(level.size, 0.7))
+        cut, right = growth.cut(rng.random(SIZE)), rng.random(SIZE) < chance
+        num_run[step] = level.size > 0
+        lost += 0.3 * num_run[step] - (cut.num_verified * (right - PRICE)).sum()
+        growth.candidates.learn([[0] if ok else [1] for ok in right])
+    assert not num_run[:3].any()
+    assert (num_run[-500:].mean() > 0.9) == found_out
+    if not found_out:
+        assert num_run[-500:].mean() < 0.3
+        assert lost < 1.2 * CURIOSITY * SIZE * 4000
 
 
 def test_tokens_beyond_their_price_are_more_than_of_any_fixed_length() -> None:
