@@ -255,14 +255,12 @@ class ConfidentReplay(Replay):
         growth = Growth(self.calibration, temperatures, ceiling, choice.prices, ease=ease)
         self._candidates = growth.candidates
         known = Level.of(np.flatnonzero(began))
-        self._lengthen(growth, known, 0)
+        self._lengthen(growth, known)
         first = Level.of(growth.starting())
-        self._lengthen(growth, first, 0)
+        self._lengthen(growth, first)
         num_forwards, num_tokens = bool(known.size) + bool(first.size), known.size + first.size
-        depth = 0
         while (level := growth.next_level([MAX_LENGTH] * len(running))).size:
-            depth += 1
-            self._lengthen(growth, level, depth)
+            self._lengthen(growth, level)
             num_forwards, num_tokens = num_forwards + 1, num_tokens + level.size
         cut = growth.cut(self._rng.random(len(running)))
         sizes = cut.num_verified
@@ -274,11 +272,13 @@ class ConfidentReplay(Replay):
         passed = np.array([len(path) for path in told]) - np.minimum(runs, sizes)
         return Drafted(sizes, num_forwards, num_tokens, cut.num_cut.astype(np.int64), passed)
 
-    def _lengthen(self, growth: Growth, level: Level, depth: int) -> None:
+    def _lengthen(self, growth: Growth, level: Level) -> None:
         """The next drafts."""
-        own = np.array([[self._sure[place][depth]] for place in level.places], np.float64)
-        tokens = np.array([[self._tokens[place][depth]] for place in level.places], np.int64)
-        growth.add(level, Children(tokens, own))
+        depths = growth.candidates.depths[level].tolist()
+        at = list(zip(level.places.tolist(), depths, strict=True))
+        own = np.array([[self._sure[place][depth]] for place, depth in at], np.float64)
+        tokens = np.array([[self._tokens[place][depth]] for place, depth in at], np.int64)
+        growth.add(level, Children(tokens.reshape(-1, 1), own.reshape(-1, 1)))
 
     def _learn(self, running: list[Decoding], accepted: list[int]) -> None:
         said = []
