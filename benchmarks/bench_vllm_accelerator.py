@@ -68,7 +68,9 @@ class Shape(NamedTuple):
     max_model_len: int
 
 
-def llama(hidden: int, layers: int, heads: int, kv_heads: int, wide: int, size: int, words: int):
+def llama(
+    hidden: int, layers: int, heads: int, kv_heads: int, wide: int, size: int, words: int
+) -> dict[str, int]:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
